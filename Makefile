@@ -1,0 +1,45 @@
+# `make demo` and `make test` set everything up; `make help` lists the rest.
+.DEFAULT_GOAL := help
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.PHONY: help setup demo test test-slow lint type format bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY)  ## make .venv with pinned packages (about 6 GB)
+
+demo: $(READY)  ## train and attack a k-WTA network on real digits
+	$(BIN)/python run.py experiment=digits
+
+lint: $(READY)  ## ruff: style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(READY)  ## mypy --strict
+	$(BIN)/mypy
+
+test: lint type  ## lint, types, tests: what CI runs
+	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not network"
+
+test-slow: $(READY)  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+format: $(READY)  ## let ruff rewrite
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)  ## time k-WTA against ReLU and the published snippet
+	$(BIN)/python benchmarks/op.py
+
+clean:  ## remove the environment and caches, never outputs/
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,123 @@
+"""k-Winners-Take-All: keep the k largest values, zero the rest.
+
+Xiao, Zhong and Zheng, "Enhancing Adversarial Defense by k-Winners-Take-All", ICLR 2020
+(arXiv 1905.10510), equation 1:  phi_k(y)_j = y_j if y_j is among the k largest of y, else 0.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import validate_call
+from torch import Tensor, nn
+
+from kwta_exp.activations.selection import kth_largest
+from kwta_exp.fields import STRICT, Count, Ratio
+
+Over = Literal["volume", "channel"]
+By = Literal["value", "magnitude"]
+
+
+def kwta(
+    x: Tensor,
+    ratio: float | None = None,
+    *,
+    k: int | None = None,
+    over: Over = "volume",
+    by: By = "value",
+) -> Tensor:
+    """Zero all but the ``k`` largest values of each sample (or of each channel of it).
+
+    Args:
+        x: floating point ``(N, ...)`` of 2 to 5 dimensions, in any memory format.
+        ratio: sparsity ratio gamma in (0, 1]; ``k = max(1, floor(ratio * size))`` of the values that
+            compete. The published code floors too, but fails where k comes out 0.
+        k: the number of winners instead of a ratio; more than there are keeps everything.
+        over: who competes. ``"volume"``: all C*H*W values of a sample. ``"channel"``: the H*W values
+            of each channel. On ``(N, C)`` both mean all C values.
+        by: rank by ``"value"`` (the paper) or by ``"magnitude"``, the absolute value.
+
+    Returns:
+        A tensor like ``x``: same shape, dtype and memory format.
+
+    Ties with the k-th largest value are all kept, as in the published code, so a constant input
+    passes unchanged. Negative winners keep their sign. A NaN stays where it is and ranks as the
+    largest value. The gradient passes through the winners alone; the choice of winners has none.
+    Backward keeps one mask of one byte a value and nothing else.
+
+    Raises:
+        ValueError: unless exactly one of ``ratio`` and ``k`` is given, or if ``x`` has no dimension
+            left to compete over.
+    """
+    if (ratio is None) == (k is None):
+        raise ValueError(f"kwta takes either ratio or k, got ratio={ratio} and k={k}")
+    if x.dim() < 2:
+        raise ValueError(f"kwta expects (N, ...) with 2 or more dimensions, got {tuple(x.shape)}")
+    if x.numel() == 0:
+        return x
+    return x.masked_fill(_losers(x.detach(), ratio, k, over, by), 0)
+
+
+@torch.no_grad()
+def _losers(x: Tensor, ratio: float | None, k: int | None, over: Over, by: By) -> Tensor:
+    """The mask of the values below the k-th largest of their row."""
+    per_channel = over == "channel" and x.dim() > 2
+    score = x.abs() if by == "magnitude" else x
+    rows = _rows(score, per_channel)
+    size = rows.shape[1]
+    winners = max(1, math.floor(ratio * size)) if ratio is not None else min(k or 1, size)
+    threshold = kth_largest(rows, winners)
+    # k or more NaN: no number wins. "<" is false for NaN itself, so NaN never loses.
+    threshold = threshold.masked_fill(threshold.isnan(), math.inf)
+    lead = 2 if per_channel else 1
+    losers: Tensor = score < threshold.view(*x.shape[:lead], *[1] * (x.dim() - lead))
+    return losers
+
+
+def _rows(x: Tensor, per_channel: bool) -> Tensor:
+    """View ``x`` as one row of competitors for each sample or channel, copying only if it must."""
+    if per_channel:
+        return x.reshape(x.shape[0] * x.shape[1], -1)
+    if not x.is_contiguous():
+        # Order within a row is irrelevant to selection, so channels-last is read as it lies.
+        x = x.movedim(1, -1)
+    return x.reshape(x.shape[0], -1)
+
+
+class KWTA(nn.Module):
+    """k-Winners-Take-All as a layer; see :func:`kwta` for the arguments and the treatment of ties.
+
+    Args:
+        ratio: sparsity ratio in (0, 1].
+        k: a fixed number of winners instead.
+        over: ``"volume"`` or ``"channel"``.
+        by: ``"value"`` or ``"magnitude"``.
+        relu: apply a ReLU first, so that negative values never win. Off in the paper.
+    """
+
+    @validate_call(config=STRICT)
+    def __init__(
+        self,
+        ratio: Ratio | None = None,
+        k: Count | None = None,
+        over: Over = "volume",
+        by: By = "value",
+        relu: bool = False,
+    ) -> None:
+        super().__init__()
+        if (ratio is None) == (k is None):
+            raise ValueError(f"KWTA takes either ratio or k, got ratio={ratio} and k={k}")
+        self.ratio = ratio
+        self.k = k
+        self.over: Over = over
+        self.by: By = by
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.relu:
+            x = x.relu()
+        return kwta(x, self.ratio, k=self.k, over=self.over, by=self.by)
+
+    def extra_repr(self) -> str:
+        amount = f"ratio={self.ratio}" if self.k is None else f"k={self.k}"
+        return f"{amount}, over={self.over}, by={self.by}" + (", relu=True" if self.relu else "")

@@ -1,0 +1,52 @@
+"""Local Winner-Take-All: small groups of units, one winner each.
+
+Srivastava, Masci, Kazerounian, Gomez and Schmidhuber, "Compete to Compute", NIPS 2013, section 3.
+"""
+
+import math
+
+from pydantic import validate_call
+from torch import Tensor, nn
+
+from kwta_exp.fields import STRICT, Count
+
+
+def lwta(x: Tensor, group_size: int = 2) -> Tensor:
+    """Keep the largest value of every group of neighbouring units and zero the others.
+
+    Args:
+        x: floating point ``(N, C, ...)``. The units that compete are ``group_size`` consecutive
+            channels at the same position.
+        group_size: units in a group; must divide C.
+
+    Returns:
+        A tensor like ``x``. Values tied for the largest are all kept (the original gives the win to the
+        lowest index); a NaN stays, and nothing else of its group does.
+
+    Raises:
+        ValueError: if ``group_size`` does not divide C, or ``x`` has fewer than 2 dimensions.
+    """
+    if x.dim() < 2:
+        raise ValueError(f"lwta expects (N, C, ...), got {tuple(x.shape)}")
+    channels = x.shape[1]
+    if channels % group_size:
+        raise ValueError(f"group_size={group_size} does not divide the layer's {channels} units")
+    groups = x.detach().unflatten(1, (channels // group_size, group_size))
+    best = groups.amax(dim=2, keepdim=True)
+    losers = groups < best.masked_fill(best.isnan(), math.inf)
+    return x.masked_fill(losers.flatten(1, 2), 0)
+
+
+class LWTA(nn.Module):
+    """Local Winner-Take-All as a layer; see :func:`lwta`."""
+
+    @validate_call(config=STRICT)
+    def __init__(self, group_size: Count = 2) -> None:
+        super().__init__()
+        self.group_size = group_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return lwta(x, self.group_size)
+
+    def extra_repr(self) -> str:
+        return f"group_size={self.group_size}"

@@ -1,0 +1,100 @@
+"""Projected gradient descent, and with one full step FGSM.
+
+Madry, Makelov, Schmidt, Tsipras and Vladu, "Towards Deep Learning Models Resistant to Adversarial
+Attacks", ICLR 2018, section 2.1:  x <- Proj_{x + S}(x + alpha sgn(grad_x L)).
+Goodfellow, Shlens and Szegedy, "Explaining and Harnessing Adversarial Examples", ICLR 2015.
+"""
+
+import torch
+from pydantic import dataclasses
+from torch import Tensor, nn
+
+from kwta_exp.attacks.losses import LOSSES, LossName
+from kwta_exp.attacks.threat import Threat
+from kwta_exp.fields import STRICT, Count, Eps, Norm
+from kwta_exp.randomness import fold
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
+class PGD:
+    """Steps along the steepest direction of the loss, projected back after each.
+
+    Args:
+        norm: ``"linf"`` or ``"l2"``.
+        eps: radius of the ball, in pixel units of [0, 1].
+        steps: gradient steps of each restart.
+        step_size: length of a step; ``None`` takes ``2.5 * eps / steps``, enough to reach and follow
+            the boundary (Madry et al. 2018, appendix).
+        random_start: begin at a uniform point of the ball instead of the image.
+        restarts: independent runs; every one needs a random start of its own.
+        loss: ``"ce"`` or ``"margin"``.
+        keep_best: return the best iterate (one that fools the model, then the highest loss) instead
+            of the last, stop once every image is fooled, and spend one more forward pass. Off for
+            training, as is usual.
+    """
+
+    norm: Norm
+    eps: Eps
+    steps: Count = 40
+    step_size: Eps | None = None
+    random_start: bool = True
+    restarts: Count = 1
+    loss: LossName = "ce"
+    keep_best: bool = True
+
+    def __post_init__(self) -> None:
+        if self.restarts > 1 and not (self.random_start and self.keep_best):
+            raise ValueError(f"restarts={self.restarts} needs random_start=true and keep_best=true")
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+        """Adversarial images inside the ball and [0, 1]; see :class:`~kwta_exp.attacks.Attack`."""
+        threat = Threat(norm=self.norm, eps=self.eps)
+        step_size = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
+        best = _Best(x)
+
+        for restart in range(self.restarts):
+            x_adv = x
+            if self.random_start:
+                x_adv = threat.random_point(x, fold(restart, keys))
+
+            for _ in range(self.steps):
+                loss, logits, gradient = self._ascend(model, x_adv, y)
+                if self.keep_best and best.update(x_adv, loss, logits, y):
+                    return best.x
+                x_adv = threat.project(x_adv + step_size * threat.steepest(gradient), x)
+
+            if not self.keep_best:
+                return x_adv
+            with torch.no_grad():
+                logits = model(x_adv)
+            if best.update(x_adv, LOSSES[self.loss](logits, y), logits, y):
+                return best.x
+
+        return best.x
+
+    def _ascend(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss ``(N,)``, logits, and the loss's gradient with respect to the input alone."""
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = model(x)
+            loss = LOSSES[self.loss](logits, y)
+            (gradient,) = torch.autograd.grad(loss.sum(), x)
+        return loss.detach(), logits.detach(), gradient
+
+
+class _Best:
+    """The best iterate of each image so far."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x.clone()
+        self.loss = x.new_full((len(x),), float("-inf"))
+        self.fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+
+    def update(self, x_adv: Tensor, loss: Tensor, logits: Tensor, y: Tensor) -> bool:
+        """Take over what is better; true once every image is fooled."""
+        fooled = logits.argmax(1) != y
+        better = (fooled & ~self.fooled) | ((fooled == self.fooled) & (loss > self.loss))
+        self.x[better] = x_adv[better]
+        self.loss = torch.where(better, loss.to(self.loss), self.loss)
+        self.fooled |= fooled
+        return bool(self.fooled.all())

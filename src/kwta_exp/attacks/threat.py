@@ -1,0 +1,60 @@
+"""The threat: which changes of an image an attacker may make."""
+
+import math
+
+import torch
+from pydantic import dataclasses
+from torch import Tensor
+
+from kwta_exp.fields import STRICT, Eps, Norm
+from kwta_exp.randomness import normal, uniform
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
+class Threat:
+    """A ball of radius ``eps`` around an image, intersected with the pixel range [0, 1].
+
+    Args:
+        norm: ``"linf"`` or ``"l2"``, over all C*H*W values of an image.
+        eps: radius in pixel units of [0, 1].
+    """
+
+    norm: Norm
+    eps: Eps
+
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """The nearest allowed image (L-inf) or the radial projection, then clipped to [0, 1] (L2).
+
+        Clipping never leaves the ball: it moves every pixel towards ``x``.
+        """
+        if self.norm == "linf":
+            return torch.minimum(torch.maximum(x_adv, x - self.eps), x + self.eps).clamp_(0, 1)
+        delta = x_adv - x
+        scale = self.eps / _l2(delta).clamp_min(1e-12)
+        return (x + delta * scale.clamp_max(1)).clamp_(0, 1)
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        """The direction of unit norm that a linear loss rises fastest in; 0 where it is flat."""
+        if self.norm == "linf":
+            return gradient.sign()
+        return gradient / _l2(gradient).clamp_min(1e-12)
+
+    def random_point(self, x: Tensor, keys: Tensor) -> Tensor:
+        """A point drawn uniformly from the ball around each image, clipped to [0, 1]."""
+        shape = x.shape[1:]
+        if self.norm == "linf":
+            return (x + (2 * uniform(keys, shape) - 1) * self.eps).clamp_(0, 1)
+        direction = self.steepest(normal(keys, shape))
+        # Another stream of the same key: its first draws belong to the direction.
+        radius: Tensor = uniform(~keys, (1, 1, 1)) ** (1 / shape.numel())
+        return torch.clamp(x + direction * radius * self.eps, 0, 1)
+
+    def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """The norm of each image's change, ``(N,)``."""
+        order = math.inf if self.norm == "linf" else 2
+        distance: Tensor = torch.linalg.vector_norm((x_adv - x).flatten(1), ord=order, dim=1)
+        return distance
+
+
+def _l2(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), keepdim=True)

@@ -1,0 +1,117 @@
+"""Batches from images that live on the device, augmented there, each image by its own stream."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kwta_exp.data.datasets import Images
+from kwta_exp.randomness import fold, key, permutation, uniform
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images float32 ``(N, C, H, W)`` in [0, 1], labels ``(N,)``, and one random key an image."""
+
+    x: Tensor
+    y: Tensor
+    keys: Tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images of one part: uint8 ``(N, C, H, W)``, labels ``(N,)``, and their index in the part they
+    were drawn from, int64 ``(N,)``; all on one device.
+    """
+
+    x: Tensor
+    y: Tensor
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def batches(self, batch_size: int, key_of_pass: int) -> Iterator[Batch]:
+        """All images in their order."""
+        for chunk in torch.arange(len(self), device=self.x.device).split(batch_size):
+            yield Batch(to_float(self.x[chunk]), self.y[chunk], fold(key_of_pass, self.index[chunk]))
+
+
+@dataclass(frozen=True)
+class TrainingBatches:
+    """Shuffled, augmented batches that are a pure function of (seed, epoch).
+
+    A last batch smaller than ``batch_size`` is kept.
+    """
+
+    split: Split
+    batch_size: int
+    crop_padding: int
+    flip: bool
+    seed: int
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.split) / self.batch_size)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from number ``start`` on."""
+        order = permutation(len(self.split), key(self.seed, "order", epoch)).to(self.split.x.device)
+        for chunk in order.split(self.batch_size)[start:]:
+            index = self.split.index[chunk]
+            x = self.split.x[chunk]
+            x = crop_and_flip(x, fold(key(self.seed, "augment", epoch), index), self.crop_padding, self.flip)
+            yield Batch(to_float(x), self.split.y[chunk], fold(key(self.seed, "train", epoch), index))
+
+
+def split_training(
+    images: Images, val_fraction: float, seed: int, device: torch.device
+) -> tuple[Split, Split]:
+    """The training images in two random parts: to learn from, and to choose the best epoch on.
+
+    Each part holds at least one image. The test images have no say in any choice.
+    """
+    order = permutation(len(images.x_train), key(seed, "validation"))
+    held_out = min(max(1, round(val_fraction * len(order))), len(order) - 1)
+    x, y = torch.from_numpy(images.x_train), torch.from_numpy(images.y_train)
+    val, train = (
+        Split(x[part].to(device), y[part].to(device), part.to(device))
+        for part in (order[:held_out].sort().values, order[held_out:].sort().values)
+    )
+    return train, val
+
+
+def first_test_images(images: Images, n: int | None, device: torch.device) -> Split:
+    """The first ``n`` test images of a fixed permutation (all of them for ``None`` or a larger n).
+
+    The permutation depends on the number of test images alone, so runs are compared on the same
+    images; a file sorted by class still yields every class.
+    """
+    chosen = permutation(len(images.x_test), key(0, "test order"))[:n]
+    x, y = torch.from_numpy(images.x_test), torch.from_numpy(images.y_test)
+    return Split(x[chosen].to(device), y[chosen].to(device), chosen.to(device))
+
+
+def to_float(x_u8: Tensor) -> Tensor:
+    """uint8 0..255 to float32 in [0, 1]."""
+    return x_u8.float().div_(255)
+
+
+def crop_and_flip(x_NCHW: Tensor, keys_N: Tensor, padding: int, flip: bool) -> Tensor:
+    """Zero-pad and crop back at a random place, mirror every other image; any dtype."""
+    n, _, height, width = x_NCHW.shape
+    draw_N3 = uniform(keys_N, (3,))
+    if padding:
+        top_N, left_N = (draw_N3[:, :2] * (2 * padding + 1)).long().unbind(1)
+        rows_NH = top_N[:, None] + torch.arange(height, device=x_NCHW.device)
+        columns_NW = left_N[:, None] + torch.arange(width, device=x_NCHW.device)
+        padded_NHWC = F.pad(x_NCHW, (padding,) * 4).permute(0, 2, 3, 1)
+        image_N = torch.arange(n, device=x_NCHW.device)[:, None, None]
+        cropped_NHWC = padded_NHWC[image_N, rows_NH[:, :, None], columns_NW[:, None, :]]
+        x_NCHW = cropped_NHWC.permute(0, 3, 1, 2).contiguous()
+    if flip:
+        mirrored_N = draw_N3[:, 2] < 0.5
+        x_NCHW = torch.where(mirrored_N[:, None, None, None], x_NCHW.flip(3), x_NCHW)
+    return x_NCHW

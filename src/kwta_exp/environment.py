@@ -1,0 +1,65 @@
+"""What a run ran on: versions, machine, threads, commit, command."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = (
+    "kwta_exp", "torch", "torchvision", "lightning-fabric", "hydra-core", "omegaconf", "foolbox",
+    "numpy", "scikit-learn", "safetensors", "pydantic",
+)  # fmt: skip
+
+
+def describe(device: str, runtime: dict[str, Any]) -> dict[str, Any]:
+    """The content of ``environment.json``.
+
+    Args:
+        device: the device's own name, such as ``"cpu"`` or a GPU's.
+        runtime: accelerator, devices, precision and threads as resolved.
+    """
+    return {
+        "command": command(),
+        "commit": commit(),
+        "device": device,
+        "runtime": runtime,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def command() -> str:
+    """The command line of this process, as a shell would take it."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def commit() -> str | None:
+    """The commit of the source tree, ``+changes`` appended if it differs; ``None`` outside git."""
+    tree = Path(__file__).parent
+    try:
+        head = _git(tree, "rev-parse", "HEAD")
+        changed = _git(tree, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{head}+changes" if changed else head
+
+
+def _git(tree: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(tree), *arguments], check=True, capture_output=True, text=True, timeout=10
+    )
+    return done.stdout.strip()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,155 @@
+"""Runs a suite of attacks over the test images, chunk by chunk, and trusts none of them."""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kwta_exp.attacks import Attack, Threat
+from kwta_exp.attacks.losses import margin
+from kwta_exp.data.batches import Split, to_float
+from kwta_exp.errors import UserError
+from kwta_exp.evaluation.counting import Counted
+from kwta_exp.evaluation.records import Column, Record
+from kwta_exp.progress import Progress
+from kwta_exp.randomness import fold, key
+from kwta_exp.storage import image_digests
+
+log = logging.getLogger(__name__)
+
+CLEAN = "clean"
+
+
+def evaluate(
+    network: nn.Module,
+    images: Split,
+    suite: Mapping[str, Attack],
+    threat: Threat,
+    seed: int,
+    batch_size: int,
+    folder: Path,
+) -> tuple[Record, dict[str, Record]]:
+    """Judge ``network`` clean and under each attack, on the images it classifies correctly clean.
+
+    Chunks of ``batch_size`` are fixed by the images and the clean outcome alone, random streams by
+    (seed, attack, image), and each chunk's rows are on disk before the next begins: an evaluation
+    that was killed continues to the same rows.
+
+    Each returned image is cast to float32, NaN pixels are put back, and it is projected into the
+    threat and [0, 1] before ``network`` judges it in float32. So an attack of another norm or radius
+    counts only as far as it stays inside.
+
+    Args:
+        network: float32, images in [0, 1] to logits; it is put into eval mode and frozen.
+        images: the test images to judge.
+        suite: attacks by name, cheap to dear.
+        threat: what a change may be.
+        seed: of the attacks' random streams.
+        batch_size: images of a chunk.
+        folder: where the records live.
+
+    Returns:
+        The clean record, and one record an attack.
+
+    Raises:
+        UserError: if an attack fails or returns something other than images, naming the attack.
+    """
+    network.eval().requires_grad_(False)
+    total = len(images) * (1 + len(suite))
+
+    with Progress("evaluating", total, "image") as progress:
+        clean = Record.open(folder / f"{CLEAN}.npz")
+        everything = torch.arange(len(images), device=images.x.device)
+        for chunk in _pending(everything, batch_size, clean, progress):
+            progress.show(attack=CLEAN)
+            started = time.monotonic()
+            logits = _judge(network, to_float(images.x[chunk]))
+            clean.append(_rows(images, chunk, logits), len(chunk), 0, time.monotonic() - started)
+            progress.advance(len(chunk))
+
+        survivors = np.ones(len(images), dtype=bool)
+        right = clean.columns["prediction"] == clean.columns["label"]
+        survivors &= right
+        targets = torch.from_numpy(np.flatnonzero(right)).to(images.x.device)
+
+        records = {}
+        for name, attack in suite.items():
+            record = records[name] = Record.open(folder / f"{name}.npz")
+            for chunk in _pending(targets, batch_size, record, progress):
+                progress.show(attack=name, worst_case=f"{survivors.mean():.1%}")
+                _attack_chunk(network, images, chunk, name, attack, threat, seed, record)
+                progress.advance(len(chunk))
+            survivors[np.flatnonzero(right)[record.columns["fooled"]] if len(record) else []] = False
+            log.debug("%s done, %.1f%% stand", name, 100 * survivors.mean())
+
+    return clean, records
+
+
+def _pending(positions: Tensor, batch_size: int, record: Record, progress: Progress) -> Iterator[Tensor]:
+    """The chunks that ``record`` lacks. It only ever holds whole ones."""
+    done = len(record)
+    progress.advance(done)
+    for chunk in positions.split(batch_size) if len(positions) else ():
+        if done >= len(chunk):
+            done -= len(chunk)
+        else:
+            yield chunk
+
+
+def _attack_chunk(
+    network: nn.Module,
+    images: Split,
+    chunk: Tensor,
+    name: str,
+    attack: Attack,
+    threat: Threat,
+    seed: int,
+    record: Record,
+) -> None:
+    x, y = to_float(images.x[chunk]), images.y[chunk]
+    counted = Counted(network)
+    started = time.monotonic()
+    try:
+        returned = attack(counted, x.clone(), y, fold(key(seed, "attack", name), images.index[chunk]))
+        if not isinstance(returned, Tensor) or returned.shape != x.shape:
+            raise ValueError(
+                f"returned {getattr(returned, 'shape', type(returned).__name__)};"
+                f" expected images {tuple(x.shape)}"
+            )
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        raise UserError(f"attack.{name}: {type(error).__name__}: {error}") from error
+
+    with torch.no_grad():
+        x_adv = returned.detach().to(x)
+        x_adv = threat.project(torch.where(x_adv.isnan(), x, x_adv), x)
+        logits = _judge(network, x_adv)
+        rows = _rows(images, chunk, logits)
+        rows["fooled"] = rows["prediction"] != rows["label"]
+        rows["distance"] = threat.distance(x_adv, x).cpu().numpy()
+    record.append(rows, counted.forwards, counted.backwards, time.monotonic() - started)
+
+
+@torch.no_grad()
+def _judge(network: nn.Module, x: Tensor) -> Tensor:
+    """Logits of the exact network in float32, whatever precision the run trains in."""
+    with torch.autocast(x.device.type, enabled=False):
+        logits: Tensor = network(x)
+    return logits
+
+
+def _rows(images: Split, chunk: Tensor, logits: Tensor) -> dict[str, Column]:
+    labels = images.y[chunk]
+    prediction = logits.argmax(1)
+    # A NaN logit is an error of the model: no class is predicted.
+    prediction = torch.where(logits.isnan().any(1), -1, prediction)
+    return {
+        "index": images.index[chunk].cpu().numpy(),
+        "digest": image_digests(images.x[chunk].cpu().numpy()),
+        "label": labels.cpu().numpy(),
+        "prediction": prediction.cpu().numpy(),
+        "margin": -margin(logits, labels).cpu().numpy(),
+    }

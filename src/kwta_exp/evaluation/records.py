@@ -1,0 +1,68 @@
+"""What happened to each image: one small columnar file an attack, whole after every chunk."""
+
+import io
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kwta_exp.errors import UserError
+from kwta_exp.storage import write_bytes
+
+Column = npt.NDArray[Any]
+
+
+@dataclass
+class Record:
+    """Rows of one attack (or of the clean pass), in the order the images were judged.
+
+    The ``.npz`` file holds one array a column, all of one length, and the costs so far.
+
+    Columns: ``index`` (of the test image in its dataset), ``digest`` (first 16 hex digits of the
+    uint8 image's SHA-256), ``label``, ``prediction``, ``margin`` (true logit minus the best other
+    one: negative is an error), and for attacks ``fooled`` and ``distance`` (in the threat's norm).
+    """
+
+    path: Path
+    columns: dict[str, Column] = field(default_factory=dict)
+    forwards: int = 0
+    backwards: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def open(cls, path: Path) -> "Record":
+        """Continue the record at ``path``, or begin one.
+
+        Raises:
+            UserError: if the file is damaged.
+        """
+        if not path.exists():
+            return cls(path)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                columns = dict(file)
+            costs = {name: columns.pop(name).item() for name in ("forwards", "backwards", "seconds")}
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+            raise UserError(f"evaluation record {path}: damaged ({error}); delete it to redo it") from error
+        return cls(path, columns, **costs)
+
+    def __len__(self) -> int:
+        return len(self.columns["index"]) if self.columns else 0
+
+    def append(self, rows: Mapping[str, Column], forwards: int, backwards: int, seconds: float) -> None:
+        """Add the rows of one chunk and what they cost, and replace the file."""
+        self.columns = {
+            name: np.concatenate([self.columns[name], new]) if self.columns else new
+            for name, new in rows.items()
+        }
+        self.forwards += forwards
+        self.backwards += backwards
+        self.seconds += seconds
+        buffer = io.BytesIO()
+        costs = {"forwards": self.forwards, "backwards": self.backwards, "seconds": self.seconds}
+        np.savez_compressed(buffer, **self.columns, **costs)  # type: ignore[arg-type]
+        write_bytes(self.path, buffer.getvalue())

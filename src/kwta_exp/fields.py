@@ -1,0 +1,41 @@
+"""Named types of the numbers users write, checked where an object is made.
+
+They serve pydantic dataclasses and ``validate_call`` alike, so YAML and Python are held to the
+same rules. Numbers are strict: ``true`` is not 1.0 and ``"3"`` is not 3.
+"""
+
+from fractions import Fraction
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field
+
+STRICT = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
+
+
+def _fraction(value: object) -> object:
+    """Read ``"8/255"`` as a number; leave everything else to the type that follows."""
+    if isinstance(value, str) and "/" in value:
+        try:
+            return float(Fraction(value.replace(" ", "")))
+        except (ValueError, ZeroDivisionError):
+            return value
+    return value
+
+
+Ratio = Annotated[float, Field(gt=0, le=1)]
+"""The share of a layer's values that win, in (0, 1]."""
+
+Eps = Annotated[float, BeforeValidator(_fraction), Field(ge=0)]
+"""A perturbation radius or step in pixel units of [0, 1]; ``8/255`` may be written as such."""
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+"""A proper share, in (0, 1)."""
+
+Count = Annotated[int, Field(ge=1)]
+"""A positive whole number."""
+
+Natural = Annotated[int, Field(ge=0)]
+"""A whole number, zero included."""
+
+Norm = Literal["linf", "l2"]
+"""The norm that bounds a perturbation."""

@@ -1,0 +1,66 @@
+"""Random numbers that are a pure function of (seed, purpose, example, position).
+
+A generator has a state, and a state must be saved, restored and shared between processes. A
+counter-based stream has none: the noise of image 17 in epoch 3 is the same in any batch, on any
+device, before or after a resume. The mixing function is SplitMix64's finaliser (Steele, Lea and
+Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), computed in wrapping int64.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def _signed(word: int) -> int:
+    """The int64 with the same bits as an unsigned 64-bit word."""
+    return word - (1 << 64) if word >= 1 << 63 else word
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX_1 = _signed(0xBF58476D1CE4E5B9)
+_MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def key(seed: int, *purpose: str | int) -> int:
+    """A 63-bit key for one use of a seed, such as ``key(seed, "order", epoch)``."""
+    text = "/".join(str(part) for part in (seed, *purpose))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def fold(key: int | Tensor, data: Tensor) -> Tensor:
+    """One new key for each number in ``data``, an int64 tensor ``(N,)``."""
+    return _mix(_mix(data * _GOLDEN) + key)
+
+
+def uniform(keys_N: Tensor, shape: Sequence[int]) -> Tensor:
+    """Float32 numbers in [0, 1), shape ``(N, *shape)``, one stream for each key."""
+    size = math.prod(shape)
+    counter = torch.arange(1, size + 1, device=keys_N.device) * _GOLDEN
+    bits = _mix(keys_N[:, None] + counter)
+    return (_shift(bits, 40).float() * 2.0**-24).view(len(keys_N), *shape)
+
+
+def normal(keys_N: Tensor, shape: Sequence[int]) -> Tensor:
+    """Standard normal float32 numbers, shape ``(N, *shape)``, by the Box-Muller transform."""
+    u = uniform(keys_N, (2, *shape))
+    return torch.sqrt(-2 * torch.log1p(-u[:, 0])) * torch.cos(2 * math.pi * u[:, 1])
+
+
+def permutation(length: int, key: int) -> Tensor:
+    """A random order of ``range(length)`` on the CPU, int64 ``(length,)``."""
+    generator = torch.Generator().manual_seed(key)
+    return torch.randperm(length, generator=generator)
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64 (torch's ``>>`` keeps the sign)."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ _shift(z, 30)) * _MIX_1
+    z = (z ^ _shift(z, 27)) * _MIX_2
+    return z ^ _shift(z, 31)

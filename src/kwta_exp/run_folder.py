@@ -1,0 +1,99 @@
+"""The folder of one run: its name, its files, and what is already in it."""
+
+import json
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kwta_exp.errors import UserError
+from kwta_exp.storage import sha256_of_json
+
+_HASH_DIGITS = 10
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside ``outputs/<name>/s<seed>-<hash>/``.
+
+    ``state.pt`` is all there is of an unfinished training. ``last.safetensors`` is written after
+    ``best.safetensors`` and nothing else is written between, so its presence means that training is
+    over.
+    """
+
+    path: Path
+
+    @classmethod
+    def of(cls, outputs: Path, name: str, seed: int, identity: Mapping[str, Any]) -> "RunFolder":
+        """The folder for ``identity``: everything that decides the trained weights."""
+        return cls(outputs / name / f"s{seed}-{sha256_of_json(identity)[:_HASH_DIGITS]}")
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def overrides(self) -> Path:
+        return self.path / "overrides.yaml"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "run.log"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def state(self) -> Path:
+        return self.path / "checkpoints" / "state.pt"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "checkpoints" / "best.safetensors"
+
+    @property
+    def last(self) -> Path:
+        return self.path / "checkpoints" / "last.safetensors"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
+    def evaluation(self, suite: str, identity: Mapping[str, Any]) -> Path:
+        """The folder of one evaluation: everything that decides the outcome of each image."""
+        return self.path / "evaluation" / f"{suite}-{sha256_of_json(identity)[:_HASH_DIGITS]}"
+
+    def set_aside(self) -> Path | None:
+        """Rename an existing folder to ``...-before-<time>``, and say to what."""
+        if not self.path.exists():
+            return None
+        aside = self.path.with_name(f"{self.path.name}-before-{time.strftime('%Y%m%d-%H%M%S')}")
+        self.path.rename(aside)
+        return aside
+
+
+def read_results(path: Path) -> dict[str, Any] | None:
+    """A finished evaluation's results, or ``None`` if there are none."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error}); delete it to have it made again") from error
+    return dict(content)
+
+
+def readable(text: str) -> str:
+    """``text`` as a part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9._+]+", "_", text).strip("_")

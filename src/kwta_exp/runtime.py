@@ -1,0 +1,106 @@
+"""Where a run computes: device, precision, processes and threads, carried by Lightning Fabric."""
+
+import ctypes
+import os
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import dataclasses
+
+from kwta_exp.errors import UserError
+from kwta_exp.fields import STRICT, Count
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
+class Runtime:
+    """Fabric's settings, plus the number of CPU threads.
+
+    It is checked without loading torch, so that a machine that lacks what was asked for says so at
+    once. What it resolves to (:meth:`identity`) decides the last bits of the weights.
+
+    Args:
+        accelerator: ``"auto"`` takes an NVIDIA GPU if there is one.
+        devices: processes, one a device. One, for now.
+        precision: Fabric's name: ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"``. It rules training;
+            evaluation is always in float32.
+        threads: CPU threads; ``None`` takes one for each core the process may use.
+    """
+
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: Literal[1] = 1
+    precision: Precision = "32-true"
+    threads: Count | None = None
+
+    def __post_init__(self) -> None:
+        if self.accelerator == "cuda" and not _nvidia_gpus():
+            raise UserError(
+                "runtime.accelerator='cuda': no NVIDIA GPU is visible on this machine;"
+                " expected one, or runtime=cpu"
+            )
+        if self.precision == "16-mixed" and self.resolved_accelerator == "cpu":
+            raise UserError(
+                "runtime.precision='16-mixed': needs a GPU; expected '32-true' or 'bf16-mixed' on a CPU"
+            )
+
+    @property
+    def resolved_accelerator(self) -> Literal["cpu", "cuda"]:
+        if self.accelerator == "auto":
+            return "cuda" if _nvidia_gpus() else "cpu"
+        return self.accelerator
+
+    @property
+    def resolved_threads(self) -> int:
+        return self.threads or _usable_cores()
+
+    def identity(self) -> dict[str, str | int]:
+        """What of the runtime decides bits."""
+        return {
+            "accelerator": self.resolved_accelerator,
+            "devices": self.devices,
+            "precision": self.precision,
+            "threads": self.resolved_threads,
+        }
+
+    def launch(self) -> "Fabric":
+        """Load torch, set its threads and start Fabric.
+
+        Raises:
+            UserError: if a GPU is there but this build of torch cannot use it.
+        """
+        import torch
+        from lightning_fabric import Fabric
+
+        torch.set_num_threads(self.resolved_threads)
+        if self.resolved_accelerator == "cuda" and not torch.cuda.is_available():
+            raise UserError(
+                f"runtime.accelerator={self.accelerator!r}: the machine has a GPU that torch"
+                f" {torch.__version__} cannot use; mend the driver or choose runtime=cpu"
+            )
+        fabric = Fabric(accelerator=self.resolved_accelerator, devices=self.devices, precision=self.precision)
+        fabric.launch()
+        return fabric
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _nvidia_gpus() -> int:
+    """How many GPUs the NVIDIA driver reports, without starting CUDA (a fork later must be able to)."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
+        return 0
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_uint(0)
+    if nvml.nvmlInit_v2() != 0 or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
+        return 0
+    nvml.nvmlShutdown()
+    return count.value
