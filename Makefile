@@ -1,6 +1,6 @@
 # `make demo` and `make test` set everything up; `make help` lists the rest.
 .DEFAULT_GOAL := help
-PYTHON ?= python3.11
+PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready

@@ -42,8 +42,8 @@ def kwta(
 
     Ties with the k-th largest value are all kept, as in the published code, so a constant input
     passes unchanged. Negative winners keep their sign. A NaN stays where it is and ranks as the
-    largest value. The gradient passes through the winners alone; the choice of winners has none.
-    Backward keeps one mask of one byte a value and nothing else.
+    largest value; where k or more are NaN, nothing finite wins. The gradient passes through the
+    winners alone; the choice of winners has none. Backward keeps one mask of one byte a value.
 
     Raises:
         ValueError: unless exactly one of ``ratio`` and ``k`` is given, or if ``x`` has no dimension
@@ -55,7 +55,7 @@ def kwta(
         raise ValueError(f"kwta expects (N, ...) with 2 or more dimensions, got {tuple(x.shape)}")
     if x.numel() == 0:
         return x
-    return x.masked_fill(_losers(x.detach(), ratio, k, over, by), 0)
+    return torch.where(_losers(x.detach(), ratio, k, over, by), 0, x)
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def _losers(x: Tensor, ratio: float | None, k: int | None, over: Over, by: By) -
     size = rows.shape[1]
     winners = max(1, math.floor(ratio * size)) if ratio is not None else min(k or 1, size)
     threshold = kth_largest(rows, winners)
-    # k or more NaN: no number wins. "<" is false for NaN itself, so NaN never loses.
+    # k or more NaN: nothing finite wins. "<" is false for NaN itself, so NaN never loses.
     threshold = threshold.masked_fill(threshold.isnan(), math.inf)
     lead = 2 if per_channel else 1
     losers: Tensor = score < threshold.view(*x.shape[:lead], *[1] * (x.dim() - lead))

@@ -5,6 +5,7 @@ Srivastava, Masci, Kazerounian, Gomez and Schmidhuber, "Compete to Compute", NIP
 
 import math
 
+import torch
 from pydantic import validate_call
 from torch import Tensor, nn
 
@@ -34,7 +35,7 @@ def lwta(x: Tensor, group_size: int = 2) -> Tensor:
     groups = x.detach().unflatten(1, (channels // group_size, group_size))
     best = groups.amax(dim=2, keepdim=True)
     losers = groups < best.masked_fill(best.isnan(), math.inf)
-    return x.masked_fill(losers.flatten(1, 2), 0)
+    return torch.where(losers.flatten(1, 2), 0, x)
 
 
 class LWTA(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from pydantic import dataclasses
 from torch import Tensor, nn
 
-from kwta_exp.attacks.losses import LOSSES, LossName
+from kwta_exp.attacks.losses import LOSSES, LossName, margin
 from kwta_exp.attacks.threat import Threat
 from kwta_exp.fields import STRICT, Count, Eps, Norm
 from kwta_exp.randomness import fold
@@ -28,9 +28,8 @@ class PGD:
         random_start: begin at a uniform point of the ball instead of the image.
         restarts: independent runs; every one needs a random start of its own.
         loss: ``"ce"`` or ``"margin"``.
-        keep_best: return the best iterate (one that fools the model, then the highest loss) instead
-            of the last, stop once every image is fooled, and spend one more forward pass. Off for
-            training, as is usual.
+        keep_best: return the iterate with the largest margin of error instead of the last, stop once
+            every image is fooled, and spend one more forward pass. Off for training, as is usual.
     """
 
     norm: Norm
@@ -58,43 +57,46 @@ class PGD:
                 x_adv = threat.random_point(x, fold(restart, keys))
 
             for _ in range(self.steps):
-                loss, logits, gradient = self._ascend(model, x_adv, y)
-                if self.keep_best and best.update(x_adv, loss, logits, y):
+                gradient, logits = self._gradient(model, x_adv, y)
+                if self.keep_best and best.update(x_adv, logits, y):
                     return best.x
                 x_adv = threat.project(x_adv + step_size * threat.steepest(gradient), x)
 
             if not self.keep_best:
                 return x_adv
             with torch.no_grad():
-                logits = model(x_adv)
-            if best.update(x_adv, LOSSES[self.loss](logits, y), logits, y):
-                return best.x
+                if best.update(x_adv, model(x_adv), y):
+                    return best.x
 
         return best.x
 
-    def _ascend(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss ``(N,)``, logits, and the loss's gradient with respect to the input alone."""
+    def _gradient(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss's gradient with respect to the input alone, and the logits."""
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             logits = model(x)
-            loss = LOSSES[self.loss](logits, y)
-            (gradient,) = torch.autograd.grad(loss.sum(), x)
-        return loss.detach(), logits.detach(), gradient
+            loss = LOSSES[self.loss](logits, y).sum()
+        (gradient,) = torch.autograd.grad(loss, x)
+        return gradient, logits.detach()
 
 
 class _Best:
-    """The best iterate of each image so far."""
+    """The iterate of each image with the largest margin of error so far.
+
+    Ranked by margin whatever the loss: cross-entropy rounds to 0 on confident networks, where
+    iterates could no longer be told apart.
+    """
 
     def __init__(self, x: Tensor) -> None:
         self.x = x.clone()
-        self.loss = x.new_full((len(x),), float("-inf"))
+        self.margin = x.new_full((len(x),), float("-inf"))
         self.fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
-    def update(self, x_adv: Tensor, loss: Tensor, logits: Tensor, y: Tensor) -> bool:
+    def update(self, x_adv: Tensor, logits: Tensor, y: Tensor) -> bool:
         """Take over what is better; true once every image is fooled."""
-        fooled = logits.argmax(1) != y
-        better = (fooled & ~self.fooled) | ((fooled == self.fooled) & (loss > self.loss))
+        found = margin(logits, y).to(self.margin)
+        better = found > self.margin
         self.x[better] = x_adv[better]
-        self.loss = torch.where(better, loss.to(self.loss), self.loss)
-        self.fooled |= fooled
+        self.margin = torch.where(better, found, self.margin)
+        self.fooled |= logits.argmax(1) != y
         return bool(self.fooled.all())

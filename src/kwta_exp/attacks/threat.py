@@ -37,7 +37,11 @@ class Threat:
         """The direction of unit norm that a linear loss rises fastest in; 0 where it is flat."""
         if self.norm == "linf":
             return gradient.sign()
-        return gradient / _l2(gradient).clamp_min(1e-12)
+        # Scaled twice, because the squares of a confident network's gradients underflow.
+        gradient = gradient / gradient.abs().amax(tuple(range(1, gradient.dim())), keepdim=True).clamp_min(
+            torch.finfo(gradient.dtype).tiny
+        )
+        return gradient / _l2(gradient).clamp_min(0.5)
 
     def random_point(self, x: Tensor, keys: Tensor) -> Tensor:
         """A point drawn uniformly from the ball around each image, clipped to [0, 1]."""
@@ -57,4 +61,5 @@ class Threat:
 
 
 def _l2(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), keepdim=True)
+    return norms

@@ -215,7 +215,7 @@ class Arrays(Dataset):
         names = ("x_train", "y_train", "x_test", "y_test")
         try:
             # Pickled objects could run code, so they stay forbidden.
-            with np.load(self.path, allow_pickle=False) as file:
+            with Path(self.path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 if missing := [name for name in names if name not in file]:
                     raise UserError(
                         f"dataset.path={self.path}: lacks {', '.join(missing)}; expected {', '.join(names)}"

@@ -43,7 +43,7 @@ class Record:
         if not path.exists():
             return cls(path)
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 columns = dict(file)
             costs = {name: columns.pop(name).item() for name in ("forwards", "backwards", "seconds")}
         except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:

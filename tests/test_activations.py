@@ -1,0 +1,173 @@
+"""k-WTA and LWTA against plain references, in every shape, dtype and memory format they promise."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from kwta_exp.activations import KWTA, LWTA, kwta, lwta
+from kwta_exp.activations.selection import kth_largest
+
+SHAPES = [(5, 12), (3, 4, 6), (2, 3, 5, 4), (2, 3, 2, 4, 3)]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def reference(x: Tensor, k: int, per_channel: bool = False, magnitude: bool = False) -> Tensor:
+    """Row by row in Python: keep what is not smaller than the k-th of a full sort."""
+    rows = x.flatten(0, 1).flatten(1) if per_channel and x.dim() > 2 else x.flatten(1)
+    kept = torch.zeros_like(rows)
+    for i, row in enumerate(rows):
+        score = [abs(v) if magnitude else v for v in row.tolist()]
+        # NaN ranks above everything; where it is the k-th largest, nothing finite wins.
+        threshold = sorted(score, key=lambda v: (math.isnan(v), v), reverse=True)[k - 1]
+        threshold = math.inf if math.isnan(threshold) else threshold
+        for j, v in enumerate(score):
+            if math.isnan(v) or v >= threshold:
+                kept[i, j] = row[j]
+    return kept.view(x.shape)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return (
+        a.dtype == b.dtype
+        and torch.equal(a.isnan(), b.isnan())
+        and torch.equal(a.nan_to_num(), b.nan_to_num())
+    )
+
+
+values = st.one_of(
+    st.floats(-4, 4, width=16), st.sampled_from([0.0, -0.0, 1.0, -1.0, math.nan, math.inf, -math.inf])
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), shape=st.sampled_from(SHAPES), dtype=st.sampled_from(DTYPES),
+       per_channel=st.booleans(), magnitude=st.booleans(), last=st.booleans())  # fmt: skip
+def test_kwta_equals_a_sort(data, shape, dtype, per_channel, magnitude, last):  # type: ignore[no-untyped-def]
+    size = math.prod(shape)
+    x = torch.tensor(data.draw(st.lists(values, min_size=size, max_size=size)), dtype=dtype).view(shape)
+    if last and x.dim() in CHANNELS_LAST:
+        x = x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
+    row = math.prod(shape[2:]) if per_channel and x.dim() > 2 else math.prod(shape[1:])
+    k = data.draw(st.integers(1, row))
+    over, by = "channel" if per_channel else "volume", "magnitude" if magnitude else "value"
+
+    result = kwta(x, k=k, over=over, by=by)
+
+    assert same(result, reference(x, k, per_channel, magnitude))
+    assert result.stride() == x.stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kth_largest_is_exact_on_long_rows(dtype: torch.dtype) -> None:
+    rows = torch.randn(4, 5000, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for k in (1, 2, 500, 4999, 5000):
+        expected = rows.double().sort(descending=True).values[:, k - 1 : k]
+        assert torch.equal(kth_largest(rows, k).double(), expected)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "size", "kept"), [(0.1, 100, 10), (0.1, 9, 1), (1.0, 7, 7), (0.5, 3, 1), (0.29, 100, 28)]
+)
+def test_ratio_floors_and_keeps_at_least_one(ratio: float, size: int, kept: int) -> None:
+    # 0.29 * 100 is 28.999... in floating point; the published int(ratio * size) gives 28 too.
+    x = torch.randperm(size).float()[None] + 1
+    assert int((kwta(x, ratio) != 0).sum()) == kept
+
+
+def test_ties_are_all_kept_and_a_constant_passes() -> None:
+    assert kwta(torch.tensor([[3.0, 1.0, 3.0, 3.0, 2.0]]), k=2).tolist() == [[3, 0, 3, 3, 0]]
+    constant = torch.full((2, 3, 4, 4), -1.5)
+    assert torch.equal(kwta(constant, 0.1), constant)
+
+
+def test_nan_does_not_vanish() -> None:
+    assert kwta(torch.tensor([[1.0, math.nan, 3.0]]), k=2).isnan().tolist() == [[False, True, False]]
+    crowded = kwta(torch.tensor([[math.nan, math.nan, 3.0]]), k=1)
+    assert crowded.isnan().tolist() == [[True, True, False]]
+    assert crowded[0, 2] == 0
+
+
+def test_gradient_passes_through_winners_alone() -> None:
+    x = torch.tensor([[4.0, -1.0, 2.0, 3.0]], requires_grad=True)
+    kwta(x, k=2).backward(torch.tensor([[1.0, 10.0, 100.0, 1000.0]]))
+    assert x.grad is not None
+    assert x.grad.tolist() == [[1, 0, 0, 1000]]
+
+
+@pytest.mark.parametrize("activation", [partial(kwta, ratio=0.3), partial(kwta, ratio=0.3, over="channel", by="magnitude"), partial(lwta, group_size=2)])  # fmt: skip
+def test_gradcheck(activation) -> None:  # type: ignore[no-untyped-def]
+    # A permutation keeps every pair of magnitudes far apart compared with gradcheck's step.
+    signs = torch.tensor([1.0, -1.0]).repeat(48)
+    x = ((torch.randperm(96, generator=torch.Generator().manual_seed(0)) + 1) * signs).double()
+    x = x.view(2, 4, 3, 4).requires_grad_()
+    assert torch.autograd.gradcheck(activation, (x,))
+    assert torch.autograd.gradgradcheck(activation, (x,))
+
+
+def test_backward_saves_one_byte_a_value() -> None:
+    saved = []
+    x = torch.randn(2, 8, 16, 16, requires_grad=True)
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        kwta(x * 1.0, 0.1)
+    # What the multiplication saves is none of k-WTA's.
+    assert sum(saved) <= x.numel()
+
+
+@pytest.mark.parametrize("make", [partial(KWTA, ratio=0.2), partial(LWTA, group_size=2)])
+def test_autocast_and_compile(make) -> None:  # type: ignore[no-untyped-def]
+    torch.compiler.reset()
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), make())
+    x = torch.randn(2, 1, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(x).dtype == torch.bfloat16
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)  # fullgraph: no graph break
+    assert torch.equal(compiled(x), net(x))
+    compiled(x).sum().backward()
+    assert net[0].weight.grad.abs().sum() > 0  # type: ignore[union-attr]
+
+
+def test_module_options() -> None:
+    x = torch.tensor([[-5.0, 1.0, -2.0, 0.5]])
+    assert KWTA(k=3)(x).tolist() == [[0, 1, -2, 0.5]]
+    assert KWTA(k=3, relu=True)(x).tolist() == [[0, 1, 0, 0.5]]
+    assert KWTA(ratio=0.25, by="magnitude")(x).tolist() == [[-5, 0, 0, 0]]
+    assert KWTA(k=100)(x).tolist() == x.tolist()
+    assert repr(KWTA(0.25)) == "KWTA(ratio=0.25, over=volume, by=value)"
+
+
+@pytest.mark.parametrize("bad", [{}, {"ratio": 0.1, "k": 3}, {"ratio": 0.0}, {"ratio": 1.5}, {"ratio": True},
+                                 {"k": 0}, {"ratio": 0.1, "over": "rows"}])  # fmt: skip
+def test_bad_settings_are_refused(bad) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises((ValidationError, ValueError)):
+        KWTA(**bad)
+
+
+def test_bad_inputs_are_refused_and_empty_ones_pass() -> None:
+    with pytest.raises(ValueError, match="2 or more dimensions"):
+        kwta(torch.zeros(3), 0.1)
+    with pytest.raises(ValueError, match="does not divide"):
+        lwta(torch.zeros(2, 5), 2)
+    assert kwta(torch.zeros(0, 3, 4), 0.1).shape == (0, 3, 4)
+
+
+def test_lwta_keeps_the_largest_of_each_group() -> None:
+    x = torch.tensor([[1.0, 2.0, -3.0, -1.0, 5.0, 5.0]])
+    assert lwta(x, 2).tolist() == [[0, 2, 0, -1, 5, 5]]
+    assert lwta(x, 3).tolist() == [[0, 2, 0, 0, 5, 5]]
+    planes = torch.randn(2, 6, 3, 3)
+    groups = planes.view(2, 2, 3, 3, 3)
+    expected = torch.where(groups == groups.amax(2, keepdim=True), groups, 0).view_as(planes)
+    assert torch.equal(lwta(planes, 3), expected)
+    assert lwta(torch.tensor([[1.0, math.nan]]), 2).isnan().tolist() == [[False, True]]

@@ -1,0 +1,159 @@
+"""Attacks: in their ball, without side effects, and as strong as the closed form on a linear model."""
+
+from collections.abc import Callable
+
+import foolbox
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kwta_exp.activations import KWTA
+from kwta_exp.attacks import PGD, Attack, FoolboxAttack, Threat
+from kwta_exp.attacks.losses import margin
+from kwta_exp.randomness import fold, key
+
+THREATS = [Threat(norm="linf", eps=0.1), Threat(norm="l2", eps=0.6)]
+
+MAKERS: dict[str, Callable[[Threat], Attack]] = {
+    "fgsm": lambda t: PGD(norm=t.norm, eps=t.eps, steps=1, step_size=t.eps, random_start=False),
+    "pgd": lambda t: PGD(norm=t.norm, eps=t.eps, steps=20),
+    "pgd_last": lambda t: PGD(norm=t.norm, eps=t.eps, steps=20, keep_best=False),
+    "pgd_margin": lambda t: PGD(norm=t.norm, eps=t.eps, steps=20, loss="margin", restarts=2),
+    "deepfool": lambda t: FoolboxAttack(
+        foolbox.attacks.LinfDeepFoolAttack(steps=20) if t.norm == "linf" else foolbox.attacks.L2DeepFoolAttack(steps=20), t
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def images() -> tuple[Tensor, Tensor, Tensor]:
+    """Images well inside [0, 1] (so that the ball is not cut), labels to be set, keys."""
+    x = 0.4 + 0.2 * torch.rand(24, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+    return x.double(), torch.zeros(24, dtype=torch.long), fold(key(0, "test"), torch.arange(24))
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=lambda t: t.norm)
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+def test_pgd_reaches_the_optimum_of_a_two_class_linear_model(threat, loss, images) -> None:  # type: ignore[no-untyped-def]
+    x, _, keys = images
+    w = torch.randn(48, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2)).double()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.stack([w, -w]))
+        model[1].bias.copy_(torch.tensor([50.0, -50.0]))  # nothing is ever fooled, so nothing stops early
+    y = torch.zeros(24, dtype=torch.long)
+
+    attack = PGD(norm=threat.norm, eps=threat.eps, steps=40, step_size=threat.eps / 2, loss=loss)
+    x_adv = attack(model, x, y, keys)
+
+    # The margin is 2 (w.x + 50); inside the ball w.x falls by at most eps times the dual norm of w.
+    dual = w.abs().sum() if threat.norm == "linf" else w.norm()
+    gained = (x - x_adv).flatten(1) @ w
+    torch.testing.assert_close(gained, (threat.eps * dual).expand(24), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=lambda t: t.norm)
+@pytest.mark.parametrize("name", MAKERS)
+def test_attacks_break_a_linear_model_inside_the_ball(name, threat, images, linear_model) -> None:  # type: ignore[no-untyped-def]
+    x, _, keys = images
+    y = linear_model(x).argmax(1)
+    x_adv = MAKERS[name](threat)(linear_model, x, y, keys)
+    assert x_adv.shape == x.shape
+    assert threat.distance(x_adv, x).max() <= threat.eps + 1e-6
+    assert x_adv.min() >= 0
+    assert x_adv.max() <= 1
+    # These balls hold an error for most images: an attack that never moves finds none.
+    assert (linear_model(x_adv).argmax(1) != y).double().mean() > 0.5
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_attacks_leave_no_trace(name, images) -> None:  # type: ignore[no-untyped-def]
+    x, y, keys = images
+    x = x.float()
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), KWTA(0.2), nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 5)
+    ).eval()
+    model.requires_grad_(name != "deepfool")  # the evaluator freezes; foolbox calls backward()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    modes, rng, given = [m.training for m in model.modules()], torch.get_rng_state(), x.clone()
+
+    MAKERS[name](THREATS[0])(model, x, y, keys)
+
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert torch.equal(x, given)
+
+
+def test_images_at_the_edge_stay_in_range(linear_model) -> None:  # type: ignore[no-untyped-def]
+    x = torch.cat([torch.zeros(4, 3, 4, 4), torch.ones(4, 3, 4, 4)]).double()
+    y = linear_model(x).argmax(1)
+    for threat in THREATS:
+        for name, make in MAKERS.items():
+            x_adv = make(threat)(linear_model, x, y, torch.arange(8))
+            assert 0 <= x_adv.min() <= x_adv.max() <= 1, name
+            assert threat.distance(x_adv, x).max() <= threat.eps + 1e-6
+
+
+def test_an_image_fares_the_same_in_any_batch(images, linear_model) -> None:  # type: ignore[no-untyped-def]
+    x, _, keys = images
+    y = linear_model(x).argmax(1)
+    attack = PGD(norm="linf", eps=0.01, steps=5, restarts=2)
+    whole = attack(linear_model, x, y, keys)
+    parts = torch.cat(
+        [attack(linear_model, x[i : i + 5], y[i : i + 5], keys[i : i + 5]) for i in range(0, 24, 5)]
+    )
+    # Early stopping depends on the batch, outcomes do not.
+    assert torch.equal(linear_model(whole).argmax(1) != y, linear_model(parts).argmax(1) != y)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_pgd_takes_the_steps_of_foolbox(norm: str, images) -> None:  # type: ignore[no-untyped-def]
+    x, y, keys = images
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 30), nn.Tanh(), nn.Linear(30, 5)).double().eval()
+    theirs = foolbox.attacks.LinfPGD if norm == "linf" else foolbox.attacks.L2PGD
+    reference = theirs(steps=7, abs_stepsize=0.01, random_start=False)
+    model.requires_grad_(False)
+    _, expected, _ = reference(foolbox.PyTorchModel(model, bounds=(0, 1)), x, y, epsilons=0.03)
+    ours = PGD(norm=norm, eps=0.03, steps=7, step_size=0.01, random_start=False, keep_best=False)  # type: ignore[arg-type]
+    torch.testing.assert_close(ours(model, x, y, keys), expected, rtol=0, atol=1e-9)
+
+
+class Peak(nn.Module):
+    """Class 1 is likeliest where the mean is 0.55, and never likelier than class 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.flatten(1).mean(1)
+        return torch.stack([torch.ones_like(mean), -10 * (mean - 0.55).abs()], dim=1)
+
+
+def test_the_best_iterate_is_kept() -> None:
+    x, y = torch.full((2, 1, 2, 2), 0.5), torch.zeros(2, dtype=torch.long)
+    # The way is 0.5, 0.54, 0.58: the last step jumps over the peak.
+    for keep_best, mean in ((True, 0.54), (False, 0.58)):
+        attack = PGD(norm="linf", eps=0.2, steps=2, step_size=0.04, random_start=False, keep_best=keep_best)
+        found = attack(Peak(), x, y, torch.arange(2))
+        torch.testing.assert_close(found, torch.full_like(x, mean))
+
+
+def test_random_points_fill_the_ball() -> None:
+    x = torch.full((4000, 1, 3, 3), 0.5)
+    keys = fold(key(0, "ball"), torch.arange(4000))
+    linf = Threat(norm="linf", eps=0.1).random_point(x, keys) - x
+    assert linf.abs().max() <= 0.1 + 1e-6
+    assert abs(linf.mean()) < 6 * 0.1 / 3**0.5 / 36_000**0.5
+    radius = Threat(norm="l2", eps=0.1).distance(Threat(norm="l2", eps=0.1).random_point(x, keys), x) / 0.1
+    assert radius.max() <= 1 + 1e-5
+    # In 9 dimensions the radius of a uniform point has the mean 9/10.
+    assert abs(radius.mean() - 0.9) < 0.01
+
+
+def test_margin_is_positive_exactly_on_errors() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0]])
+    assert margin(logits, torch.tensor([0, 2])).tolist() == [-1, 2]
+
+
+def test_restarts_without_a_random_start_are_refused() -> None:
+    with pytest.raises(ValueError, match="restarts=3 needs random_start"):
+        PGD(norm="linf", eps=0.1, restarts=3, random_start=False)

@@ -1,0 +1,55 @@
+"""Streams that depend on key and position alone, and look random."""
+
+import torch
+
+from kwta_exp.randomness import fold, key, normal, permutation, uniform
+
+
+def test_keys_differ_by_seed_and_purpose_and_never_change() -> None:
+    # Pinned: a change here changes every seeded result there is.
+    assert key(0, "order", 1) == 4489457307835839548
+    pinned = uniform(torch.tensor([key(0, "a"), -5]), (2,))
+    assert pinned.flatten().tolist() == [
+        0.3060547113418579,
+        0.3127847909927368,
+        0.0886504054069519,
+        0.5575479865074158,
+    ]
+    assert len({key(0, "a"), key(1, "a"), key(0, "b"), key(0, "a", 0), key(0, "a", 1)}) == 5
+
+
+def test_an_image_draws_the_same_in_any_batch() -> None:
+    keys = fold(key(3, "noise"), torch.arange(100))
+    together = uniform(keys, (3, 5))
+    alone = torch.cat([uniform(k[None], (3, 5)) for k in keys])
+    assert torch.equal(together, alone)
+    order = torch.randperm(100)
+    assert torch.equal(uniform(keys[order], (3, 5)), together[order])
+
+
+def test_uniform_is_uniform() -> None:
+    u = uniform(fold(key(0, "test"), torch.arange(1000)), (200,))
+    assert u.dtype == torch.float32
+    assert 0 <= u.min()
+    assert u.max() < 1
+    # 200,000 draws: each of 20 bins holds 10,000 +- 97; six deviations leave no room for luck.
+    counts = torch.histc(u, 20, 0, 1)
+    assert (counts - 10_000).abs().max() < 6 * 97
+    # Neighbouring streams and neighbouring positions are uncorrelated (standard error 0.0022).
+    v = u - 0.5
+    for a, b in ((v[:, 1:], v[:, :-1]), (v[1:], v[:-1])):
+        assert abs((a * b).mean() / v.var()) < 0.0022 * 6
+
+
+def test_normal_is_normal() -> None:
+    z = normal(fold(key(0, "test"), torch.arange(1000)), (100,)).flatten().double()
+    assert abs(z.mean()) < 6 / 100_000**0.5
+    assert abs(z.var() - 1) < 6 * (2 / 100_000) ** 0.5
+    assert abs((z**4).mean() - 3) < 6 * (96 / 100_000) ** 0.5
+    assert z.isfinite().all()
+
+
+def test_permutation() -> None:
+    assert permutation(50, 7).sort().values.tolist() == list(range(50))
+    assert torch.equal(permutation(50, 7), permutation(50, 7))
+    assert not torch.equal(permutation(50, 7), permutation(50, 8))
