@@ -101,7 +101,11 @@ def test_gradient_passes_through_winners_alone() -> None:
     assert x.grad.tolist() == [[1, 0, 0, 1000]]
 
 
-@pytest.mark.parametrize("activation", [partial(kwta, ratio=0.3), partial(kwta, ratio=0.3, over="channel", by="magnitude"), partial(lwta, group_size=2)])  # fmt: skip
+@pytest.mark.parametrize("activation", [
+    partial(kwta, ratio=0.3),
+    partial(kwta, ratio=0.3, over="channel", by="magnitude"),
+    partial(lwta, group_size=2),
+])  # fmt: skip
 def test_gradcheck(activation) -> None:  # type: ignore[no-untyped-def]
     # A permutation keeps every pair of magnitudes far apart compared with gradcheck's step.
     signs = torch.tensor([1.0, -1.0]).repeat(48)

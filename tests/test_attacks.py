@@ -14,14 +14,14 @@ from kwta_exp.randomness import fold, key
 
 THREATS = [Threat(norm="linf", eps=0.1), Threat(norm="l2", eps=0.6)]
 
+DEEPFOOL = {"linf": foolbox.attacks.LinfDeepFoolAttack, "l2": foolbox.attacks.L2DeepFoolAttack}
+
 MAKERS: dict[str, Callable[[Threat], Attack]] = {
     "fgsm": lambda t: PGD(norm=t.norm, eps=t.eps, steps=1, step_size=t.eps, random_start=False),
     "pgd": lambda t: PGD(norm=t.norm, eps=t.eps, steps=20),
     "pgd_last": lambda t: PGD(norm=t.norm, eps=t.eps, steps=20, keep_best=False),
     "pgd_margin": lambda t: PGD(norm=t.norm, eps=t.eps, steps=20, loss="margin", restarts=2),
-    "deepfool": lambda t: FoolboxAttack(
-        foolbox.attacks.LinfDeepFoolAttack(steps=20) if t.norm == "linf" else foolbox.attacks.L2DeepFoolAttack(steps=20), t
-    ),
+    "deepfool": lambda t: FoolboxAttack(DEEPFOOL[t.norm](steps=20), t),
 }  # fmt: skip
 
 

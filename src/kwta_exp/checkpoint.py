@@ -2,7 +2,6 @@
 
 import io
 import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -106,5 +105,5 @@ def _load_plain(path: Path, what: str) -> Any:
             f"{what}: refused. It is no plain torch file: loading it would run code, or it is damaged"
             " (nothing was run). Expected tensors, numbers and text only"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{what}: damaged or not a torch file ({error})") from error
+    except Exception as error:  # damaged bytes make the reader fail in any way whatever
+        raise UserError(f"{what}: damaged or not a torch file ({error!r})") from error

@@ -1,0 +1,62 @@
+"""Who may import whom: arrows point from run.py down to the activations, never up."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "kwta_exp"
+
+LAYERS = [
+    {"errors", "fields", "randomness", "storage", "progress", "environment"},
+    {"activations", "run_folder", "runtime"},
+    {"attacks", "models", "data", "checkpoint"},
+    {"training", "evaluation", "report"},
+    {"config"},
+    {"experiment"},
+]
+HYDRA_ALLOWED = {"config.py", "experiment.py"}
+MODULES = sorted(SOURCE.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            found |= {f"{module}.{alias.name}" for alias in node.names} if module == "kwta_exp" else {module}
+    return found
+
+
+def layer(part: str) -> int:
+    return next(depth for depth, parts in enumerate(LAYERS) if part in parts)
+
+
+def violations(path: Path, name: str) -> list[str]:
+    part = name.split(".")[0]
+    found = []
+    for imported in imports(path):
+        top = imported.split(".")
+        if top[0] in ("hydra", "omegaconf") and path.name not in HYDRA_ALLOWED:
+            found.append(f"{name} imports {imported}")
+        if top[0] == "kwta_exp" and len(top) > 1 and top[1] != part and layer(top[1]) >= layer(part):
+            found.append(f"{name} imports {imported}")
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_downwards(path: Path) -> None:
+    name = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+    if name != "__init__":
+        assert violations(path, name) == []
+
+
+def test_the_guard_can_fail(tmp_path: Path) -> None:
+    bad = tmp_path / "kwta.py"
+    bad.write_text(
+        "from kwta_exp.evaluation import evaluate\nfrom kwta_exp import experiment\nimport hydra.utils\n"
+    )
+    assert len(violations(bad, "activations.kwta")) == 3

@@ -1,0 +1,119 @@
+"""Checkpoints and files: whole or absent, and unable to run code."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from kwta_exp import storage
+from kwta_exp.checkpoint import load_into, read_state, read_weights, save_state, save_weights, weights_of
+from kwta_exp.errors import UserError
+from kwta_exp.evaluation.records import Record
+from kwta_exp.run_folder import read_results
+
+
+class Hostile:
+    """Unpickling it makes a folder: proof that code ran."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = str(proof)
+
+    def __reduce__(self) -> object:
+        return os.mkdir, (self.proof,)
+
+
+def test_weights_survive_the_round_trip(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    save_weights(tmp_path / "w.safetensors", weights_of(model), {"epoch": "3"})
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    for name in ("w.safetensors", "w.pth"):
+        other = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        load_into(other, read_weights(tmp_path / name), name)
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(other.state_dict().values(), model.state_dict().values(), strict=True)
+        )
+
+
+def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path: Path) -> None:
+    proof = tmp_path / "code-ran"
+    torch.save({"weight": torch.zeros(1), "x": Hostile(proof)}, tmp_path / "bad.pth")
+    for read in (read_weights, read_state):
+        with pytest.raises(UserError, match=r"refused.*would run code"):
+            read(tmp_path / "bad.pth")
+    assert not proof.exists()
+    # The trap itself works: an unsafe load would have sprung it.
+    torch.load(tmp_path / "bad.pth", weights_only=False)
+    assert proof.exists()
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
+@pytest.mark.parametrize("keep", [0, 10, 0.5, -1])
+def test_torn_files_are_refused(tmp_path: Path, name: str, keep: float) -> None:
+    model = nn.Linear(30, 40)
+    save_weights(tmp_path / "w.safetensors", weights_of(model), {})
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: int(keep * len(content)) if 0 < keep < 1 else int(keep)])
+    with pytest.raises(UserError, match=r"w\.(safetensors|pth)"):
+        read_weights(tmp_path / name)
+
+
+def test_records_and_results_that_are_damaged_say_so(tmp_path: Path) -> None:
+    for content in (b"", b"PK\x03\x04 nonsense"):
+        (tmp_path / "pgd.npz").write_bytes(content)
+        with pytest.raises(UserError, match="damaged"):
+            Record.open(tmp_path / "pgd.npz")
+    (tmp_path / "results.json").write_text('{"schema": 1, "run"')
+    with pytest.raises(UserError, match="damaged"):
+        read_results(tmp_path / "results.json")
+    assert read_results(tmp_path / "absent.json") is None
+
+
+def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
+    weights = {"weight": torch.zeros(2, 3), "extra": torch.zeros(1)}
+    with pytest.raises(UserError) as caught:
+        load_into(nn.Linear(3, 4), weights, "w.pth")
+    message = str(caught.value)
+    assert "missing: bias" in message
+    assert "unexpected: extra" in message
+    assert "misshapen: weight (2, 3) (expected (4, 3))" in message
+
+
+def test_no_state_dict_is_refused(tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(UserError, match="holds list; expected a state dict"):
+        read_weights(tmp_path / "list.pth")
+    with pytest.raises(UserError, match="no such file"):
+        read_weights(tmp_path / "absent.pth")
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "state.pt"
+    save_state(path, {"epoch": 1})
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_state(path, {"epoch": 2})
+    monkeypatch.undo()
+    assert read_state(path) == {"epoch": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_files_are_readable_by_others_as_the_umask_allows(tmp_path: Path) -> None:
+    storage.write_text(tmp_path / "a.txt", "x")
+    current = os.umask(0)
+    os.umask(current)
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o666 & ~current
+
+
+def test_nan_is_no_json(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        storage.write_json(tmp_path / "a.json", {"a": float("nan")})
+    assert not (tmp_path / "a.json").exists()
