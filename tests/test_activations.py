@@ -35,9 +35,7 @@ def reference(x: Tensor, k: int, per_channel: bool = False, magnitude: bool = Fa
 
 def same(a: Tensor, b: Tensor) -> bool:
     return (
-        a.dtype == b.dtype
-        and torch.equal(a.isnan(), b.isnan())
-        and torch.equal(a.nan_to_num(), b.nan_to_num())
+        a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
     )
 
 

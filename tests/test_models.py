@@ -70,9 +70,7 @@ def test_resnet_block_computes_what_the_paper_says() -> None:
     torch.testing.assert_close(block(x), expected)
     # And the global average equals the original's 4x4 pooling at 32x32.
     images = torch.rand(2, 1, 32, 32)
-    features = model.layer4(
-        model.layer3(model.layer2(model.layer1(model.act(model.bn1(model.conv1(images))))))
-    )
+    features = model.layer4(model.layer3(model.layer2(model.layer1(model.act(model.bn1(model.conv1(images)))))))
     pooled = torch.nn.functional.avg_pool2d(features, 4).flatten(1)
     torch.testing.assert_close(model(images), model.linear(pooled))
 

@@ -32,9 +32,7 @@ class KilledError(Exception):
     """Stands for the end of the process."""
 
 
-def train(
-    path: Path, training: Training, on_step: Any = None, seconds: float = 1e9, lr: float = 0.1
-) -> Fitted:
+def train(path: Path, training: Training, on_step: Any = None, seconds: float = 1e9, lr: float = 0.1) -> Fitted:
     train_split, val = split_training(Digits().load(), 0.1, 0, CPU)
     batches = TrainingBatches(train_split, training.batch_size, 1, False, seed=0)
     model = network()
@@ -72,9 +70,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(
     while True:
         try:
             # Each life outlasts an epoch, or with saves at every step not even that.
-            pieces = train(
-                tmp_path / "pieces.pt", training, After(epoch_passes + 3 if seconds else 7), seconds
-            )
+            pieces = train(tmp_path / "pieces.pt", training, After(epoch_passes + 3 if seconds else 7), seconds)
             break
         except KilledError:
             kills += 1

@@ -20,8 +20,7 @@ Weights = dict[str, Tensor]
 def weights_of(module: nn.Module) -> Weights:
     """A copy of a module's parameters and buffers on the CPU, contiguous."""
     return {
-        name: tensor.detach().to("cpu", copy=True).contiguous()
-        for name, tensor in module.state_dict().items()
+        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in module.state_dict().items()
     }
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from kwta_exp.errors import UserError
@@ -57,8 +57,11 @@ def user_errors() -> Iterator[None]:
         yield
     except UserError as error:
         raise ConfigError(str(error)) from error
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key}: missing; expected {error.full_key}=VALUE") from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or 'configuration'}: {error}") from error
+        # Not "from error": Hydra would print the same again.
+        raise ConfigError(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}") from None
 
 
 def settings(cfg: DictConfig) -> Settings:
@@ -220,9 +223,7 @@ def _root_cause(error: BaseException) -> BaseException:
 
 
 def _culprit(values: Mapping[str, Any], message: str) -> str | None:
-    """The key whose value a library's message quotes, or whose text stands where its target's
-    default is a number; ``None`` if that is not exactly one key.
-    """
+    """The one key whose value a library's message quotes, or the one text where it wanted no ``str``."""
     scalars = {
         name: value
         for name, value in values.items()
@@ -235,12 +236,5 @@ def _culprit(values: Mapping[str, Any], message: str) -> str | None:
     ]
     if len(quoted) == 1:
         return quoted[0]
-    if "_target_" not in values:
-        return None
-    parameters = inspect.signature(get_object(values["_target_"])).parameters
-    textual = [
-        name
-        for name, value in scalars.items()
-        if isinstance(value, str) and name in parameters and isinstance(parameters[name].default, int | float)
-    ]
-    return textual[0] if len(textual) == 1 else None
+    texts = [name for name, value in scalars.items() if isinstance(value, str)]
+    return texts[0] if len(texts) == 1 and "str" in message else None

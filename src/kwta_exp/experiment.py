@@ -178,9 +178,7 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
         images = first_test_images(parts.images, options.evaluation.n, fabric.device)
         folder = plan.evaluation_folder(weights)
         batch_size = options.evaluation.batch_size
-        clean, attacks = evaluate(
-            network, images, parts.suite, parts.threat, options.seed, batch_size, folder
-        )
+        clean, attacks = evaluate(network, images, parts.suite, parts.threat, options.seed, batch_size, folder)
 
         results = summarise(_identity_card(plan, weights), parts.threat, clean, attacks)
         write_json(folder / "results.json", results)
@@ -226,7 +224,9 @@ def _build_parts(plan: Plan) -> _Parts:
         training = build(cfg, "training")
         optimizer, lr_schedule = build(cfg, "optimizer"), build(cfg, "lr_schedule")
         trial = call(cfg, "optimizer", optimizer, [torch.nn.Parameter(torch.zeros(1))])
-        call(cfg, "lr_schedule", lr_schedule, trial)
+        trial_schedule = call(cfg, "lr_schedule", lr_schedule, trial)
+        trial.step()
+        call(cfg, "lr_schedule", trial_schedule.step)  # some look at their settings only now
 
     images = plan.dataset.load()
     facts = {

@@ -66,9 +66,7 @@ class TrainingBatches:
             yield Batch(to_float(x), self.split.y[chunk], fold(key(self.seed, "train", epoch), index))
 
 
-def split_training(
-    images: Images, val_fraction: float, seed: int, device: torch.device
-) -> tuple[Split, Split]:
+def split_training(images: Images, val_fraction: float, seed: int, device: torch.device) -> tuple[Split, Split]:
     """The training images in two random parts: to learn from, and to choose the best epoch on.
 
     Each part holds at least one image. The test images have no say in any choice.

@@ -247,9 +247,7 @@ class Arrays(Dataset):
                 f"{where}: x_{part} is {x.dtype} {x.shape}; expected uint8 (N, H, W) or (N, H, W, C)"
             )
         if y.dtype.kind not in "iu" or y.shape != (len(x),):
-            raise UserError(
-                f"{where}: y_{part} is {y.dtype} {y.shape}; expected integers of shape ({len(x)},)"
-            )
+            raise UserError(f"{where}: y_{part} is {y.dtype} {y.shape}; expected integers of shape ({len(x)},)")
         if y.min() < 0:
             raise UserError(f"{where}: y_{part} holds {y.min()}; expected labels counted from 0")
 

@@ -1,10 +1,14 @@
 """The small convolutional network of the k-WTA study (its MNIST network)."""
 
-from pydantic import validate_call
+from typing import Annotated
+
+from pydantic import Field, validate_call
 from torch import Tensor, nn
 
 from kwta_exp.fields import STRICT, Count
 from kwta_exp.models.factory import ActivationFactory
+
+FourWidths = Annotated[list[Count], Field(min_length=4, max_length=4)]
 
 
 class CNN(nn.Module):
@@ -28,15 +32,13 @@ class CNN(nn.Module):
     def __init__(
         self,
         activation: ActivationFactory,
-        channels: tuple[Count, Count, Count, Count] | list[Count],
+        channels: FourWidths,
         hidden: Count,
         num_classes: Count,
         in_channels: Count,
         image_size: tuple[Count, Count],
     ) -> None:
         super().__init__()
-        if len(channels) != 4:
-            raise ValueError(f"channels: expected 4 widths, got {list(channels)}")
         layers: list[nn.Module] = []
         for width, stride in zip(channels, (1, 2, 1, 2), strict=True):
             layers += [nn.Conv2d(in_channels, width, 3, stride=stride, padding=1), activation()]

@@ -1,0 +1,325 @@
+"""run.py as its users meet it: in a process of its own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from tests.conftest import ROOT, TINY, run_py
+from tests.test_checkpoint import Hostile
+
+UNATTACKED = [override for override in TINY if not override.startswith("attack")] + ["suite=none"]
+
+WRONG = [
+    (["activation.ratio=1.5"], "activation.ratio=1.5"),
+    (["activation.ratio=abc"], "activation.ratio='abc'"),
+    (["activation.rato=0.1"], "activation.rato"),
+    (["activation=maxout"], "'activation/maxout'"),
+    (["activation=lwta", "activation.group_size=3"], "activation.group_size=3"),
+    (["model.hidden=-5"], "model.hidden=-5"),
+    (["model.channels=[8,8]"], "model.channels=[8, 8]"),
+    (["dataset=imagenet"], "'dataset/imagenet'"),
+    (["dataset=fashion_mnist", "paths.data=nowhere"], "paths.data=nowhere"),
+    (["dataset=arrays"], "dataset.path: missing"),
+    (["dataset=arrays", "dataset.path=nowhere.npz"], "dataset.path=nowhere.npz"),
+    (["runtime.precision=fp8"], "runtime.precision='fp8'"),
+    (["threat.eps=-1"], "threat.eps=-1"),
+    (["threat.norm=l7"], "threat.norm='l7'"),
+    (["training=pgd", "training.attack.steps=0"], "training.attack.steps=0"),
+    (["training.epochs=0"], "training.epochs=0"),
+    (["training.batch_size=true"], "training.batch_size=True"),
+    (["optimizer.lr=-1"], "optimizer.lr=-1"),
+    (["optimizer.lr=fast"], "optimizer.lr='fast'"),
+    (["lr_schedule.T_max=long"], "lr_schedule.T_max='long'"),
+    (["seed=x"], "seed='x'"),
+    (["evaluation.n=0"], "evaluation.n=0"),
+    (["attack.pgd.steps=many"], "attack.pgd.steps='many'"),
+    (["+attack@attack.mine=nothing"], "'attack/nothing'"),
+    (["training=none"], "weights=null"),
+    (["weights=nowhere.pth"], "weights=nowhere.pth"),
+    (["weights=hostile.pth"], "weights=hostile.pth: refused"),
+] + ([] if torch.cuda.is_available() else [(["runtime=gpu"], "runtime.accelerator='cuda'")])
+
+
+Attempt = tuple[Path, "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="module")
+def wrong_runs(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[tuple[Path, "subprocess.CompletedProcess[str]"]]:
+    def attempt(overrides: list[str]) -> tuple[Path, "subprocess.CompletedProcess[str]"]:
+        folder = tmp_path_factory.mktemp("wrong")
+        torch.save({"x": Hostile(folder / "outputs" / "code-ran")}, folder / "hostile.pth")
+        return folder / "outputs", run_py("paths.outputs=outputs", *overrides, cwd=folder)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(attempt, [overrides for overrides, _ in WRONG]))
+
+
+@pytest.mark.parametrize("number", range(len(WRONG)), ids=[" ".join(overrides) for overrides, _ in WRONG])
+def test_a_wrong_override_gets_one_message_and_leaves_nothing(number: int, wrong_runs: list[Attempt]) -> None:
+    outputs, done = wrong_runs[number]
+    _, named = WRONG[number]
+    # Hydra repeats the overrides in a line of its own; that is not yet the message.
+    said = re.sub(r"^Error executing job.*\n", "", done.stdout + done.stderr)
+    assert done.returncode == 1, said
+    assert named in said
+    assert "Traceback" not in said
+    assert said.count("HYDRA_FULL_ERROR=1") == 1, said
+    assert list(outputs.rglob("*")) == []
+
+
+def loaded_modules(*overrides: str, cwd: Path) -> tuple[str, str]:
+    """Stdout of run.py, and the names of all modules it imported."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / "run.py"), *overrides],
+        capture_output=True, text=True, check=True, cwd=cwd,
+    )  # fmt: skip
+    return done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--cfg", "job"]])
+def test_help_and_config_do_not_load_torch(flags: list[str], tmp_path: Path) -> None:
+    said, modules = loaded_modules(*flags, cwd=tmp_path)
+    assert "activation" in said
+    assert "hydra" in modules
+    assert " torch\n" not in modules
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The outputs of one tiny run."""
+    outputs = tmp_path_factory.mktemp("finished")
+    done = run_py(f"paths.outputs={outputs}", *TINY)
+    assert done.returncode == 0, done.stderr
+    assert "worst case" in done.stdout
+    assert "UNTESTED" in done.stdout
+    assert done.stderr == ""  # no bar where nobody watches, and no warning
+    return outputs
+
+
+def only_folder(outputs: Path) -> Path:
+    (folder,) = outputs.glob("*/s*")
+    return folder
+
+
+def test_a_run_leaves_its_folder(finished: Path) -> None:
+    folder = only_folder(finished)
+    assert folder.parent.name == "digits-mlp-kwta0.1-natural"
+    assert folder.name.startswith("s0-")
+    files = {
+        str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "evaluation" not in p.parts
+    }
+    assert files == {
+        "config.yaml", "overrides.yaml", "run.log", "environment.json", "metrics.jsonl", "results.json",
+        ".lock", "checkpoints/best.safetensors", "checkpoints/last.safetensors", "checkpoints/state.pt",
+    }  # fmt: skip
+    (evaluation,) = (folder / "evaluation").iterdir()
+    assert evaluation.name.startswith("quick-")
+    assert {p.name for p in evaluation.iterdir()} == {"clean.npz", "fgsm.npz", "pgd.npz", "results.json"}
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [m["epoch"] for m in metrics] == [1, 2]
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["runtime"] == {
+        "accelerator": "cpu",
+        "devices": 1,
+        "precision": "32-true",
+        "threads": 1,
+    }
+    assert environment["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert "worst case" in (folder / "run.log").read_text()
+
+
+def test_results_keep_the_contract(finished: Path) -> None:
+    folder = only_folder(finished)
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results) == ["schema", "run", "threat", "clean", "attacks", "worst_case", "masking"]
+    assert results["schema"] == 1
+    assert results["threat"] == {"norm": "linf", "eps": 0.1}
+    assert list(results["attacks"]) == ["fgsm", "pgd"]
+    fields = {"robust_accuracy", "n", "ci95", "cumulative", "eps", "norm", "forwards", "backwards", "seconds"}
+    assert set(results["attacks"]["pgd"]) == fields
+    assert results["worst_case"]["n"] == 40
+    assert results["run"]["command"].startswith("python run.py")
+    # The numbers follow from the rows.
+    (evaluation,) = (folder / "evaluation").iterdir()
+    with np.load(evaluation / "pgd.npz") as pgd, np.load(evaluation / "clean.npz") as clean:
+        right = clean["prediction"] == clean["label"]
+        assert pgd["index"].tolist() == clean["index"][right].tolist()
+        assert results["attacks"]["pgd"]["robust_accuracy"] == (~pgd["fooled"]).sum() / 40
+    assert results["worst_case"]["robust_accuracy"] <= results["attacks"]["pgd"]["robust_accuracy"]
+
+
+def test_the_same_command_again_does_nothing_and_loads_no_torch(finished: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in only_folder(finished).rglob("*")}
+    said, modules = loaded_modules(f"paths.outputs={finished}", *TINY, cwd=ROOT)
+    assert "already finished" in said
+    assert " torch\n" not in modules
+    assert " sklearn" not in modules
+    assert {p: p.stat().st_mtime_ns for p in only_folder(finished).rglob("*")} == before
+
+
+def test_another_suite_adds_an_evaluation_without_training_again(finished: Path) -> None:
+    folder = only_folder(finished)
+    weights = (folder / "checkpoints" / "last.safetensors").stat().st_mtime_ns
+    done = run_py(f"paths.outputs={finished}", *UNATTACKED, "+attack@attack.deepfool=deepfool")
+    assert done.returncode == 0, done.stderr
+    assert "epoch 1/" not in done.stdout
+    assert only_folder(finished) == folder
+    assert len(list((folder / "evaluation").iterdir())) == 2
+    assert list(json.loads((folder / "results.json").read_text())["attacks"]) == ["deepfool"]
+    assert (folder / "checkpoints" / "last.safetensors").stat().st_mtime_ns == weights
+
+
+def test_a_run_folder_can_be_judged_without_training(finished: Path, tmp_path: Path) -> None:
+    source = only_folder(finished)
+    done = run_py(f"paths.outputs={tmp_path}", "training=none", f"weights={source}", *TINY[3:])
+    assert done.returncode == 0, done.stderr
+    folder = only_folder(tmp_path)
+    assert folder.parent.name == "digits-mlp-kwta0.1-none"  # the model is the run's own
+    judged = json.loads((folder / "results.json").read_text())
+    (evaluation,) = (source / "evaluation").glob("quick-*")
+    original = json.loads((evaluation / "results.json").read_text())
+    for name in ("fgsm", "pgd"):
+        assert judged["attacks"][name]["robust_accuracy"] == original["attacks"][name]["robust_accuracy"]
+
+
+def test_rerun_sets_the_old_folder_aside(tmp_path: Path) -> None:
+    command = [f"paths.outputs={tmp_path}", *UNATTACKED, "training.epochs=1"]
+    assert run_py(*command).returncode == 0
+    folder = only_folder(tmp_path)
+    weights = (folder / "checkpoints" / "last.safetensors").read_bytes()
+    done = run_py(*command, "rerun=true")
+    assert done.returncode == 0, done.stderr
+    (aside,) = folder.parent.glob("*-before-*")
+    for place in (folder, aside):
+        assert (place / "checkpoints" / "last.safetensors").read_bytes() == weights
+
+
+def test_a_grid_with_one_failing_job_completes_the_others(tmp_path: Path) -> None:
+    command = [
+        "-m",
+        f"paths.outputs={tmp_path}",
+        *TINY,
+        "activation=relu,lwta",
+        "optimizer.lr=0.05,1e30",
+        "seed=0",
+    ]
+    done = run_py(*command)
+    assert done.returncode == 1
+    assert len(list(tmp_path.glob("*/s*/results.json"))) == 2
+    assert done.stdout.count("FAILED") == 2
+    assert "training diverged in epoch 1: the loss is nan" in done.stderr
+    assert "Traceback" not in done.stderr
+    again = run_py(*command)
+    assert again.stdout.count("already finished") == 2
+
+
+def test_users_plug_in_without_touching_the_project(tmp_path: Path, arrays_file: Path) -> None:
+    mine = tmp_path / "mine"
+    for group in ("activation", "attack"):
+        (mine / group).mkdir(parents=True)
+    (mine / "activation" / "gelu.yaml").write_text("_target_: torch.nn.GELU\n_partial_: true\n")
+    (mine / "attack" / "invert.yaml").write_text("_target_: my_attack.Invert\nby: 0.5\n")
+    (tmp_path / "my_attack.py").write_text(
+        "class Invert:\n    def __init__(self, by): self.by = by\n"
+        "    def __call__(self, model, x, y, keys): return x + self.by * (1 - 2 * x)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), "--config-dir", str(mine), "activation=gelu", "dataset=arrays",
+         f"dataset.path={arrays_file}", "+attack@attack.invert=invert", f"paths.outputs={tmp_path / 'out'}",
+         *TINY],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = only_folder(tmp_path / "out")
+    assert folder.parent.name == "arrays-mlp-gelu-natural"
+    assert list(json.loads((folder / "results.json").read_text())["attacks"]) == ["fgsm", "pgd", "invert"]
+
+
+def test_a_second_process_is_turned_away(finished: Path) -> None:
+    from filelock import FileLock
+
+    folder = only_folder(finished)
+    with FileLock(folder / ".lock"):
+        done = run_py(f"paths.outputs={finished}", *UNATTACKED)
+    assert done.returncode == 1
+    assert "another process" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def outcome(outputs: Path) -> dict[str, bytes | list[object]]:
+    """All that must not depend on kills: weights, and each image's row."""
+    folder = only_folder(outputs)
+    weights = {
+        f"{name}/{key}": value.tobytes()
+        for name in ("best", "last")
+        for key, value in load_file(folder / "checkpoints" / f"{name}.safetensors").items()
+    }
+    rows: dict[str, bytes | list[object]] = {}
+    for path in sorted((folder / "evaluation").glob("*/*.npz")):
+        with np.load(path) as file:
+            rows |= {f"{path.name}/{c}": file[c].tobytes() for c in file.files if c != "seconds"}
+    return {**weights, **rows}
+
+
+@pytest.mark.slow
+def test_ten_kills_change_nothing(tmp_path: Path) -> None:
+    """Kill -9 at ten moments spread over the work of one run, at least three of them in the evaluation."""
+    command = ["training=pgd", "training.epochs=12", "training.batch_size=64", "evaluation.batch_size=40",
+               "attack.pgd.restarts=4", "attack.pgd.steps=100", "runtime=cpu", "runtime.threads=2"]  # fmt: skip
+    started = time.monotonic()
+    assert run_py(f"paths.outputs={tmp_path / 'calm'}", *command).returncode == 0
+    calm = only_folder(tmp_path / "calm")
+    ended = time.monotonic()
+    log = (calm / "run.log").stat()
+    assert log.st_size > 0
+
+    # Moments are told by what is on disk, so that a slow machine is killed at the same points.
+    outputs = tmp_path / "killed"
+    epochs = [2, 3, 5, 6, 8, 9]
+    chunks = [1, 3, 5, 7]
+    in_evaluation = 0
+    for number in range(10):
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "run.py"), f"paths.outputs={outputs}", *command],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + 10 * (ended - started) + 60
+
+        def reached(number: int = number) -> bool:
+            if number < len(epochs):
+                metrics = list(outputs.glob("*/s*/metrics.jsonl"))
+                return bool(metrics) and len(metrics[0].read_text().splitlines()) >= epochs[number]
+            records = list(outputs.glob("*/s*/evaluation/*/pgd.npz"))
+            if not records:
+                return False
+            with np.load(records[0]) as file:
+                return len(file["index"]) >= 40 * chunks[number - len(epochs)]
+
+        while not reached():
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.02 * number)  # not always right after a save
+        assert process.poll() is None
+        in_evaluation += number >= len(epochs)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+    assert in_evaluation >= 3
+    assert run_py(f"paths.outputs={outputs}", *command).returncode == 0
+    assert outcome(outputs) == outcome(tmp_path / "calm")

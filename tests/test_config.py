@@ -1,0 +1,177 @@
+"""Configuration: every YAML lists what its target takes, everything composes, errors name the key."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+from kwta_exp.config import adopt_run, build, call, run_name, settings, with_facts
+from kwta_exp.errors import UserError
+from kwta_exp.run_folder import RunFolder
+from tests.conftest import ROOT
+
+CONF = ROOT / "conf"
+COMPLETED = {"num_classes", "in_channels", "image_size"}
+"""What the experiment adds to a network, from the data."""
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+OURS = [(g, o) for g in ("activation", "model", "dataset", "threat", "training", "attack", "runtime")
+        for o in options(g) if (g, o) != ("training", "none")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("group", "option"), OURS)
+def test_yaml_lists_every_tunable(composed: Callable[..., DictConfig], group: str, option: str) -> None:
+    at = "attack.it" if group == "attack" else group
+    override = f"+attack@attack.it={option}" if group == "attack" else f"{group}={option}"
+    cfg = composed(override, *(["threat=linf", "recipe=arrays"] if group == "dataset" else []))
+    node = OmegaConf.select(cfg, at)
+    target = get_object(node._target_)
+    parameters = set(inspect.signature(target).parameters) - {"self"}
+    if group == "model":
+        parameters -= COMPLETED
+    listed = {str(key) for key in node if not str(key).startswith("_")}
+    if node._target_.startswith("kwta_exp."):
+        assert listed == parameters
+    else:
+        assert listed <= parameters
+
+
+def test_every_dataset_names_its_threat_and_recipe() -> None:
+    for dataset in options("dataset"):
+        assert dataset in options("threat")
+        assert dataset in options("recipe")
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_composes_and_says_what_it_claims(
+    composed: Callable[..., DictConfig], experiment: str
+) -> None:
+    header = (CONF / "experiment" / f"{experiment}.yaml").read_text()
+    for word in ("Claim:", "Command:", "Cost:", "Expected:", f"experiment={experiment}"):
+        assert word in header
+    cfg = composed(f"experiment={experiment}")
+    for node in ("threat", "training", "runtime", "dataset", *(f"attack.{name}" for name in cfg.attack)):
+        build(cfg, node)
+    for node in ("activation", "model", "optimizer", "lr_schedule"):
+        assert callable(build(cfg, node))
+
+
+@pytest.mark.parametrize("group", ["optimizer", "lr_schedule", "point", "suite"])
+def test_every_option_composes(composed: Callable[..., DictConfig], group: str) -> None:
+    import torch
+
+    for option in options(group):
+        cfg = composed(f"+{group}={option}" if group == "point" else f"{group}={option}")
+        if group in ("optimizer", "lr_schedule"):
+            optimizer = build(cfg, "optimizer")([torch.nn.Parameter(torch.zeros(1))])
+            if group == "lr_schedule":
+                build(cfg, "lr_schedule")(optimizer)
+
+
+def test_files_are_shorter_than_a_screen() -> None:
+    for path in CONF.rglob("*.yaml"):
+        assert len(path.read_text().splitlines()) <= 45, path
+        yaml.safe_load(path.read_text())
+
+
+@pytest.mark.parametrize(("overrides", "key", "message"), [
+    (["activation.ratio=2"], "activation", r"activation\.ratio=2: expected less than or equal to 1"),
+    (["activation.ratio=true"], "activation", r"activation\.ratio=True: expected a valid number"),
+    (["activation.over=rows"], "activation", r"activation\.over='rows': expected 'volume' or 'channel'"),
+    (["activation.k=5"], "activation", r"activation: KWTA takes either ratio or k, got ratio=0.1 and k=5"),
+    (["+activation.rate=1"], "activation", r"activation\.rate: unknown key"),
+    (["activation._target_=no.Net"], "activation", r"activation\._target_=no\.Net: cannot be imported"),
+    (["threat.eps=-1"], "threat", r"threat\.eps=-1: expected greater than or equal to 0"),
+    (["threat.eps=8/0"], "threat", r"threat\.eps='8/0': expected a valid number"),
+    (["threat.norm=l7"], "threat", r"threat\.norm='l7': expected 'linf' or 'l2'"),
+    (["training=pgd", "training.attack.steps=0"], "training", r"training\.attack\.steps=0: expected greater"),
+    (["optimizer.lr=-3"], "optimizer", r"optimizer\.lr=-3: Invalid learning rate"),
+    (["optimizer.lr=fast"], "optimizer", r"optimizer\.lr='fast'"),
+    (["model.hidden=x"], "model", r"model\.hidden='x': expected a valid integer"),
+    (["model.channels=[8,8,8]"], "model", r"model\.channels=\[8, 8, 8\]: List should have at least 4"),
+    (["dataset.val_fraction=1"], "dataset", r"dataset\.val_fraction=1: expected less than 1"),
+    (["runtime.precision=fp8"], "runtime", r"runtime\.precision='fp8': expected '32-true'"),
+    (["runtime.threads=0"], "runtime", r"runtime\.threads=0"),
+    (["dataset=arrays"], "dataset", r"dataset\.path"),
+])  # fmt: skip
+def test_an_error_names_key_value_and_what_was_expected(
+    composed: Callable[..., DictConfig], overrides: list[str], key: str, message: str
+) -> None:
+    import torch
+    from omegaconf.errors import OmegaConfBaseException
+
+    def make() -> None:
+        cfg = composed(*overrides)
+        built = build(cfg, key)
+        arguments: Any = ([torch.nn.Parameter(torch.zeros(1))],) if key == "optimizer" else ()
+        facts = {"num_classes": 10, "in_channels": 1, "image_size": (8, 8)} if key == "model" else {}
+        if callable(built):
+            call(cfg, key, built, *arguments, **facts)
+
+    with pytest.raises((UserError, OmegaConfBaseException), match=message):
+        make()
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("seed=-1", r"^seed=-1: expected greater than or equal to 0"),
+    ("seed=one", r"^seed='one': expected a valid integer"),
+    ("evaluation.n=0", r"^evaluation\.n=0: expected greater"),
+    ("evaluation.batch_size=1.5", r"^evaluation\.batch_size=1\.5: expected a valid integer"),
+    ("rerun=maybe", r"^rerun='maybe': expected a valid boolean"),
+    ("paths.outputs=null", r"^paths\.outputs=None: expected a valid string"),
+])  # fmt: skip
+def test_top_level_keys_are_checked(composed: Callable[..., DictConfig], override: str, message: str) -> None:
+    cfg = composed(override)
+    with pytest.raises(UserError, match=message):
+        settings(cfg)
+
+
+def test_names_are_readable(composed: Callable[..., DictConfig]) -> None:
+    chosen = {"dataset": "digits", "model": "cnn", "training": "natural"}
+    for option, name in (("kwta", "kwta0.1"), ("lwta", "lwta2"), ("relu", "relu"), ("kwta_k", "kwta_k64")):
+        cfg = composed(f"activation={option}")
+        assert run_name(cfg, {**chosen, "activation": option}) == f"digits-cnn-{name}-natural"
+
+
+def test_the_folder_follows_the_identity(tmp_path: Path) -> None:
+    folders = [RunFolder.of(tmp_path, "n", seed, {"a": a, "b": 1}).path for seed, a in ((0, 1), (0, 2), (1, 1))]
+    assert len(set(folders)) == 3
+    assert RunFolder.of(tmp_path, "n", 0, {"b": 1, "a": 1}).path == folders[0]
+
+
+def test_networks_get_the_facts_they_ask_for() -> None:
+    facts = {"num_classes": 2, "in_channels": 3, "image_size": (4, 5)}
+    assert with_facts(lambda num_classes: None, facts) == {"num_classes": 2}
+    assert with_facts(lambda **anything: None, facts) == facts
+
+
+def test_a_judged_run_lends_its_groups(composed: Callable[..., DictConfig], tmp_path: Path) -> None:
+    source = composed("activation=lwta", "model=mlp", "threat.eps=0.3")
+    (tmp_path / "config.yaml").write_text(
+        OmegaConf.to_yaml(OmegaConf.masked_copy(source, ["activation", "model", "threat", "dataset"]))
+    )
+    (tmp_path / "overrides.yaml").write_text(
+        "choices: {activation: lwta, model: mlp, dataset: digits, threat: digits}"
+    )
+    given = ["training=none", "weights=x", "threat.norm=l2"]
+    cfg, chosen = composed(*given), {"activation": "kwta", "model": "cnn"}
+
+    adopt_run(cfg, chosen, tmp_path, given)
+
+    assert (chosen["activation"], chosen["model"]) == ("lwta", "mlp")
+    assert cfg.model.activation._target_ == "kwta_exp.activations.LWTA"
+    assert (cfg.threat.eps, cfg.threat.norm) == (0.3, "l2")
+
+    cfg, chosen = composed("model=cnn", *given), {"activation": "kwta", "model": "cnn"}
+    adopt_run(cfg, chosen, tmp_path, ["model=cnn", *given])
+    assert chosen["model"] == "cnn"
+    assert "CNN" in cfg.model._target_

@@ -1,0 +1,206 @@
+"""The evaluator trusts nobody, counts per image, and survives being stopped."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+from torch import Tensor, nn
+
+from kwta_exp.attacks import PGD, Threat
+from kwta_exp.data.batches import Split
+from kwta_exp.errors import UserError
+from kwta_exp.evaluation import evaluate, summarise
+from kwta_exp.evaluation.counting import Counted
+from kwta_exp.evaluation.records import Record
+from kwta_exp.report.terminal import results_table
+
+THREAT = Threat(norm="linf", eps=0.1)
+RUN = {"name": "test", "seed": 0}
+
+
+class Threshold(nn.Module):
+    """Class 1 where the mean pixel exceeds 0.5, with a margin that is easy to compute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.flatten(1).mean(1)
+        return torch.stack([torch.full_like(mean, 0.5), mean], dim=1)
+
+
+def images(*means: float, labels: list[int] | None = None) -> Split:
+    """One grey 2x2 image for each mean; labels are right for the threshold unless given."""
+    x = torch.tensor(means)[:, None, None, None].expand(-1, 1, 2, 2).mul(255).round().to(torch.uint8)
+    y = torch.tensor(labels) if labels else (x[:, 0, 0, 0] > 127).long()
+    return Split(x.contiguous(), y, torch.arange(len(means)) + 100)
+
+
+def shift(by: float) -> Any:
+    return lambda model, x, y, keys: x + by
+
+
+def judge(folder: Path, split: Split, suite: dict[str, Any], model: nn.Module | None = None, **kw: Any) -> Any:
+    settings = {"threat": THREAT, "seed": 0, "batch_size": 2, "folder": folder, **kw}
+    clean, records = evaluate(model or Threshold(), split, suite, **settings)
+    return clean, records, summarise(RUN, settings["threat"], clean, records)
+
+
+def test_worst_case_is_per_example_not_the_minimum_of_averages(tmp_path: Path) -> None:
+    split = images(0.45, 0.55, 0.8, 0.2)
+    _, records, results = judge(tmp_path, split, {"up": shift(0.09), "down": shift(-0.09)})
+    # Each attack alone fools one image of four; together they fool two.
+    assert records["up"].columns["fooled"].tolist() == [True, False, False, False]
+    assert records["down"].columns["fooled"].tolist() == [False, True, False, False]
+    assert [results["attacks"][name]["robust_accuracy"] for name in ("up", "down")] == [0.75, 0.75]
+    assert [results["attacks"][name]["cumulative"] for name in ("up", "down")] == [0.75, 0.5]
+    assert results["worst_case"]["robust_accuracy"] == 0.5
+    assert results["worst_case"]["by"] == {"up": 0.25, "down": 0.25}
+
+
+def test_an_image_wrong_clean_is_never_robust_and_never_attacked(tmp_path: Path) -> None:
+    split = images(0.8, 0.8, 0.8, labels=[1, 0, 1])
+    clean, records, results = judge(tmp_path, split, {"nothing": shift(0.0)})
+    assert clean.columns["prediction"].tolist() == [1, 1, 1]
+    assert records["nothing"].columns["index"].tolist() == [100, 102]
+    assert results["clean"]["accuracy"] == results["worst_case"]["robust_accuracy"] == pytest.approx(2 / 3)
+    assert results["attacks"]["nothing"]["n"] == 3
+
+
+@pytest.mark.parametrize("norm_name", ["linf", "l2"])
+def test_a_cheat_is_brought_back_into_the_ball(tmp_path: Path, norm_name: Any) -> None:
+    threat = Threat(norm=norm_name, eps=0.1)
+    split = images(0.8, 0.2)
+    _, records, results = judge(tmp_path, split, {"cheat": lambda m, x, y, k: 1 - x}, threat=threat)
+    assert results["worst_case"]["robust_accuracy"] == 1
+    np.testing.assert_allclose(records["cheat"].columns["distance"], 0.1, atol=1e-6)
+    _, records, results = judge(tmp_path / "b", images(0.55), {"far": shift(-9.0)}, threat=THREAT)
+    assert results["worst_case"]["robust_accuracy"] == 0
+
+
+def test_nan_pixels_are_put_back_and_nan_logits_are_errors(tmp_path: Path) -> None:
+    split = images(0.8, 0.2)
+    _, records, _ = judge(tmp_path, split, {"nan": lambda m, x, y, k: x * float("nan")})
+    assert records["nan"].columns["distance"].tolist() == [0, 0]
+    assert not records["nan"].columns["fooled"].any()
+
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.full((len(x), 2), float("nan"))
+
+    clean, _, results = judge(tmp_path / "b", split, {}, Broken())
+    assert clean.columns["prediction"].tolist() == [-1, -1]
+    assert results["clean"]["accuracy"] == 0
+
+
+def test_margins_and_digests_identify_each_image(tmp_path: Path) -> None:
+    split = images(0.8, 0.2)
+    clean, records, _ = judge(tmp_path, split, {"up": shift(0.05)})
+    np.testing.assert_allclose(clean.columns["margin"], [0.3, 0.3], atol=1e-6)
+    np.testing.assert_allclose(records["up"].columns["margin"], [0.35, 0.25], atol=1e-6)
+    assert clean.columns["digest"].dtype == np.dtype("S16")
+    assert len(set(clean.columns["digest"].tolist())) == 2
+    assert records["up"].columns["digest"].tolist() == clean.columns["digest"].tolist()
+
+
+def test_intervals_are_wilsons(tmp_path: Path) -> None:
+    _, _, results = judge(tmp_path, images(*[0.8] * 9, 0.2, labels=[1] * 10), {})
+    p, n, z = 0.9, 10, norm.ppf(0.975)
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    assert results["clean"]["ci95"] == pytest.approx([centre - half, centre + half])
+    assert results["worst_case"] is None
+    assert results["masking"]["verdict"] == "untested"
+
+
+class Stopped(Exception):  # noqa: N818
+    pass
+
+
+def random_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+@pytest.mark.parametrize("calls", [1, 2, 5, 8])
+def test_a_stopped_evaluation_continues_to_the_same_rows(tmp_path: Path, calls: int) -> None:
+    model = random_net()
+    split = images(*torch.rand(11, generator=torch.Generator().manual_seed(0)).tolist(), labels=[0] * 11)
+    split = Split(split.x, model(split.x / 255).argmax(1), split.index)
+    attacks = {"a": PGD(norm="linf", eps=0.1, steps=3), "b": PGD(norm="linf", eps=0.1, steps=4, restarts=2)}
+    _, whole, _ = judge(tmp_path / "whole", split, attacks, model)
+
+    left = calls
+
+    def tiring(attack: Any) -> Any:
+        def call(*arguments: Any) -> Tensor:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Stopped
+            return attack(*arguments)  # type: ignore[no-any-return]
+
+        return call
+
+    stops = 0
+    while True:
+        try:
+            left = calls
+            _, pieces, _ = judge(tmp_path / "pieces", split, {k: tiring(v) for k, v in attacks.items()}, model)
+            break
+        except Stopped:
+            stops += 1
+    assert stops == (12 - 1) // calls  # six chunks an attack
+    for name in attacks:
+        for column, values in whole[name].columns.items():
+            np.testing.assert_array_equal(values, pieces[name].columns[column])
+        assert whole[name].forwards == pieces[name].forwards > 0
+
+
+def test_chunks_do_not_share_random_streams_and_seeds_matter(tmp_path: Path) -> None:
+    received: list[Tensor] = []
+
+    def spy(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+        received.append(keys)
+        return x
+
+    split = images(0.8, 0.2, 0.7)
+    judge(tmp_path / "a", split, {"one": spy, "two": spy})
+    judge(tmp_path / "b", split, {"one": spy}, seed=1)
+    assert len(set(torch.cat(received).tolist())) == 9
+
+
+def test_costs_are_counted_whoever_asks() -> None:
+    model = Counted(random_net())
+    x = torch.rand(5, 1, 2, 2)
+    PGD(norm="linf", eps=1e-6, steps=4)(model, x, model.network(x).argmax(1), torch.arange(5))
+    assert (model.forwards, model.backwards) == (25, 20)
+    model(x[:2].requires_grad_()).sum().backward()
+    assert (model.forwards, model.backwards) == (27, 22)
+
+
+@pytest.mark.parametrize("attack", [lambda m, x, y, k: x[:1], lambda m, x, y, k: None, lambda m, x: x])
+def test_an_attack_that_fails_is_named(tmp_path: Path, attack: Any) -> None:
+    with pytest.raises(UserError, match=r"attack\.mine: (ValueError|TypeError)"):
+        judge(tmp_path, images(0.8, 0.2), {"mine": attack})
+
+
+def test_the_table_says_it_in_80_columns(tmp_path: Path) -> None:
+    _, _, results = judge(
+        tmp_path, images(0.45, 0.55, 0.8, 0.2), {"up": shift(0.09), "projected_gradient": shift(0)}
+    )
+    text = results_table(results, width=80)
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "…" not in text
+    for expected in ("none (clean)", "100.0%", "up", "75.0%", "worst case", "UNTESTED", "30.1 .. 95.4"):
+        assert expected in text, text
+
+
+def test_records_append_whole_chunks(tmp_path: Path) -> None:
+    record = Record.open(tmp_path / "r.npz")
+    assert len(record) == 0
+    for chunk in (np.arange(3), np.arange(3, 5)):
+        record.append({"index": chunk}, forwards=2, backwards=1, seconds=0.5)
+    again = Record.open(tmp_path / "r.npz")
+    assert again.columns["index"].tolist() == [0, 1, 2, 3, 4]
+    assert (again.forwards, again.backwards, again.seconds) == (4, 2, 1.0)
