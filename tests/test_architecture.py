@@ -8,8 +8,9 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "kwta_exp"
 
 LAYERS = [
-    {"errors", "fields", "randomness", "storage", "progress", "environment"},
-    {"activations", "run_folder", "runtime"},
+    {"errors", "fields", "randomness", "progress", "environment"},
+    {"activations", "storage", "runtime"},
+    {"run_folder"},
     {"attacks", "models", "data", "checkpoint"},
     {"training", "evaluation", "report"},
     {"config"},

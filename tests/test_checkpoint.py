@@ -99,7 +99,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(storage.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match=r"cannot write .*state\.pt: No space left on device"):
         save_state(path, {"epoch": 2})
     monkeypatch.undo()
     assert read_state(path) == {"epoch": 1}

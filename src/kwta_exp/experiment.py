@@ -346,11 +346,13 @@ def _weights_file(weights: str | None) -> Path | None:
 def _opened(plan: Plan, device: str) -> Iterator[None]:
     """The run's folder, made, described, locked against a second process, and logging to its file."""
     folder = plan.folder
-    folder.path.mkdir(parents=True, exist_ok=True)
     try:
+        folder.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.lock, timeout=0).acquire()
     except Timeout as error:
         raise UserError(f"{folder.path}: another process is running this very experiment") from error
+    except OSError as error:
+        raise UserError(f"paths.outputs: cannot write {folder.path}: {error.strerror}") from error
     with lock:
         write_text(folder.config, OmegaConf.to_yaml(plan.cfg))
         recorded = {"overrides": overrides(), "choices": plan.chosen}

@@ -12,15 +12,30 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kwta_exp.errors import UserError
+
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content`` atomically.
+    """Replace ``path`` by ``content`` atomically, making its folder if need be.
 
     The bytes go to a temporary name in the same folder, are flushed to the disk and renamed, so a
-    reader or a killed writer sees the old file or the new one and never a part. On failure (a full
-    disk) the temporary file is removed and the old one stands.
+    reader or a killed writer sees the old file or the new one and never a part.
+
+    Raises:
+        UserError: if the disk is full or refuses; the old file stands and no temporary one is left.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, content)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}. What was there is untouched; once there is room and"
+            " permission, the same command continues"
+        ) from error
+
+
+def _replace(path: Path, content: bytes) -> None:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:
@@ -34,7 +49,6 @@ def write_bytes(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
 
 
 def write_text(path: Path, content: str) -> None:
