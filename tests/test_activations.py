@@ -156,6 +156,12 @@ def test_bad_settings_are_refused(bad) -> None:  # type: ignore[no-untyped-def]
         KWTA(**bad)
 
 
+@pytest.mark.parametrize("bad", [{"ratio": 1.5}, {"ratio": 0.0}, {"ratio": -1.0}, {"k": 0}, {"k": -3}, {}])
+def test_the_function_refuses_bad_settings_too(bad) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match="kwta"):
+        kwta(torch.zeros(2, 3), **bad)
+
+
 def test_bad_inputs_are_refused_and_empty_ones_pass() -> None:
     with pytest.raises(ValueError, match="2 or more dimensions"):
         kwta(torch.zeros(3), 0.1)

@@ -154,6 +154,17 @@ def test_margin_is_positive_exactly_on_errors() -> None:
     assert margin(logits, torch.tensor([0, 2])).tolist() == [-1, 2]
 
 
+def test_a_minimum_norm_attack_of_another_norm_counts_where_it_lies_inside(images, linear_model) -> None:  # type: ignore[no-untyped-def]
+    """Its smallest changes are judged in the threat, not cut off at eps in its own norm."""
+    x, _, keys = images
+    y = linear_model(x).argmax(1)
+    threat = Threat(norm="linf", eps=0.1)
+    found = FoolboxAttack(foolbox.attacks.L2DeepFoolAttack(steps=20), threat)(linear_model, x, y, keys)
+    assert (linear_model(found).argmax(1) != y).double().mean() > 0.5
+    with pytest.raises(ValueError, match=r"works in L2.*the threat in linf"):
+        FoolboxAttack(foolbox.attacks.L2PGD(), threat)
+
+
 def test_restarts_without_a_random_start_are_refused() -> None:
     with pytest.raises(ValueError, match="restarts=3 needs random_start"):
         PGD(norm="linf", eps=0.1, restarts=3, random_start=False)

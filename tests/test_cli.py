@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.numpy import load_file
 
 from tests.conftest import ROOT, TINY, run_py
@@ -29,7 +31,7 @@ WRONG = [
     (["model.hidden=-5"], "model.hidden=-5"),
     (["model.channels=[8,8]"], "model.channels=[8, 8]"),
     (["dataset=imagenet"], "'dataset/imagenet'"),
-    (["dataset=fashion_mnist", "paths.data=nowhere"], "paths.data=nowhere"),
+    (["dataset=fashion_mnist", "paths.data=nowhere"], "dataset.root=nowhere (paths.data)"),
     (["dataset=arrays"], "dataset.path: missing"),
     (["dataset=arrays", "dataset.path=nowhere.npz"], "dataset.path=nowhere.npz"),
     (["runtime.precision=fp8"], "runtime.precision='fp8'"),
@@ -40,6 +42,10 @@ WRONG = [
     (["training.batch_size=true"], "training.batch_size=True"),
     (["optimizer.lr=-1"], "optimizer.lr=-1"),
     (["optimizer.lr=fast"], "optimizer.lr='fast'"),
+    (["optimizer.nesterov=flase"], "optimizer.nesterov='flase'"),
+    (["optimizer=adam", "optimizer.betas=[0.9]"], "optimizer: "),
+    (["lr_schedule.T_max=0"], "lr_schedule: "),
+    (["+weigths=net.pth"], "weigths: unknown key"),
     (["lr_schedule.T_max=long"], "lr_schedule.T_max='long'"),
     (["seed=x"], "seed='x'"),
     (["evaluation.n=0"], "evaluation.n=0"),
@@ -124,11 +130,17 @@ def test_a_run_leaves_its_folder(finished: Path) -> None:
     }
     assert files == {
         "config.yaml", "overrides.yaml", "run.log", "environment.json", "metrics.jsonl", "results.json",
-        ".lock", "checkpoints/best.safetensors", "checkpoints/last.safetensors", "checkpoints/state.pt",
+        "checkpoints/best.safetensors", "checkpoints/last.safetensors", "checkpoints/state.pt",
     }  # fmt: skip
     (evaluation,) = (folder / "evaluation").iterdir()
     assert evaluation.name.startswith("quick-")
-    assert {p.name for p in evaluation.iterdir()} == {"clean.npz", "fgsm.npz", "pgd.npz", "results.json"}
+    assert {p.name for p in evaluation.iterdir()} == {
+        "clean.npz",
+        "fgsm.npz",
+        "pgd.npz",
+        "evaluation.json",
+        "results.json",
+    }
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [m["epoch"] for m in metrics] == [1, 2]
     environment = json.loads((folder / "environment.json").read_text())
@@ -183,9 +195,10 @@ def test_another_suite_adds_an_evaluation_without_training_again(finished: Path)
     assert (folder / "checkpoints" / "last.safetensors").stat().st_mtime_ns == weights
 
 
-def test_a_run_folder_can_be_judged_without_training(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["", "checkpoints/best.safetensors"])
+def test_a_run_can_be_judged_without_training(finished: Path, tmp_path: Path, file: str) -> None:
     source = only_folder(finished)
-    done = run_py(f"paths.outputs={tmp_path}", "training=none", f"weights={source}", *TINY[3:])
+    done = run_py(f"paths.outputs={tmp_path}", "training=none", f"weights={source / file}", *TINY[3:])
     assert done.returncode == 0, done.stderr
     folder = only_folder(tmp_path)
     assert folder.parent.name == "digits-mlp-kwta0.1-none"  # the model is the run's own
@@ -194,6 +207,38 @@ def test_a_run_folder_can_be_judged_without_training(finished: Path, tmp_path: P
     original = json.loads((evaluation / "results.json").read_text())
     for name in ("fgsm", "pgd"):
         assert judged["attacks"][name]["robust_accuracy"] == original["attacks"][name]["robust_accuracy"]
+
+
+def test_a_received_run_folder_builds_nothing_of_its_own(finished: Path, tmp_path: Path) -> None:
+    """config.yaml of a run that somebody sent may name any function."""
+    folder = tmp_path / "sent"
+    shutil.copytree(only_folder(finished), folder)
+    proof = tmp_path / "code-ran"
+    config = OmegaConf.load(folder / "config.yaml")
+    config.dataset = {
+        "_target_": "pathlib.Path.mkdir",
+        "self": {"_target_": "pathlib.Path", "_args_": [str(proof)]},
+    }
+    OmegaConf.save(config, folder / "config.yaml")
+    done = run_py(f"paths.outputs={tmp_path / 'out'}", "training=none", f"weights={folder}")
+    assert done.returncode == 1
+    assert "pathlib.Path.mkdir, which is not this project's" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not proof.exists()
+
+
+def test_a_killed_writers_leftovers_are_removed(finished: Path) -> None:
+    folder = only_folder(finished)
+    leftover = folder / "checkpoints" / ".state.pt.x1y2.partial"
+    leftover.write_bytes(b"half")
+    (evaluation,) = (folder / "evaluation").glob("quick-*")
+    results = (evaluation / "results.json").read_text()
+    (evaluation / "results.json").unlink()  # killed just before the last file
+    done = run_py(f"paths.outputs={finished}", *TINY)
+    assert done.returncode == 0, done.stderr
+    assert not leftover.exists()
+    again = json.loads((evaluation / "results.json").read_text())
+    assert again["attacks"] == json.loads(results)["attacks"]
 
 
 def test_rerun_sets_the_old_folder_aside(tmp_path: Path) -> None:
@@ -247,6 +292,8 @@ def test_users_plug_in_without_touching_the_project(tmp_path: Path, arrays_file:
     assert done.returncode == 0, done.stderr
     folder = only_folder(tmp_path / "out")
     assert folder.parent.name == "arrays-mlp-gelu-natural"
+    (described,) = (folder / "evaluation").glob("*/evaluation.json")
+    assert list(json.loads(described.read_text())["identity"]["code"]) == ["my_attack"]
     assert list(json.loads((folder / "results.json").read_text())["attacks"]) == ["fgsm", "pgd", "invert"]
 
 
@@ -254,8 +301,9 @@ def test_a_second_process_is_turned_away(finished: Path) -> None:
     from filelock import FileLock
 
     folder = only_folder(finished)
-    with FileLock(folder / ".lock"):
-        done = run_py(f"paths.outputs={finished}", *UNATTACKED)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        done = run_py(f"paths.outputs={finished}", *TINY, "rerun=true")
+    assert folder.exists()
     assert done.returncode == 1
     assert "another process" in done.stderr
     assert "Traceback" not in done.stderr

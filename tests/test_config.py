@@ -10,7 +10,7 @@ import yaml
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from kwta_exp.config import adopt_run, build, call, run_name, settings, with_facts
+from kwta_exp.config import TRUSTED, adopt_run, build, call, local_code, run_name, settings, targets, with_facts
 from kwta_exp.errors import UserError
 from kwta_exp.run_folder import RunFolder
 from tests.conftest import ROOT
@@ -152,6 +152,28 @@ def test_networks_get_the_facts_they_ask_for() -> None:
     facts = {"num_classes": 2, "in_channels": 3, "image_size": (4, 5)}
     assert with_facts(lambda num_classes: None, facts) == {"num_classes": 2}
     assert with_facts(lambda **anything: None, facts) == facts
+
+
+def test_run_folders_are_trusted_with_exactly_what_conf_builds(composed: Callable[..., DictConfig]) -> None:
+    found = set()
+    for group in ("dataset", "threat", "activation", "model"):
+        for option in options(group):
+            cfg = composed(
+                f"{group}={option}", "recipe=arrays", *(["threat=linf"] if group == "dataset" else [])
+            )
+            found |= set(targets(OmegaConf.to_container(cfg[group])))
+    assert found == TRUSTED
+
+
+def test_a_users_own_code_is_part_of_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_layers.py").write_text("class A: pass\n")
+    node = {"_target_": "kwta_exp.models.MLP", "activation": [{"_target_": "own_layers.A"}]}
+    first = local_code(node)
+    (tmp_path / "own_layers.py").write_text("class A: x = 1\n")
+    assert first.keys() == local_code(node).keys() == {"own_layers"}
+    assert first != local_code(node)
+    assert local_code({"_target_": "torch.nn.GELU", "b": {"_target_": "numpy.array"}}) == {}
 
 
 def test_a_judged_run_lends_its_groups(composed: Callable[..., DictConfig], tmp_path: Path) -> None:

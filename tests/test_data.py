@@ -57,6 +57,7 @@ def _write(path: Path, **changes: object) -> Arrays:
     ({"y_train": np.array([0, 1])}, r"y_train is int64 \(2,\)"),
     ({"y_train": np.array([0.0, 1, 0, 1])}, "y_train is float64"),
     ({"y_train": np.array([0, -1, 0, 1])}, "y_train holds -1"),
+    ({"x_train": np.zeros((1, 2, 2), np.uint8), "y_train": np.array([0])}, "expected 2 or more"),
     ({"x_test": np.zeros((2, 3, 3), np.uint8)}, "expected the same"),
     ({"y_train": np.array([print, 1, 0, 1], dtype=object)}, "not a readable .npz"),
 ])  # fmt: skip
@@ -72,7 +73,7 @@ def test_torn_and_missing_files_are_refused(arrays_file: Path, tmp_path: Path) -
         Arrays(path=str(torn)).load()
     with pytest.raises(UserError, match="no such file"):
         Arrays(path="nowhere.npz").fingerprint()
-    with pytest.raises(UserError, match=r"paths\.data=nowhere: no such folder"):
+    with pytest.raises(UserError, match=r"dataset\.root=nowhere \(paths\.data\): no such folder"):
         CIFAR10(root="nowhere").fingerprint()
     with pytest.raises(UserError, match="download=false"):
         CIFAR10(root=str(tmp_path), download=False).fingerprint()
@@ -121,6 +122,13 @@ def test_an_epoch_visits_each_image_once_in_a_new_order() -> None:
     assert seen[0] != seen[1]
     for batch in batches.epoch(0):
         assert torch.equal(batch.x, _split(10).x[batch.y].float() / 255)
+
+
+@pytest.mark.parametrize(("n", "sizes"), [(8, [4, 4]), (9, [4, 5]), (10, [4, 4, 2]), (3, [3]), (1, [1])])
+def test_a_single_image_left_over_joins_the_batch_before(n: int, sizes: list[int]) -> None:
+    batches = TrainingBatches(_split(n), 4, 0, False, seed=0)
+    assert [len(b.y) for b in batches.epoch(0)] == sizes
+    assert len(batches) == len(sizes)
 
 
 def test_an_epoch_can_begin_in_the_middle() -> None:

@@ -80,9 +80,13 @@ def test_a_cheat_is_brought_back_into_the_ball(tmp_path: Path, norm_name: Any) -
 
 def test_nan_pixels_are_put_back_and_nan_logits_are_errors(tmp_path: Path) -> None:
     split = images(0.8, 0.2)
-    _, records, _ = judge(tmp_path, split, {"nan": lambda m, x, y, k: x * float("nan")})
-    assert records["nan"].columns["distance"].tolist() == [0, 0]
-    assert not records["nan"].columns["fooled"].any()
+    for value in ("nan", "inf", "-inf"):
+        for norm_name in ("linf", "l2"):
+            threat = Threat(norm=norm_name, eps=0.1)  # type: ignore[arg-type]
+            suite = {"bad": lambda m, x, y, k, value=value: torch.full_like(x, float(value))}
+            _, records, _ = judge(tmp_path / (value + norm_name), split, suite, threat=threat)
+            assert records["bad"].columns["distance"].tolist() == [0, 0]
+            assert not records["bad"].columns["fooled"].any()
 
     class Broken(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -168,6 +172,27 @@ def test_chunks_do_not_share_random_streams_and_seeds_matter(tmp_path: Path) -> 
     judge(tmp_path / "a", split, {"one": spy, "two": spy})
     judge(tmp_path / "b", split, {"one": spy}, seed=1)
     assert len(set(torch.cat(received).tolist())) == 9
+
+
+def test_whoever_draws_from_global_generators_is_reproducible_too(tmp_path: Path) -> None:
+    def noisy(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+        return x + 0.05 * torch.rand_like(x) * float(np.random.rand())
+
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    rows = [
+        judge(tmp_path / name, images(0.8, 0.2, 0.7), {"noisy": noisy})[1]["noisy"].columns for name in "ab"
+    ]
+    np.testing.assert_array_equal(rows[0]["distance"], rows[1]["distance"])
+    assert len(set(rows[0]["distance"].tolist())) == 3
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]
+
+
+def test_records_of_other_images_are_refused(tmp_path: Path) -> None:
+    judge(tmp_path, images(0.8, 0.2), {})
+    split = images(0.8, 0.2)
+    with pytest.raises(UserError, match="not those of the images to judge"):
+        judge(tmp_path, Split(split.x, split.y, split.index + 1), {})
 
 
 def test_costs_are_counted_whoever_asks() -> None:

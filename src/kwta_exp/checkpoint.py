@@ -2,7 +2,7 @@
 
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,9 @@ def read_weights(path: Path) -> Weights:
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise UserError(f"weights={path}: not a whole safetensors file ({error})") from error
     content = _load_plain(path, f"weights={path}")
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
         raise UserError(
             f"weights={path}: holds {type(content).__name__}; expected a state dict"
             " (names to tensors), as torch.save(model.state_dict()) writes"
@@ -84,15 +86,15 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """Read what :func:`save_state` wrote.
+def read_state(path: Path, expected: Set[str] = frozenset()) -> dict[str, Any]:
+    """Read what :func:`save_state` wrote, with at least the keys ``expected``.
 
     Raises:
         UserError: if the file is damaged or wants to run code. It is left where it is.
     """
     content = _load_plain(path, f"training state {path}")
-    if not isinstance(content, dict):
-        raise UserError(f"training state {path}: holds {type(content).__name__}, expected a dict")
+    if not isinstance(content, dict) or not expected <= content.keys():
+        raise UserError(f"training state {path}: not a whole one; delete it, or start again with rerun=true")
     return content
 
 

@@ -1,5 +1,6 @@
 """From Hydra's configuration to objects and plain values: the one place that knows both."""
 
+import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -7,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, InstantiationException
 from hydra.utils import instantiate
@@ -17,6 +19,13 @@ from pydantic import BaseModel, ValidationError
 from kwta_exp.errors import UserError
 from kwta_exp.fields import STRICT, Count, Natural
 from kwta_exp.run_folder import readable
+from kwta_exp.storage import sha256_of_file
+
+GROUPS = (
+    "dataset", "threat", "recipe", "activation", "model", "optimizer", "lr_schedule", "training",
+    "attack", "runtime",
+)  # fmt: skip
+"""The groups that leave a node of their own in the configuration."""
 
 
 class ConfigError(CompactHydraException):
@@ -66,6 +75,11 @@ def user_errors() -> Iterator[None]:
 
 def settings(cfg: DictConfig) -> Settings:
     """The top-level keys, checked."""
+    for name in map(str, cfg):
+        if name not in (*Settings.model_fields, *GROUPS, "hydra"):
+            raise UserError(
+                f"{name}: unknown key; expected one of {', '.join(Settings.model_fields)} or a group"
+            )
     content = {name: plain(cfg, name) for name in Settings.model_fields}
     try:
         return Settings(**content)
@@ -89,17 +103,37 @@ def build(cfg: DictConfig, key: str) -> Any:
     if not OmegaConf.is_dict(node) or "_target_" not in node:
         raise UserError(f"{key}: nothing to build; expected a mapping with a _target_")
     try:
-        return instantiate(node, _convert_="all")
+        built = instantiate(node, _convert_="all")
     except InstantiationException as error:
         at = re.findall(r"full_key: (\S+)", str(error))
         raise UserError(explain(error, cfg, at[-1] if at else key)) from error
+    _check_numbers(built, cfg, key)
+    return built
+
+
+def _check_numbers(built: Any, cfg: DictConfig, key: str) -> None:
+    """Hold partial objects of libraries, which check little themselves, to their defaults' types.
+
+    A value must be a bool where the target's default is one, and a number where it is a number.
+    """
+    target = getattr(built, "func", None)
+    if target is None:
+        return
+    parameters = inspect.signature(target).parameters
+    for name, value in plain(cfg, key).items():
+        default = parameters[name].default if name in parameters else None
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise UserError(f"{key}.{name}={value!r}: expected true or false")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if type(default) in (int, float) and not is_number and value is not None:
+            raise UserError(f"{key}.{name}={value!r}: expected a number")
 
 
 def call(cfg: DictConfig, key: str, factory: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Complete the partial object that :func:`build` made of ``key``, with the same care for errors."""
     try:
         return factory(*args, **kwargs)
-    except (InstantiationException, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # libraries refuse values in every way there is
         raise UserError(explain(error, cfg, key)) from error
 
 
@@ -163,6 +197,15 @@ def run_name(cfg: DictConfig, chosen: Mapping[str, str]) -> str:
 
 ADOPTED = ("dataset", "threat", "activation", "model")
 
+TRUSTED = frozenset({
+    "kwta_exp.activations.KWTA", "kwta_exp.activations.LWTA", "torch.nn.ReLU",
+    "kwta_exp.models.CNN", "kwta_exp.models.MLP", "kwta_exp.models.ResNet",
+    "kwta_exp.data.datasets.Arrays", "kwta_exp.data.datasets.CIFAR10",
+    "kwta_exp.data.datasets.Digits", "kwta_exp.data.datasets.FashionMNIST",
+    "kwta_exp.attacks.Threat",
+})  # fmt: skip
+"""What a run folder may have built: it can come from anybody, and a ``_target_`` can be any function."""
+
 
 def adopt_run(cfg: DictConfig, chosen: dict[str, str], run: Path, given: Sequence[str]) -> None:
     """When a run is only evaluated, take from it what the command line leaves open.
@@ -170,23 +213,74 @@ def adopt_run(cfg: DictConfig, chosen: dict[str, str], run: Path, given: Sequenc
     Its dataset, threat, activation and model replace the defaults in ``cfg`` and ``chosen``, except
     for groups chosen in the overrides ``given``; single values given there (``threat.eps=0.05``)
     stay as given.
+
+    Raises:
+        UserError: if the folder lacks its files, or names a class that is not this project's.
     """
     source, recorded = (_mapping(run / name) for name in ("config.yaml", "overrides.yaml"))
     keys = [re.split("=", override.lstrip("+~"), maxsplit=1)[0] for override in given]
     values = {key: OmegaConf.select(cfg, key) for key in keys if key.split(".")[0] in ADOPTED}
     for group in ADOPTED:
-        if group not in keys and group in source:
-            OmegaConf.update(cfg, group, source[group], merge=False, force_add=True)
-            chosen[group] = recorded["choices"].get(group, "unnamed")
+        if group in keys or group not in source:
+            continue
+        for target in targets(OmegaConf.to_container(source[group])):
+            if target not in TRUSTED:
+                raise UserError(
+                    f"weights={run}: its {group} is a {target}, which is not this project's and is not"
+                    f" built on a folder's word; expected {group}=... on the command line"
+                )
+        OmegaConf.update(cfg, group, source[group], merge=False, force_add=True)
+        chosen[group] = str((recorded.get("choices") or {}).get(group, "unnamed"))
     for key, value in values.items():
         if "." in key:
             OmegaConf.update(cfg, key, value, force_add=True)
 
 
+def targets(content: Any) -> Iterator[str]:
+    """Every ``_target_`` in a plain configuration."""
+    if isinstance(content, Mapping):
+        if "_target_" in content:
+            yield str(content["_target_"])
+        for value in content.values():
+            yield from targets(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from targets(value)
+
+
+def local_code(content: Any) -> dict[str, str]:
+    """SHA-256 of the source files that the targets in ``content`` come from, outside installed packages.
+
+    A user's own class decides results as much as any value does, and it has no version.
+    """
+    digests = {}
+    for target in targets(content):
+        module = target
+        while "." in module:
+            module = module.rpartition(".")[0]
+            if module.split(".")[0] in ("kwta_exp", "torch", "torchvision", "foolbox"):
+                break
+            try:
+                origin = getattr(importlib.util.find_spec(module), "origin", None)
+            except (ImportError, ValueError):
+                continue
+            if (
+                origin
+                and Path(origin).is_file()
+                and not {"site-packages", "dist-packages"} & {*Path(origin).parts}
+            ):
+                digests[module] = sha256_of_file(Path(origin))
+                break
+    return digests
+
+
 def _mapping(path: Path) -> DictConfig:
-    content = OmegaConf.load(path)
+    try:
+        content = OmegaConf.load(path)
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"weights={path.parent}: no readable {path.name} there ({error})") from error
     if not isinstance(content, DictConfig):
-        raise UserError(f"{path}: expected a YAML mapping")
+        raise UserError(f"weights={path.parent}: its {path.name} is no mapping")
     return content
 
 

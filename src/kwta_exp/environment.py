@@ -15,15 +15,16 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-def describe(device: str, runtime: dict[str, Any]) -> dict[str, Any]:
+def describe(command: str, device: str, runtime: dict[str, Any]) -> dict[str, Any]:
     """The content of ``environment.json``.
 
     Args:
+        command: the command line.
         device: the device's own name, such as ``"cpu"`` or a GPU's.
         runtime: accelerator, devices, precision and threads as resolved.
     """
     return {
-        "command": command(),
+        "command": command,
         "commit": commit(),
         "device": device,
         "runtime": runtime,

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from kwta_exp.config import (
     call,
     choices,
     explain,
+    local_code,
     overrides,
     plain,
     run_name,
@@ -98,19 +100,21 @@ class Plan:
                     "weights=null: training=none needs something to judge;"
                     " expected a checkpoint file or a run folder"
                 )
-            if Path(str(options.weights)).is_dir():
-                adopt_run(cfg, chosen, Path(str(options.weights)), overrides())
+            if source := _source_run(weights):
+                adopt_run(cfg, chosen, source, overrides())
 
         runtime, dataset = build(cfg, "runtime"), build(cfg, "dataset")
         nodes = ("model", "training", "optimizer", "lr_schedule") if trains else ("model",)
         elsewhere = ("root", "path", "download")  # where the data lie decides nothing
+        decisive = {node: plain(cfg, node) for node in nodes}
         identity = {
             "seed": options.seed,
             "dataset": {k: v for k, v in plain(cfg, "dataset").items() if k not in elsewhere},
             "content": dataset.fingerprint(),
             "weights": weights and sha256_of_file(weights),
             "runtime": runtime.identity(),
-            **{node: plain(cfg, node) for node in nodes},
+            "code": local_code(decisive),
+            **decisive,
         }
         name = run_name(cfg, chosen)
         folder = RunFolder.of(Path(options.paths.outputs), name, options.seed, identity)
@@ -127,30 +131,44 @@ class Plan:
             return self.weights
         return self.folder.best if self.folder.last.exists() else None
 
-    def evaluation_folder(self, weights: Path) -> Path:
-        """Named by everything that decides the outcome of each image."""
+    def evaluation_identity(self, weights: Path) -> dict[str, Any]:
+        """Everything that decides the outcome of each image, beside the run's own identity."""
         attacks = plain(self.cfg, "attack")
-        identity = {
+        return {
             "attacks": list(attacks.items()),  # their order counts
+            "code": local_code(attacks),
             "threat": plain(self.cfg, "threat"),
             "n": self.options.evaluation.n,
             "batch_size": self.options.evaluation.batch_size,
             "weights": sha256_of_file(weights),
         }
-        return self.folder.evaluation(readable(self.chosen["suite"]), identity)
+
+    def evaluation_folder(self, weights: Path) -> Path:
+        """Named by the evaluation's identity."""
+        return self.folder.evaluation(readable(self.chosen["suite"]), self.evaluation_identity(weights))
+
+    @property
+    def command(self) -> str:
+        """The command line that does this; in a multirun, this job's share of it."""
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            return shlex.join(["python", "run.py", *overrides()])
+        return environment.command()
 
     def finished_results(self) -> dict[str, Any] | None:
         """What an earlier run of the same plan left, if it came to its end and is wanted."""
         if self.options.rerun or self.judged_weights is None:
             return None
         results = read_results(self.evaluation_folder(self.judged_weights) / "results.json")
-        if results is None:
-            return None
-        log.info("already finished: %s", self.folder.path)
-        then, now = results["run"]["commit"], environment.commit()
-        if then != now:
-            log.info("(by commit %s, now %s; rerun=true runs it anew)", then, now)
+        if results is not None:
+            log.info("already finished: %s", self.folder.path)
+            _compare_commits(results["run"].get("commit"))
         return results
+
+
+def _compare_commits(then: str | None) -> None:
+    now = environment.commit()
+    if then != now:
+        log.info("(by commit %s; the source is at %s now; rerun=true runs it anew)", then, now)
 
 
 def _carry_out(plan: Plan) -> dict[str, Any]:
@@ -162,8 +180,6 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
     parts = _build_parts(plan)
     fabric = plan.runtime.launch()
 
-    if options.rerun and (aside := plan.folder.set_aside()):
-        log.info("rerun: the earlier results are kept in %s", aside)
     with _opened(plan, str(fabric.device)):
         if plan.trains and not plan.folder.last.exists():
             _train(plan, parts, fabric)
@@ -177,12 +193,19 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
 
         images = first_test_images(parts.images, options.evaluation.n, fabric.device)
         folder = plan.evaluation_folder(weights)
+        write_json(
+            folder / "evaluation.json",
+            {
+                "identity": plan.evaluation_identity(weights),
+                "environment": environment.describe(plan.command, str(fabric.device), plan.runtime.identity()),
+            },
+        )
         batch_size = options.evaluation.batch_size
         clean, attacks = evaluate(network, images, parts.suite, parts.threat, options.seed, batch_size, folder)
 
         results = summarise(_identity_card(plan, weights), parts.threat, clean, attacks)
-        write_json(folder / "results.json", results)
         write_json(plan.folder.results, results)
+        write_json(folder / "results.json", results)  # the last: it says that all is done
         log.info("%s\n\nEverything is in %s", results_table(results), plan.folder.path)
 
     return results
@@ -225,7 +248,7 @@ def _build_parts(plan: Plan) -> _Parts:
         optimizer, lr_schedule = build(cfg, "optimizer"), build(cfg, "lr_schedule")
         trial = call(cfg, "optimizer", optimizer, [torch.nn.Parameter(torch.zeros(1))])
         trial_schedule = call(cfg, "lr_schedule", lr_schedule, trial)
-        trial.step()
+        call(cfg, "optimizer", trial.step)
         call(cfg, "lr_schedule", trial_schedule.step)  # some look at their settings only now
 
     images = plan.dataset.load()
@@ -320,7 +343,7 @@ def _identity_card(plan: Plan, weights: Path) -> dict[str, Any]:
         "seed": plan.options.seed,
         **{group: plan.chosen[group] for group in groups},
         "weights_sha256": sha256_of_file(weights),
-        "command": environment.command(),
+        "command": plan.command,
         "commit": environment.commit(),
     }
 
@@ -342,22 +365,36 @@ def _weights_file(weights: str | None) -> Path | None:
     return path
 
 
+def _source_run(weights: Path) -> Path | None:
+    """The run folder that a checkpoint lies in, if it does."""
+    folder = RunFolder(weights.parent.parent)
+    return folder.path if weights in (folder.best, folder.last) and folder.config.exists() else None
+
+
 @contextmanager
 def _opened(plan: Plan, device: str) -> Iterator[None]:
     """The run's folder, made, described, locked against a second process, and logging to its file."""
     folder = plan.folder
     try:
-        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.lock, timeout=0).acquire()
     except Timeout as error:
         raise UserError(f"{folder.path}: another process is running this very experiment") from error
     except OSError as error:
         raise UserError(f"paths.outputs: cannot write {folder.path}: {error.strerror}") from error
     with lock:
-        write_text(folder.config, OmegaConf.to_yaml(plan.cfg))
-        recorded = {"overrides": overrides(), "choices": plan.chosen}
-        write_text(folder.overrides, OmegaConf.to_yaml(OmegaConf.create(recorded)))
-        write_json(folder.environment, environment.describe(device, plan.runtime.identity()))
+        if plan.options.rerun and (aside := folder.set_aside()):
+            log.info("rerun: the earlier results are kept in %s", aside)
+        folder.remove_partial_files()
+        # Once: these tell how the weights came about. Each evaluation has an evaluation.json.
+        if folder.environment.exists():
+            _compare_commits(json.loads(folder.environment.read_text()).get("commit"))
+        else:
+            write_text(folder.config, OmegaConf.to_yaml(plan.cfg))
+            recorded = {"overrides": overrides(), "choices": plan.chosen}
+            write_text(folder.overrides, OmegaConf.to_yaml(OmegaConf.create(recorded)))
+            described = environment.describe(plan.command, device, plan.runtime.identity())
+            write_json(folder.environment, described)
 
         handler = logging.FileHandler(folder.log, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -367,7 +404,7 @@ def _opened(plan: Plan, device: str) -> Iterator[None]:
             logger.addHandler(handler)
         logging.captureWarnings(True)
         try:
-            file_only.info("%s", environment.command())
+            file_only.info("%s", plan.command)
             yield
         except BaseException:
             file_only.exception("stopped")

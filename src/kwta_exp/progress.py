@@ -13,8 +13,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 class Progress:
     """A tqdm bar on stderr that shows a description, a count, an ETA and a few figures.
 
-    Off when stderr is not a terminal. Figures are drawn at most ten times a second, and only then are
-    they computed: hand over a callable and a device is not asked for numbers nobody reads.
+    Off when stderr is not a terminal. Figures are drawn at most ten times a second; ask :attr:`due`
+    first where computing them costs something.
     """
 
     def __init__(self, description: str, total: int, unit: str, start: int = 0) -> None:
@@ -44,6 +44,10 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         self._stack.close()
+
+    def extend(self, amount: int) -> None:
+        """Add to the total."""
+        self._bar.total += amount
 
     def advance(self, amount: int = 1) -> None:
         self._bar.update(amount)

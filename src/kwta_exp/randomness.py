@@ -8,8 +8,11 @@ Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), computed 
 
 import hashlib
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,6 +56,24 @@ def permutation(length: int, key: int) -> Tensor:
     """A random order of ``range(length)`` on the CPU, int64 ``(length,)``."""
     generator = torch.Generator().manual_seed(key)
     return torch.randperm(length, generator=generator)
+
+
+@contextmanager
+def isolated(seed: int) -> Iterator[None]:
+    """Seed the global generators of torch, NumPy and Python, and put their states back after.
+
+    For code of others that draws from them: inside, it sees ``seed`` and nothing else.
+    """
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:

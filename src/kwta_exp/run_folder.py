@@ -1,5 +1,6 @@
 """The folder of one run: its name, its files, and what is already in it."""
 
+import itertools
 import json
 import re
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kwta_exp.errors import UserError
-from kwta_exp.storage import sha256_of_json
+from kwta_exp.storage import PARTIAL, sha256_of_json
 
 _HASH_DIGITS = 10
 
@@ -64,7 +65,8 @@ class RunFolder:
 
     @property
     def lock(self) -> Path:
-        return self.path / ".lock"
+        """Beside the folder, so that it stays in place when the folder is set aside."""
+        return self.path.with_name(f".{self.path.name}.lock")
 
     @property
     def results(self) -> Path:
@@ -78,18 +80,27 @@ class RunFolder:
         """Rename an existing folder to ``...-before-<time>``, and say to what."""
         if not self.path.exists():
             return None
-        aside = self.path.with_name(f"{self.path.name}-before-{time.strftime('%Y%m%d-%H%M%S')}")
+        stem = f"{self.path.name}-before-{time.strftime('%Y%m%d-%H%M%S')}"
+        names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        aside = next(path for name in names if not (path := self.path.with_name(name)).exists())
         self.path.rename(aside)
         return aside
+
+    def remove_partial_files(self) -> None:
+        """Delete what writers that were killed left behind; call with the lock held."""
+        for path in self.path.rglob(f".*{PARTIAL}"):
+            path.unlink(missing_ok=True)
 
 
 def read_results(path: Path) -> dict[str, Any] | None:
     """A finished evaluation's results, or ``None`` if there are none."""
     try:
         content = json.loads(path.read_text())
+        if not {"run", "clean", "worst_case"} <= content.keys():
+            raise ValueError("not a whole results file")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error}); delete it to have it made again") from error
     return dict(content)
 

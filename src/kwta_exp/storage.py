@@ -14,6 +14,9 @@ import numpy.typing as npt
 
 from kwta_exp.errors import UserError
 
+PARTIAL = ".partial"
+"""How the temporary files end that a killed writer leaves behind."""
+
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace ``path`` by ``content`` atomically, making its folder if need be.
@@ -36,7 +39,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
     temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -46,11 +46,13 @@ def kwta(
     winners alone; the choice of winners has none. Backward keeps one mask of one byte a value.
 
     Raises:
-        ValueError: unless exactly one of ``ratio`` and ``k`` is given, or if ``x`` has no dimension
-            left to compete over.
+        ValueError: unless exactly one of ``ratio`` and ``k`` is given and in its range, or if ``x``
+            has no dimension left to compete over.
     """
     if (ratio is None) == (k is None):
         raise ValueError(f"kwta takes either ratio or k, got ratio={ratio} and k={k}")
+    if not (0 < ratio <= 1 if ratio is not None else k is not None and k >= 1):
+        raise ValueError(f"kwta expects 0 < ratio <= 1 or k >= 1, got ratio={ratio} and k={k}")
     if x.dim() < 2:
         raise ValueError(f"kwta expects (N, ...) with 2 or more dimensions, got {tuple(x.shape)}")
     if x.numel() == 0:
@@ -65,7 +67,7 @@ def _losers(x: Tensor, ratio: float | None, k: int | None, over: Over, by: By) -
     score = x.abs() if by == "magnitude" else x
     rows = _rows(score, per_channel)
     size = rows.shape[1]
-    winners = max(1, math.floor(ratio * size)) if ratio is not None else min(k or 1, size)
+    winners = max(1, math.floor(ratio * size)) if ratio is not None else min(k or size, size)
     threshold = kth_largest(rows, winners)
     # k or more NaN: nothing finite wins. "<" is false for NaN itself, so NaN never loses.
     threshold = threshold.masked_fill(threshold.isnan(), math.inf)

@@ -1,6 +1,5 @@
 """Batches from images that live on the device, augmented there, each image by its own stream."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -44,7 +43,8 @@ class Split:
 class TrainingBatches:
     """Shuffled, augmented batches that are a pure function of (seed, epoch).
 
-    A last batch smaller than ``batch_size`` is kept.
+    A smaller last batch is kept; a single image left over joins the batch before it, since BatchNorm
+    has no variance of one.
     """
 
     split: Split
@@ -54,12 +54,15 @@ class TrainingBatches:
     seed: int
 
     def __len__(self) -> int:
-        return math.ceil(len(self.split) / self.batch_size)
+        whole, rest = divmod(len(self.split), self.batch_size)
+        return max(1, whole + (rest > 1))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from number ``start`` on."""
         order = permutation(len(self.split), key(self.seed, "order", epoch)).to(self.split.x.device)
-        for chunk in order.split(self.batch_size)[start:]:
+        for number in range(start, len(self)):
+            end = (number + 1) * self.batch_size if number + 1 < len(self) else len(order)
+            chunk = order[number * self.batch_size : end]
             index = self.split.index[chunk]
             x = self.split.x[chunk]
             x = crop_and_flip(x, fold(key(self.seed, "augment", epoch), index), self.crop_padding, self.flip)

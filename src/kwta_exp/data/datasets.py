@@ -123,8 +123,8 @@ class _Torchvision(Dataset):
         folder = Path(self.root) / self._FOLDER
         if not Path(self.root).is_dir():
             raise UserError(
-                f"paths.data={self.root}: no such folder; expected the one that holds (or shall hold)"
-                f" {self._FOLDER}. To start with an empty one: mkdir -p {self.root}"
+                f"dataset.root={self.root} (paths.data): no such folder; expected the one that holds"
+                f" (or shall hold) {self._FOLDER}. To start with an empty one: mkdir -p {self.root}"
             )
         if not all((folder / name).is_file() for name in self._FILES):
             self._fetch()
@@ -132,7 +132,7 @@ class _Torchvision(Dataset):
         for name, expected in self._FILES.items():
             if expected is not None and found[name] != expected:
                 raise UserError(
-                    f"paths.data: {folder / name} is damaged (SHA-256 {found[name][:16]}...,"
+                    f"dataset.root: {folder / name} is damaged (SHA-256 {found[name][:16]}...,"
                     f" expected {expected[:16]}...); delete it to have it fetched again"
                 )
         return sha256_of_json(found)
@@ -144,8 +144,8 @@ class _Torchvision(Dataset):
     def _fetch(self) -> None:
         if not self.download:
             raise UserError(
-                f"paths.data={self.root}: {self._NAME} is not there (expected {self._FOLDER}) and"
-                " dataset.download=false forbids fetching it"
+                f"dataset.root={self.root} (paths.data): {self._NAME} is not there"
+                f" (expected {self._FOLDER}) and dataset.download=false forbids fetching it"
             )
         for train in (True, False):
             self._read(train=train, download=True)
@@ -158,8 +158,8 @@ class _Torchvision(Dataset):
         except (RuntimeError, OSError, ValueError) as error:
             doing = "fetching" if download else "reading"
             raise UserError(
-                f"paths.data={self.root}: {doing} {self._NAME} failed: {error}. Expected the files of"
-                f" {self._FOLDER} there, or a network to fetch them from"
+                f"dataset.root={self.root} (paths.data): {doing} {self._NAME} failed: {error}."
+                f" Expected the files of {self._FOLDER} there, or a network to fetch them from"
             ) from error
 
 
@@ -187,7 +187,8 @@ class CIFAR10(_Torchvision):
     _NAME: ClassVar[str] = "CIFAR10"
     _FOLDER: ClassVar[str] = "cifar-10-batches-py"
     _FILES: ClassVar[Mapping[str, str | None]] = {f"data_batch_{i}": None for i in range(1, 6)} | {
-        "test_batch": None
+        "test_batch": None,
+        "batches.meta": None,
     }
 
 
@@ -228,6 +229,8 @@ class Arrays(Dataset):
             ) from error
         for name, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
             self._check(name, x, y)
+        if len(x_train) < 2:
+            raise UserError(f"dataset.path={self.path}: x_train holds {len(x_train)} image; expected 2 or more")
         if x_train.shape[1:] != x_test.shape[1:]:
             raise UserError(
                 f"dataset.path={self.path}: x_train has images of shape {x_train.shape[1:]},"

@@ -16,7 +16,7 @@ from kwta_exp.errors import UserError
 from kwta_exp.evaluation.counting import Counted
 from kwta_exp.evaluation.records import Column, Record
 from kwta_exp.progress import Progress
-from kwta_exp.randomness import fold, key
+from kwta_exp.randomness import fold, isolated, key
 from kwta_exp.storage import image_digests
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def evaluate(
     (seed, attack, image), and each chunk's rows are on disk before the next begins: an evaluation
     that was killed continues to the same rows.
 
-    Each returned image is cast to float32, NaN pixels are put back, and it is projected into the
+    Each returned image is cast to float32, NaN and infinite pixels are put back, and it is projected into the
     threat and [0, 1] before ``network`` judges it in float32. So an attack of another norm or radius
     counts only as far as it stays inside.
 
@@ -59,10 +59,9 @@ def evaluate(
         UserError: if an attack fails or returns something other than images, naming the attack.
     """
     network.eval().requires_grad_(False)
-    total = len(images) * (1 + len(suite))
 
-    with Progress("evaluating", total, "image") as progress:
-        clean = Record.open(folder / f"{CLEAN}.npz")
+    with Progress("evaluating", len(images), "image") as progress:
+        clean = Record.open(folder / f"{CLEAN}.npz", expected=images.index)
         everything = torch.arange(len(images), device=images.x.device)
         for chunk in _pending(everything, batch_size, clean, progress):
             progress.show(attack=CLEAN)
@@ -75,10 +74,11 @@ def evaluate(
         right = clean.columns["prediction"] == clean.columns["label"]
         survivors &= right
         targets = torch.from_numpy(np.flatnonzero(right)).to(images.x.device)
+        progress.extend(len(suite) * len(targets))
 
         records = {}
         for name, attack in suite.items():
-            record = records[name] = Record.open(folder / f"{name}.npz")
+            record = records[name] = Record.open(folder / f"{name}.npz", expected=images.index[targets])
             for chunk in _pending(targets, batch_size, record, progress):
                 progress.show(attack=name, worst_case=f"{survivors.mean():.1%}")
                 _attack_chunk(network, images, chunk, name, attack, threat, seed, record)
@@ -111,10 +111,12 @@ def _attack_chunk(
     record: Record,
 ) -> None:
     x, y = to_float(images.x[chunk]), images.y[chunk]
+    keys = fold(key(seed, "attack", name), images.index[chunk])
     counted = Counted(network)
     started = time.monotonic()
     try:
-        returned = attack(counted, x.clone(), y, fold(key(seed, "attack", name), images.index[chunk]))
+        with isolated(int(keys.sum())):  # whatever draws from global generators does so reproducibly
+            returned = attack(counted, x.clone(), y, keys)
         if not isinstance(returned, Tensor) or returned.shape != x.shape:
             raise ValueError(
                 f"returned {getattr(returned, 'shape', type(returned).__name__)};"
@@ -125,7 +127,7 @@ def _attack_chunk(
 
     with torch.no_grad():
         x_adv = returned.detach().to(x)
-        x_adv = threat.project(torch.where(x_adv.isnan(), x, x_adv), x)
+        x_adv = threat.project(torch.where(x_adv.isfinite(), x_adv, x), x)
         logits = _judge(network, x_adv)
         rows = _rows(images, chunk, logits)
         rows["fooled"] = rows["prediction"] != rows["label"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from kwta_exp.errors import UserError
 from kwta_exp.storage import write_bytes
@@ -33,11 +34,15 @@ class Record:
     seconds: float = 0.0
 
     @classmethod
-    def open(cls, path: Path) -> "Record":
+    def open(cls, path: Path, expected: Tensor | None = None) -> "Record":
         """Continue the record at ``path``, or begin one.
 
+        Args:
+            path: the file.
+            expected: the ``index`` of the images to judge, in order; the rows must be its beginning.
+
         Raises:
-            UserError: if the file is damaged.
+            UserError: if the file is damaged or of other images.
         """
         if not path.exists():
             return cls(path)
@@ -45,6 +50,10 @@ class Record:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 columns = dict(file)
             costs = {name: columns.pop(name).item() for name in ("forwards", "backwards", "seconds")}
+            rows = {len(column) for column in columns.values()}
+            index = columns["index"]
+            if len(rows) != 1 or (expected is not None and index.tolist() != expected[: len(index)].tolist()):
+                raise ValueError("its rows are not those of the images to judge")
         except Exception as error:  # damaged bytes make the reader fail in any way whatever
             raise UserError(f"evaluation record {path}: damaged ({error}); delete it to redo it") from error
         return cls(path, columns, **costs)

@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 EpochRecord = dict[str, float]
 
+STATE = {"model", "optimizer", "schedule", "history", "best", "best_epoch", "epoch", "step", "running"}
+"""What a training state holds."""
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -95,7 +98,7 @@ def fit(
     running = _Running.zero(device)
 
     if state_path.exists():
-        state = read_state(state_path)
+        state = read_state(state_path, expected=STATE)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])

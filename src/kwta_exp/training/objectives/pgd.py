@@ -22,7 +22,8 @@ class PGDTraining(Training):
     runs in train mode, so BatchNorm's statistics are those of attacked images.
 
     Args:
-        attack: the inner maximiser, with its own norm, eps and steps. Any attack will do.
+        attack: the inner maximiser, with its own norm, eps and steps. Any object of this project's
+            attack interface will do.
     """
 
     attack: Attack
