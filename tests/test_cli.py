@@ -327,46 +327,50 @@ def outcome(outputs: Path) -> dict[str, bytes | list[object]]:
 @pytest.mark.slow
 def test_ten_kills_change_nothing(tmp_path: Path) -> None:
     """Kill -9 at ten moments spread over the work of one run, at least three of them in the evaluation."""
-    command = ["training=pgd", "training.epochs=12", "training.batch_size=64", "evaluation.batch_size=40",
-               "attack.pgd.restarts=4", "attack.pgd.steps=100", "runtime=cpu", "runtime.threads=2"]  # fmt: skip
-    started = time.monotonic()
+    epochs, chunk = 12, 20
+    command = ["training=pgd", f"training.epochs={epochs}", "training.batch_size=64",
+               f"evaluation.batch_size={chunk}", "attack.pgd.restarts=3", "attack.pgd.steps=60",
+               "runtime=cpu", "runtime.threads=2"]  # fmt: skip
     assert run_py(f"paths.outputs={tmp_path / 'calm'}", *command).returncode == 0
     calm = only_folder(tmp_path / "calm")
-    ended = time.monotonic()
-    log = (calm / "run.log").stat()
-    assert log.st_size > 0
+    begun, trained, ended = (
+        (calm / name).stat().st_mtime
+        for name in ("environment.json", "checkpoints/last.safetensors", "results.json")
+    )
+    (record,) = calm.glob("evaluation/*/pgd.npz")
+    with np.load(record) as file:
+        rows = len(file["index"])
 
-    # Moments are told by what is on disk, so that a slow machine is killed at the same points.
+    # Moments of the calm run's wall time, told by what is then on disk: epochs done, images judged.
     outputs = tmp_path / "killed"
-    epochs = [2, 3, 5, 6, 8, 9]
-    chunks = [1, 3, 5, 7]
     in_evaluation = 0
     for number in range(10):
+        moment = begun + (number + 0.5) / 10 * (ended - begun)
+        evaluating = moment > trained
+        in_evaluation += evaluating
+        share = (moment - trained) / (ended - trained) if evaluating else (moment - begun) / (trained - begun)
+        wanted = int(share * (rows // chunk)) * chunk if evaluating else int(share * epochs)
+
+        def done(evaluating: bool = evaluating) -> int:
+            if not evaluating:
+                return sum(len(p.read_text().splitlines()) for p in outputs.glob("*/s*/metrics.jsonl"))
+            for path in outputs.glob("*/s*/evaluation/*/pgd.npz"):
+                with np.load(path) as file:
+                    return len(file["index"])
+            return 0 if list(outputs.glob("*/s*/evaluation/*/clean.npz")) else -1
+
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "run.py"), f"paths.outputs={outputs}", *command],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        deadline = time.monotonic() + 10 * (ended - started) + 60
-
-        def reached(number: int = number) -> bool:
-            if number < len(epochs):
-                metrics = list(outputs.glob("*/s*/metrics.jsonl"))
-                return bool(metrics) and len(metrics[0].read_text().splitlines()) >= epochs[number]
-            records = list(outputs.glob("*/s*/evaluation/*/pgd.npz"))
-            if not records:
-                return False
-            with np.load(records[0]) as file:
-                return len(file["index"]) >= 40 * chunks[number - len(epochs)]
-
-        while not reached():
+        while done() < wanted or not list(outputs.glob("*/s*/environment.json")):
             assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(0.02 * number)  # not always right after a save
-        assert process.poll() is None
-        in_evaluation += number >= len(epochs)
+        assert process.poll() is None, "the run ended before it could be killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
+        print(f"killed {'evaluating' if evaluating else 'training'} at {wanted}, {share:.0%}")
 
     assert in_evaluation >= 3
     assert run_py(f"paths.outputs={outputs}", *command).returncode == 0

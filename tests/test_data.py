@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from kwta_exp.data.batches import Split, TrainingBatches, crop_and_flip, first_test_images, split_training
 from kwta_exp.data.datasets import CIFAR10, Arrays, Digits, FashionMNIST
@@ -23,6 +24,13 @@ def test_digits_are_what_scikit_learn_ships() -> None:
     assert (images.num_classes, images.in_channels, images.image_size) == (10, 1, (8, 8))
     assert images.x_train.max() == 255
     assert np.bincount(images.y_test).min() > 20
+    theirs = load_digits()
+    assert (
+        np.bincount(theirs.target).tolist()
+        == np.bincount(np.concatenate([images.y_train, images.y_test])).tolist()
+    )
+    mean = np.concatenate([images.x_train, images.x_test]).mean() / 255
+    assert abs(mean - theirs.images.mean() / 16) < 1e-3
 
 
 def test_arrays_become_channels_first(arrays_file: Path) -> None:

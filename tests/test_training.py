@@ -14,7 +14,8 @@ from kwta_exp.attacks import PGD
 from kwta_exp.data.batches import Batch, TrainingBatches, split_training
 from kwta_exp.data.datasets import Digits
 from kwta_exp.errors import UserError
-from kwta_exp.training import Fitted, NaturalTraining, PGDTraining, Training, fit
+from kwta_exp.training import NaturalTraining, PGDTraining, Training
+from kwta_exp.training.fit import Fitted, fit
 from kwta_exp.training.objectives.base import correct, eval_mode
 
 CPU = torch.device("cpu")

@@ -173,12 +173,13 @@ def _compare_commits(then: str | None) -> None:
 
 def _carry_out(plan: Plan) -> dict[str, Any]:
     """Build everything, make the folder, then train, attack and report."""
-    from kwta_exp.evaluation import evaluate, summarise
-    from kwta_exp.report.terminal import results_table
-
     options = plan.options
     parts = _build_parts(plan)
     fabric = plan.runtime.launch()
+
+    from kwta_exp.data.batches import first_test_images
+    from kwta_exp.evaluation import evaluate, summarise
+    from kwta_exp.report.terminal import results_table
 
     with _opened(plan, str(fabric.device)):
         if plan.trains and not plan.folder.last.exists():
@@ -188,8 +189,6 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
         assert weights is not None
         _load(network, weights)
         network.to(device=fabric.device)
-
-        from kwta_exp.data.batches import first_test_images
 
         images = first_test_images(parts.images, options.evaluation.n, fabric.device)
         folder = plan.evaluation_folder(weights)
@@ -242,15 +241,6 @@ def _build_parts(plan: Plan) -> _Parts:
         elif not callable(attack):
             raise UserError(f"attack.{name}: {attack!r} cannot be called; expected an attack")
 
-    training = optimizer = lr_schedule = None
-    if plan.trains:
-        training = build(cfg, "training")
-        optimizer, lr_schedule = build(cfg, "optimizer"), build(cfg, "lr_schedule")
-        trial = call(cfg, "optimizer", optimizer, [torch.nn.Parameter(torch.zeros(1))])
-        trial_schedule = call(cfg, "lr_schedule", lr_schedule, trial)
-        call(cfg, "optimizer", trial.step)
-        call(cfg, "lr_schedule", trial_schedule.step)  # some look at their settings only now
-
     images = plan.dataset.load()
     facts = {
         "num_classes": images.num_classes,
@@ -264,6 +254,15 @@ def _build_parts(plan: Plan) -> _Parts:
     if plan.weights:
         load_into(network, read_weights(plan.weights), str(plan.weights))
     _try_out(network, cfg, images)
+
+    training = optimizer = lr_schedule = None
+    if plan.trains:
+        training = build(cfg, "training")
+        optimizer, lr_schedule = build(cfg, "optimizer"), build(cfg, "lr_schedule")
+        trial = call(cfg, "optimizer", optimizer, [torch.nn.Parameter(torch.zeros(1))])
+        trial_schedule = call(cfg, "lr_schedule", lr_schedule, trial)
+        call(cfg, "optimizer", trial.step)
+        call(cfg, "lr_schedule", trial_schedule.step)  # some look at their settings only now
 
     return _Parts(training, optimizer, lr_schedule, threat, suite, images, network)
 
@@ -291,7 +290,7 @@ def _train(plan: Plan, parts: _Parts, fabric: Any) -> None:
     """Fit the network and write its best and last weights."""
     from kwta_exp.checkpoint import save_weights
     from kwta_exp.data.batches import TrainingBatches, split_training
-    from kwta_exp.training import fit
+    from kwta_exp.training.fit import fit
 
     seed, dataset, training = plan.options.seed, plan.dataset, parts.training
     assert training
