@@ -111,7 +111,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run_py(f"paths.outputs={outputs}", *TINY)
     assert done.returncode == 0, done.stderr
     assert "worst case" in done.stdout
-    assert "UNTESTED" in done.stdout
+    assert "Can this be believed?" in done.stdout
     assert done.stderr == ""  # no bar where nobody watches, and no warning
     return outputs
 
@@ -138,6 +138,7 @@ def test_a_run_leaves_its_folder(finished: Path) -> None:
         "clean.npz",
         "fgsm.npz",
         "pgd.npz",
+        "surrogate.npz",
         "evaluation.json",
         "results.json",
     }
@@ -157,12 +158,15 @@ def test_a_run_leaves_its_folder(finished: Path) -> None:
 def test_results_keep_the_contract(finished: Path) -> None:
     folder = only_folder(finished)
     results = json.loads((folder / "results.json").read_text())
-    assert list(results) == ["schema", "run", "threat", "clean", "attacks", "worst_case", "masking"]
+    assert list(results) == [
+        "schema", "run", "threat", "clean", "attacks", "worst_case", "inapplicable", "masking",
+    ]  # fmt: skip
     assert results["schema"] == 1
     assert results["threat"] == {"norm": "linf", "eps": 0.1}
-    assert list(results["attacks"]) == ["fgsm", "pgd"]
+    assert list(results["attacks"]) == ["fgsm", "pgd", "surrogate"]
     fields = {"robust_accuracy", "n", "ci95", "cumulative", "eps", "norm", "forwards", "backwards", "seconds"}
     assert set(results["attacks"]["pgd"]) == fields
+    assert results["attacks"]["surrogate"]["activations_replaced"] == 1
     assert results["worst_case"]["n"] == 40
     assert results["run"]["command"].startswith("python run.py")
     # The numbers follow from the rows.
@@ -205,7 +209,7 @@ def test_a_run_can_be_judged_without_training(finished: Path, tmp_path: Path, fi
     judged = json.loads((folder / "results.json").read_text())
     (evaluation,) = (source / "evaluation").glob("quick-*")
     original = json.loads((evaluation / "results.json").read_text())
-    for name in ("fgsm", "pgd"):
+    for name in ("fgsm", "pgd", "surrogate"):
         assert judged["attacks"][name]["robust_accuracy"] == original["attacks"][name]["robust_accuracy"]
 
 
@@ -295,6 +299,7 @@ def test_users_plug_in_without_touching_the_project(tmp_path: Path, arrays_file:
     (described,) = (folder / "evaluation").glob("*/evaluation.json")
     assert list(json.loads(described.read_text())["identity"]["code"]) == ["my_attack"]
     assert list(json.loads((folder / "results.json").read_text())["attacks"]) == ["fgsm", "pgd", "invert"]
+    assert "surrogate" in json.loads((folder / "results.json").read_text())["inapplicable"]
 
 
 def test_a_second_process_is_turned_away(finished: Path) -> None:
@@ -337,7 +342,7 @@ def test_ten_kills_change_nothing(tmp_path: Path) -> None:
         (calm / name).stat().st_mtime
         for name in ("environment.json", "checkpoints/last.safetensors", "results.json")
     )
-    (record,) = calm.glob("evaluation/*/pgd.npz")
+    (record,) = calm.glob("evaluation/*/surrogate.npz")
     with np.load(record) as file:
         rows = len(file["index"])
 
@@ -354,7 +359,7 @@ def test_ten_kills_change_nothing(tmp_path: Path) -> None:
         def done(evaluating: bool = evaluating) -> int:
             if not evaluating:
                 return sum(len(p.read_text().splitlines()) for p in outputs.glob("*/s*/metrics.jsonl"))
-            for path in outputs.glob("*/s*/evaluation/*/pgd.npz"):
+            for path in outputs.glob("*/s*/evaluation/*/surrogate.npz"):
                 with np.load(path) as file:
                     return len(file["index"])
             return 0 if list(outputs.glob("*/s*/evaluation/*/clean.npz")) else -1

@@ -178,7 +178,7 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
     fabric = plan.runtime.launch()
 
     from kwta_exp.data.batches import first_test_images
-    from kwta_exp.evaluation import evaluate, summarise
+    from kwta_exp.evaluation import evaluate, plain_gradient_attacks, summarise
     from kwta_exp.report.terminal import results_table
 
     with _opened(plan, str(fabric.device)):
@@ -200,9 +200,15 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
             },
         )
         batch_size = options.evaluation.batch_size
-        clean, attacks = evaluate(network, images, parts.suite, parts.threat, options.seed, batch_size, folder)
+        clean, attacks, inapplicable = evaluate(
+            network, images, parts.suite, parts.threat, options.seed, batch_size, folder
+        )
 
-        results = summarise(_identity_card(plan, weights), parts.threat, clean, attacks)
+        details = {
+            name: attack.details(network) for name, attack in parts.suite.items() if hasattr(attack, "details")
+        }
+        card, plain_names = _identity_card(plan, weights), plain_gradient_attacks(parts.suite)
+        results = summarise(card, parts.threat, clean, attacks, inapplicable, details, plain_names)
         write_json(plan.folder.results, results)
         write_json(folder / "results.json", results)  # the last: it says that all is done
         log.info("%s\n\nEverything is in %s", results_table(results), plan.folder.path)
@@ -241,6 +247,7 @@ def _build_parts(plan: Plan) -> _Parts:
         elif not callable(attack):
             raise UserError(f"attack.{name}: {attack!r} cannot be called; expected an attack")
 
+    training = build(cfg, "training") if plan.trains else None
     images = plan.dataset.load()
     facts = {
         "num_classes": images.num_classes,
@@ -255,9 +262,8 @@ def _build_parts(plan: Plan) -> _Parts:
         load_into(network, read_weights(plan.weights), str(plan.weights))
     _try_out(network, cfg, images)
 
-    training = optimizer = lr_schedule = None
+    optimizer = lr_schedule = None
     if plan.trains:
-        training = build(cfg, "training")
         optimizer, lr_schedule = build(cfg, "optimizer"), build(cfg, "lr_schedule")
         trial = call(cfg, "optimizer", optimizer, [torch.nn.Parameter(torch.zeros(1))])
         trial_schedule = call(cfg, "lr_schedule", lr_schedule, trial)

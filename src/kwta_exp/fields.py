@@ -25,6 +25,9 @@ def _fraction(value: object) -> object:
 Ratio = Annotated[float, Field(gt=0, le=1)]
 """The share of a layer's values that win, in (0, 1]."""
 
+Positive = Annotated[float, Field(gt=0)]
+"""A number above 0."""
+
 Eps = Annotated[float, BeforeValidator(_fraction), Field(ge=0)]
 """A perturbation radius or step in pixel units of [0, 1]; ``8/255`` may be written as such."""
 

@@ -57,23 +57,32 @@ def kwta(
         raise ValueError(f"kwta expects (N, ...) with 2 or more dimensions, got {tuple(x.shape)}")
     if x.numel() == 0:
         return x
-    return torch.where(_losers(x.detach(), ratio, k, over, by), 0, x)
+    score = x.detach().abs() if by == "magnitude" else x.detach()
+    # "<" is false for NaN, so a NaN never loses.
+    return torch.where(score < kwta_threshold(x.detach(), ratio, k=k, over=over, by=by), 0, x)
 
 
 @torch.no_grad()
-def _losers(x: Tensor, ratio: float | None, k: int | None, over: Over, by: By) -> Tensor:
-    """The mask of the values below the k-th largest of their row."""
+def kwta_threshold(
+    x: Tensor,
+    ratio: float | None = None,
+    *,
+    k: int | None = None,
+    over: Over = "volume",
+    by: By = "value",
+) -> Tensor:
+    """The k-th largest value of each row of competitors, shaped to broadcast against ``x``.
+
+    Arguments as for :func:`kwta`. ``inf`` where k or more values are NaN: nothing finite wins there.
+    """
     per_channel = over == "channel" and x.dim() > 2
-    score = x.abs() if by == "magnitude" else x
-    rows = _rows(score, per_channel)
+    rows = _rows(x.abs() if by == "magnitude" else x, per_channel)
     size = rows.shape[1]
     winners = max(1, math.floor(ratio * size)) if ratio is not None else min(k or size, size)
     threshold = kth_largest(rows, winners)
-    # k or more NaN: nothing finite wins. "<" is false for NaN itself, so NaN never loses.
     threshold = threshold.masked_fill(threshold.isnan(), math.inf)
     lead = 2 if per_channel else 1
-    losers: Tensor = score < threshold.view(*x.shape[:lead], *[1] * (x.dim() - lead))
-    return losers
+    return threshold.view(*x.shape[:lead], *[1] * (x.dim() - lead))
 
 
 def _rows(x: Tensor, per_channel: bool) -> Tensor:

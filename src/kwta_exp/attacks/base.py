@@ -5,6 +5,10 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 
+class NotApplicableError(Exception):
+    """Raised by an attack that has no hold on a model; says why. It is recorded, not scored."""
+
+
 @runtime_checkable
 class Attack(Protocol):
     """Anything that turns images into adversarial ones.

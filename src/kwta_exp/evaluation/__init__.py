@@ -2,5 +2,6 @@
 
 from kwta_exp.evaluation.evaluator import evaluate
 from kwta_exp.evaluation.results import summarise
+from kwta_exp.evaluation.verdict import plain_gradient_attacks
 
-__all__ = ["evaluate", "summarise"]
+__all__ = ["evaluate", "plain_gradient_attacks", "summarise"]

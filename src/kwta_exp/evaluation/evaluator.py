@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kwta_exp.attacks import Attack, Threat
+from kwta_exp.attacks import Attack, NotApplicableError, Threat
 from kwta_exp.attacks.losses import margin
 from kwta_exp.data.batches import Split, to_float
 from kwta_exp.errors import UserError
@@ -32,7 +32,7 @@ def evaluate(
     seed: int,
     batch_size: int,
     folder: Path,
-) -> tuple[Record, dict[str, Record]]:
+) -> tuple[Record, dict[str, Record], dict[str, str]]:
     """Judge ``network`` clean and under each attack, on the images it classifies correctly clean.
 
     Chunks of ``batch_size`` are fixed by the images and the clean outcome alone, random streams by
@@ -53,7 +53,8 @@ def evaluate(
         folder: where the records live.
 
     Returns:
-        The clean record, and one record an attack.
+        The clean record, one record for each attack that applies to this network, and the reason for
+        each that does not.
 
     Raises:
         UserError: if an attack fails or returns something other than images, naming the attack.
@@ -76,17 +77,26 @@ def evaluate(
         targets = torch.from_numpy(np.flatnonzero(right)).to(images.x.device)
         progress.extend(len(suite) * len(targets))
 
-        records = {}
+        records: dict[str, Record] = {}
+        inapplicable: dict[str, str] = {}
         for name, attack in suite.items():
-            record = records[name] = Record.open(folder / f"{name}.npz", expected=images.index[targets])
+            record = Record.open(folder / f"{name}.npz", expected=images.index[targets])
             for chunk in _pending(targets, batch_size, record, progress):
                 progress.show(attack=name, worst_case=f"{survivors.mean():.1%}")
-                _attack_chunk(network, images, chunk, name, attack, threat, seed, record)
+                try:
+                    _attack_chunk(network, images, chunk, name, attack, threat, seed, record)
+                except NotApplicableError as reason:
+                    inapplicable[name] = str(reason)
+                    break
                 progress.advance(len(chunk))
+            if name in inapplicable:
+                log.info("%s is not applicable: %s", name, inapplicable[name])
+                continue
+            records[name] = record
             survivors[np.flatnonzero(right)[record.columns["fooled"]] if len(record) else []] = False
             log.debug("%s done, %.1f%% stand", name, 100 * survivors.mean())
 
-    return clean, records
+    return clean, records, inapplicable
 
 
 def _pending(positions: Tensor, batch_size: int, record: Record, progress: Progress) -> Iterator[Tensor]:

@@ -1,6 +1,6 @@
 """From records to ``results.json``: accuracies with intervals, the worst case, and the verdict."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -8,12 +8,19 @@ import numpy.typing as npt
 
 from kwta_exp.attacks import Threat
 from kwta_exp.evaluation.records import Record
+from kwta_exp.evaluation.verdict import verdict
 
 SCHEMA = 1
 
 
 def summarise(
-    run: Mapping[str, Any], threat: Threat, clean: Record, attacks: Mapping[str, Record]
+    run: Mapping[str, Any],
+    threat: Threat,
+    clean: Record,
+    attacks: Mapping[str, Record],
+    inapplicable: Mapping[str, str],
+    details: Mapping[str, Mapping[str, Any]],
+    plain: Collection[str],
 ) -> dict[str, Any]:
     """The content of ``results.json`` (documented in the README).
 
@@ -22,6 +29,9 @@ def summarise(
         threat: the evaluation's.
         clean: the clean record over all n images.
         attacks: one record each, over the images that are correct clean, in the suite's order.
+        inapplicable: why the suite's other attacks had no hold on the network.
+        details: what an attack wishes to say of what it found in the network.
+        plain: names of those that are thorough plain gradient attacks, for the verdict.
 
     ``worst_case.by`` gives each attack the share of the n images that it was the first in the
     suite's order to fool, so that clean accuracy minus these shares is the worst case.
@@ -30,12 +40,15 @@ def summarise(
     standing = right.copy()
     by: dict[str, float] = {}
     per_attack: dict[str, Any] = {}
+    fooled_plainly = np.zeros_like(right)
     for name, record in attacks.items():
         survives = right.copy()
         if len(record):
             survives[np.flatnonzero(right)[record.columns["fooled"]]] = False
         by[name] = float(np.mean(standing & ~survives))
         standing &= survives
+        if name in plain:
+            fooled_plainly |= right & ~survives
         per_attack[name] = {
             **_accuracy(survives, "robust_accuracy"),
             "cumulative": float(np.mean(standing)),
@@ -44,6 +57,7 @@ def summarise(
             "forwards": record.forwards,
             "backwards": record.backwards,
             "seconds": round(record.seconds, 3),
+            **details.get(name, {}),
         }
     return {
         "schema": SCHEMA,
@@ -52,24 +66,9 @@ def summarise(
         "clean": _accuracy(right, "accuracy"),
         "attacks": per_attack,
         "worst_case": {**_accuracy(standing, "robust_accuracy"), "by": by} if attacks else None,
-        "masking": verdict(attacks),
+        "inapplicable": dict(inapplicable),
+        "masking": verdict(list(attacks), fooled_plainly, right & ~standing, bool(plain)),
     }
-
-
-def verdict(attacks: Mapping[str, Record]) -> dict[str, Any]:
-    """Whether the worst case can be believed.
-
-    ``untested`` is the only verdict this version can earn: it has no adaptive attack and none of
-    the checks that could show gradient masking, or its absence.
-    """
-    if attacks:
-        why = (
-            f"Only {', '.join(attacks)} ran. Such attacks are known to overrate networks with"
-            " discontinuous activations; the true robust accuracy may be far lower."
-        )
-    else:
-        why = "No attack ran: this evaluation says nothing about robustness."
-    return {"verdict": "untested", "explanation": why, "flags": []}
 
 
 def _accuracy(outcomes: npt.NDArray[np.bool_], name: str) -> dict[str, Any]:

@@ -38,6 +38,8 @@ def results_table(results: Mapping[str, Any], width: int | None = None) -> str:
             f"{attack['forwards'] + attack['backwards']:,}",
             f"{attack['seconds']:.1f}",
         )
+    for name in results["inapplicable"]:
+        table.add_row(name, "not applicable")
     if worst := results["worst_case"]:
         table.add_section()
         table.add_row("worst case", *_cells(worst, "robust_accuracy"), style="bold")

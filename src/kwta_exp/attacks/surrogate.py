@@ -1,0 +1,166 @@
+"""The surrogate-gradient attack: exact forward, soft backward.
+
+A winner-take-all layer is discontinuous in its input: which values win changes densely, and the
+gradient, which only sees today's winners, says nothing about it. Backward pass differentiable
+approximation (Athalye, Carlini and Wagner, "Obfuscated Gradients Give a False Sense of Security",
+ICML 2018, section 4.1) keeps the network as it is going forward and differentiates something smooth
+in its place. Here the gate of each value, 0 or 1, is differentiated as a sigmoid around the
+threshold, so the gradient also tells which losers are about to win.
+"""
+
+import pkgutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import field
+from typing import Any
+
+import torch
+from pydantic import dataclasses
+from torch import Tensor, nn
+
+from kwta_exp.activations import KWTA, LWTA
+from kwta_exp.activations.kwta import kwta_threshold
+from kwta_exp.attacks.base import NotApplicableError
+from kwta_exp.attacks.losses import LossName, margin
+from kwta_exp.attacks.pgd import PGD
+from kwta_exp.fields import STRICT, Count, Eps, Norm, Positive
+from kwta_exp.randomness import fold
+
+Gate = Callable[[Any, Tensor, float], Tensor]
+"""``gate(module, x, temperature)``: a smooth stand-in for ``module(x)``."""
+
+
+def soft_kwta(module: KWTA, x: Tensor, temperature: float) -> Tensor:
+    """``x * sigmoid((s - t) / (temperature * std(s)))``: s the score, t the k-th largest of it.
+
+    The threshold and the standard deviation, one for each row of competitors, count as constants.
+    """
+    if module.relu:
+        x = x.relu()
+    score = x.abs() if module.by == "magnitude" else x
+    threshold = kwta_threshold(x.detach(), module.ratio, k=module.k, over=module.over, by=module.by)
+    first = 2 if module.over == "channel" and x.dim() > 2 else 1
+    return x * torch.sigmoid((score - threshold) / (temperature * _spread(score, first)))
+
+
+def soft_lwta(module: LWTA, x: Tensor, temperature: float) -> Tensor:
+    """``x * sigmoid((x - r) / (temperature * std(x)))``: r the best rival within the group."""
+    if module.group_size == 1:
+        return x
+    groups = x.detach().unflatten(1, (-1, module.group_size))
+    first, second = groups.topk(2, dim=2).values.split(1, dim=2)
+    rival = torch.where(groups >= first, second, first).flatten(1, 2)
+    return x * torch.sigmoid((x - rival) / (temperature * _spread(x, 1)))
+
+
+def _spread(x: Tensor, first: int) -> Tensor:
+    """The standard deviation over dimensions ``first`` and up, kept above 0; no gradient."""
+    return x.detach().std(tuple(range(first, x.dim())), keepdim=True).clamp_min(1e-12)
+
+
+GATES: dict[type[nn.Module], Gate] = {KWTA: soft_kwta, LWTA: soft_lwta}
+"""The discontinuous activations known here, and the smooth stand-in of each."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
+class SurrogatePGD:
+    """PGD whose forward pass is the network's own and whose backward pass goes through soft gates.
+
+    Every restart is a PGD run with a random start of its own; restarts take turns through the
+    temperatures. The iterate with the largest margin of error, under the exact network, is kept.
+
+    Args:
+        norm: ``"linf"`` or ``"l2"``.
+        eps: radius of the ball, in pixel units of [0, 1].
+        steps: gradient steps of each restart.
+        step_size: length of a step; ``None`` as for :class:`~kwta_exp.attacks.PGD`.
+        restarts: independent runs.
+        temperatures: widths of the soft gate, as multiples of the standard deviation of the values that
+            compete. Small ones are truer to the network, large ones see further.
+        loss: ``"ce"`` or ``"margin"``.
+        gates: for activations of your own: dotted path of the class to dotted path of its gate, a
+            function ``(module, x, temperature)`` that returns a smooth stand-in for ``module(x)``.
+
+    Raises:
+        NotApplicableError: from a call, if the model has no module of a class with a gate. It is then
+            plain PGD, and would count as what it is not.
+    """
+
+    norm: Norm
+    eps: Eps
+    steps: Count = 40
+    step_size: Eps | None = None
+    restarts: Count = 5
+    temperatures: list[Positive] = field(default_factory=lambda: [0.1])
+    loss: LossName = "ce"
+    gates: dict[str, str] | None = None
+
+    def details(self, model: nn.Module) -> dict[str, int]:
+        """What the attack found to work on, for the record."""
+        return {"activations_replaced": len(self._gated(model))}
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+        """Adversarial images inside the ball and [0, 1]; see :class:`~kwta_exp.attacks.Attack`."""
+        gated = self._gated(model)
+        if not gated:
+            raise NotApplicableError("no winner-take-all activation to put a soft gate in")
+        descent = PGD(norm=self.norm, eps=self.eps, steps=self.steps, step_size=self.step_size, loss=self.loss)
+        best, best_margin = x.clone(), x.new_full((len(x),), float("-inf"))
+        remaining = torch.arange(len(x), device=x.device)
+
+        for restart in range(self.restarts):
+            temperature = self.temperatures[restart % len(self.temperatures)]
+            x_left, y_left = x[remaining], y[remaining]
+            with soft_backward(gated, temperature):
+                found = descent(model, x_left, y_left, fold(restart, keys[remaining]))
+
+            with torch.no_grad():
+                reached = margin(model(found), y_left).to(best_margin)
+            better = reached > best_margin[remaining]
+            best[remaining[better]] = found[better]
+            best_margin[remaining[better]] = reached[better]
+            remaining = remaining[best_margin[remaining] <= 0]
+            if not len(remaining):
+                break
+
+        return best
+
+    def _gated(self, model: nn.Module) -> list[tuple[nn.Module, Gate]]:
+        own = {
+            pkgutil.resolve_name(name): pkgutil.resolve_name(gate) for name, gate in (self.gates or {}).items()
+        }
+        gates = GATES | own
+        return [(module, gates[type(module)]) for module in model.modules() if type(module) in gates]
+
+
+@contextmanager
+def soft_backward(gated: Sequence[tuple[nn.Module, Gate]], temperature: float) -> Iterator[None]:
+    """Let gradients of ``gated`` modules pass through their gates; what they return is unchanged."""
+
+    def hook_for(gate: Gate) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor | None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
+            if not torch.is_grad_enabled():
+                return None
+            passed: Tensor = _StraightThrough.apply(output.detach(), gate(module, inputs[0], temperature))
+            return passed
+
+        return hook
+
+    handles = [module.register_forward_hook(hook_for(gate)) for module, gate in gated]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward the first argument, backward to the second."""
+
+    @staticmethod
+    def forward(ctx: Any, exact: Tensor, soft: Tensor) -> Tensor:
+        return exact.view_as(exact)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient

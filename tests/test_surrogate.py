@@ -1,0 +1,155 @@
+"""The surrogate attack: exact forward, soft backward, and stronger than plain PGD where it matters."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kwta_exp.activations import KWTA, LWTA
+from kwta_exp.attacks import PGD, NotApplicableError, SurrogatePGD, Threat
+from kwta_exp.attacks.surrogate import GATES, soft_backward
+from kwta_exp.data.batches import first_test_images, to_float
+from kwta_exp.data.datasets import Digits
+from kwta_exp.models import CNN, MLP
+from kwta_exp.randomness import fold, key
+
+CPU = torch.device("cpu")
+ACTIVATIONS = [KWTA(0.3), KWTA(k=3, by="magnitude"), KWTA(0.5, over="channel"), KWTA(0.2, relu=True), LWTA(2)]
+
+
+def soft(module: nn.Module, x: Tensor, temperature: float) -> Tensor:
+    """The gates written out, row by row and unit by unit."""
+    if isinstance(module, LWTA):
+        out = torch.zeros_like(x)
+        deviation = x.flatten(1).std(1).detach()
+        for n, c in ((n, c) for n in range(x.shape[0]) for c in range(x.shape[1])):
+            rival = x[n, c ^ 1].detach()  # the other of a group of two
+            out[n, c] = x[n, c] * torch.sigmoid((x[n, c] - rival) / (temperature * deviation[n]))
+        return out
+    assert isinstance(module, KWTA)
+    x = x.relu() if module.relu else x
+    rows = x.flatten(0, 1).flatten(1) if module.over == "channel" else x.flatten(1)
+    gated = []
+    for row in rows:
+        score = row.abs() if module.by == "magnitude" else row
+        count = module.k or max(1, int(module.ratio * len(row)))  # type: ignore[operator]
+        threshold = score.detach().sort(descending=True).values[count - 1]
+        gated.append(row * torch.sigmoid((score - threshold) / (temperature * score.detach().std())))
+    return torch.stack(gated).view_as(x)
+
+
+@pytest.mark.parametrize("module", ACTIVATIONS, ids=repr)
+def test_forward_is_exact_and_backward_is_the_gate(module: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, 5, 2, dtype=torch.float64, generator=generator).requires_grad_()
+    weight = torch.randn(3, 4, 5, 2, dtype=torch.float64, generator=generator)
+
+    with soft_backward([(module, GATES[type(module)])], 0.3):
+        out = module(x)
+        (found,) = torch.autograd.grad((out * weight).sum(), x)
+    (expected,) = torch.autograd.grad((soft(module, x, 0.3) * weight).sum(), x)
+    (plain,) = torch.autograd.grad((module(x) * weight).sum(), x)
+
+    assert torch.equal(out, module(x))
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, plain)
+
+
+def test_a_cold_gate_is_the_plain_gradient() -> None:
+    module, x = KWTA(0.3), torch.randn(2, 50, dtype=torch.float64, requires_grad=True)
+    with soft_backward([(module, GATES[KWTA])], 1e-9):
+        (found,) = torch.autograd.grad(module(x).sum(), x)
+    (plain,) = torch.autograd.grad(module(x).sum(), x)
+    off_threshold = x != x.detach().sort(1, descending=True).values[:, 14:15]
+    torch.testing.assert_close(found[off_threshold], plain[off_threshold])
+
+
+def test_hooks_are_gone_after_the_attack_and_after_an_error() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), KWTA(0.5), nn.Linear(8, 3)).eval()
+    x, y = torch.rand(4, 1, 4, 4), torch.zeros(4, dtype=torch.long)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    SurrogatePGD(norm="linf", eps=0.1, steps=2)(model, x, y, torch.arange(4))
+    with pytest.raises(RuntimeError):
+        SurrogatePGD(norm="linf", eps=0.1, steps=2)(model, x[:, :, :2], y, torch.arange(4))
+    assert not model[2]._forward_hooks
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_where_there_is_nothing_to_soften_it_says_so(linear_model: nn.Module) -> None:
+    attack = SurrogatePGD(norm="linf", eps=0.1)
+    x, y = torch.zeros(1, 3, 4, 4).double(), torch.zeros(1, dtype=torch.long)
+    with pytest.raises(NotApplicableError, match="no winner-take-all activation"):
+        attack(linear_model, x, y, y)
+
+
+class Halved(nn.Module):
+    """Somebody's own discontinuous activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x > x.median(), x, x * 0)
+
+
+def soft_halved(module: Halved, x: Tensor, temperature: float) -> Tensor:
+    return x * torch.sigmoid((x - x.detach().median()) / temperature)
+
+
+def test_users_map_their_own_activation_to_a_gate() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), Halved(), nn.Linear(8, 3)).eval()
+    x, y = torch.rand(4, 1, 4, 4), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(NotApplicableError):
+        SurrogatePGD(norm="linf", eps=0.1)(model, x, y, torch.arange(4))
+    attack = SurrogatePGD(norm="linf", eps=0.1, gates={f"{__name__}.Halved": f"{__name__}.soft_halved"})
+    assert attack.details(model) == {"activations_replaced": 1}
+    assert Threat(norm="linf", eps=0.1).distance(attack(model, x, y, torch.arange(4)), x).max() <= 0.1 + 1e-6
+
+
+def trained(activation: partial[nn.Module]) -> nn.Module:
+    """A small CNN after some seconds on digits."""
+    images = Digits().load()
+    x, y = torch.from_numpy(images.x_train) / 255, torch.from_numpy(images.y_train)
+    torch.manual_seed(0)
+    facts = {"num_classes": 10, "in_channels": 1, "image_size": (8, 8)}
+    model = CNN(activation, channels=[16, 16, 32, 32], hidden=128, **facts)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(20):
+        for batch in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+            optimizer.step()
+    return model.eval().requires_grad_(False)
+
+
+def test_it_breaks_what_plain_pgd_leaves_standing_on_a_kwta_net() -> None:
+    """At the same steps and restarts."""
+    model = trained(partial(KWTA, ratio=0.1))
+    images = first_test_images(Digits().load(), 200, CPU)
+    x, keys = to_float(images.x), fold(key(0, "test"), images.index)
+
+    def standing(attack: PGD | SurrogatePGD) -> float:
+        x_adv = attack(model, x, images.y, keys)
+        assert Threat(norm="linf", eps=0.1).distance(x_adv, x).max() <= 0.1 + 1e-6
+        return (model(x_adv).argmax(1) == images.y).double().mean().item()
+
+    assert (model(x).argmax(1) == images.y).double().mean() > 0.8
+    effort = {"norm": "linf", "eps": 0.1, "steps": 30, "restarts": 3}
+    plain = standing(PGD(**effort))
+    surrogate = standing(SurrogatePGD(**effort, temperatures=[0.1, 0.05, 0.2]))
+    print(f"plain PGD leaves {plain:.1%}, the surrogate {surrogate:.1%}")
+    assert surrogate < plain - 0.05
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_it_stays_in_the_ball_and_in_range(norm: str) -> None:
+    threat = Threat(norm=norm, eps=0.3)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    facts = {"num_classes": 4, "in_channels": 1, "image_size": (4, 4)}
+    model = MLP(partial(LWTA, group_size=2), hidden=[16], **facts).eval()
+    x = torch.rand(8, 1, 4, 4).round()  # at the edges of [0, 1]
+    y = model(x).argmax(1)
+    attack = SurrogatePGD(norm=norm, eps=0.3, steps=5, restarts=2)  # type: ignore[arg-type]
+    x_adv = attack(model, x, y, torch.arange(8))
+    assert threat.distance(x_adv, x).max() <= 0.3 + 1e-6
+    assert 0 <= x_adv.min() <= x_adv.max() <= 1
+    assert (model(x_adv).argmax(1) != y).any()
