@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, InstantiationException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -26,6 +27,10 @@ GROUPS = (
     "attack", "runtime",
 )  # fmt: skip
 """The groups that leave a node of their own in the configuration."""
+
+
+Config = DictConfig
+"""A composed configuration, for those who hand it on."""
 
 
 class ConfigError(CompactHydraException):
@@ -112,20 +117,23 @@ def build(cfg: DictConfig, key: str) -> Any:
 
 
 def _check_numbers(built: Any, cfg: DictConfig, key: str) -> None:
-    """Hold partial objects of libraries, which check little themselves, to their defaults' types.
+    """Hold partial objects of libraries, which check little themselves, to their signatures.
 
-    A value must be a bool where the target's default is one, and a number where it is a number.
+    A value must be a bool where the parameter's annotation or default is one, and a number where it is
+    a number.
     """
     target = getattr(built, "func", None)
     if target is None:
         return
     parameters = inspect.signature(target).parameters
     for name, value in plain(cfg, key).items():
-        default = parameters[name].default if name in parameters else None
-        if isinstance(default, bool) and not isinstance(value, bool):
+        if name not in parameters or value is None:
+            continue
+        kinds = {parameters[name].annotation, type(parameters[name].default)}
+        if kinds & {bool, "bool"} and not isinstance(value, bool):
             raise UserError(f"{key}.{name}={value!r}: expected true or false")
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if type(default) in (int, float) and not is_number and value is not None:
+        if kinds & {int, float, "int", "float"} and not is_number:
             raise UserError(f"{key}.{name}={value!r}: expected a number")
 
 
@@ -179,6 +187,16 @@ def choices() -> dict[str, str]:
 def overrides() -> list[str]:
     """The overrides of this run (in a multirun, of this job)."""
     return list(HydraConfig.get().overrides.task)
+
+
+def is_multirun() -> bool:
+    """Whether this is one job of a grid."""
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
+
+
+def yaml_of(content: Any) -> str:
+    """YAML of a configuration (interpolations as they are) or of plain values."""
+    return OmegaConf.to_yaml(content if OmegaConf.is_config(content) else OmegaConf.create(content))
 
 
 def run_name(cfg: DictConfig, chosen: Mapping[str, str]) -> str:

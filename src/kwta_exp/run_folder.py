@@ -2,15 +2,22 @@
 
 import itertools
 import json
+import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from kwta_exp import environment
 from kwta_exp.errors import UserError
-from kwta_exp.storage import PARTIAL, sha256_of_json
+from kwta_exp.storage import PARTIAL, sha256_of_json, write_text
+
+log = logging.getLogger(__name__)
 
 _HASH_DIGITS = 10
 
@@ -34,10 +41,6 @@ class RunFolder:
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
-
-    @property
-    def overrides(self) -> Path:
-        return self.path / "overrides.yaml"
 
     @property
     def log(self) -> Path:
@@ -90,6 +93,71 @@ class RunFolder:
         """Delete what writers that were killed left behind; call with the lock held."""
         for path in self.path.rglob(f".*{PARTIAL}"):
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def opened(folder: RunFolder, texts: Mapping[str, str], command: str, rerun: bool) -> Iterator[None]:
+    """The folder made, described, locked against a second process, and logging to its ``run.log``.
+
+    Args:
+        folder: which.
+        texts: files to write once, by name; ``environment.json`` last. They tell how the weights came
+            about and stay as they are when the run continues or is evaluated anew.
+        command: what is being run, for the log.
+        rerun: set what is there aside first.
+
+    Raises:
+        UserError: if the folder cannot be written, or another process holds it.
+    """
+    try:
+        folder.path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.lock, timeout=0).acquire()
+    except Timeout as error:
+        raise UserError(f"{folder.path}: another process is running this very experiment") from error
+    except OSError as error:
+        raise UserError(f"paths.outputs: cannot write {folder.path}: {error.strerror}") from error
+    with lock:
+        if rerun and (aside := folder.set_aside()):
+            log.info("rerun: the earlier results are kept in %s", aside)
+        folder.remove_partial_files()
+        if folder.environment.exists():
+            compare_commits(json.loads(folder.environment.read_text()).get("commit"))
+        else:
+            for name, text in texts.items():
+                write_text(folder.path / name, text)
+        with _log_file(folder.log) as file_only:
+            file_only.info("%s", command)
+            try:
+                yield
+            except BaseException:
+                file_only.exception("stopped")
+                raise
+
+
+@contextmanager
+def _log_file(path: Path) -> Iterator[logging.Logger]:
+    """Everything logged, and every warning, goes to ``path`` too; the logger given goes nowhere else."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    file_only = logging.getLogger(f"{__name__}.file_only")
+    file_only.propagate = False
+    for logger in (logging.getLogger(), file_only):
+        logger.addHandler(handler)
+    logging.captureWarnings(True)
+    try:
+        yield file_only
+    finally:
+        logging.captureWarnings(False)
+        for logger in (logging.getLogger(), file_only):
+            logger.removeHandler(handler)
+        handler.close()
+
+
+def compare_commits(then: str | None) -> None:
+    """Say so if what is there was made by another commit than the source is at."""
+    now = environment.commit()
+    if then != now:
+        log.info("(by commit %s; the source is at %s now; rerun=true runs it anew)", then, now)
 
 
 def read_results(path: Path) -> dict[str, Any] | None:

@@ -71,9 +71,8 @@ def evaluate(
             clean.append(_rows(images, chunk, logits), len(chunk), 0, time.monotonic() - started)
             progress.advance(len(chunk))
 
-        survivors = np.ones(len(images), dtype=bool)
         right = clean.columns["prediction"] == clean.columns["label"]
-        survivors &= right
+        survivors = right.copy()
         targets = torch.from_numpy(np.flatnonzero(right)).to(images.x.device)
         progress.extend(len(suite) * len(targets))
 

@@ -1,0 +1,92 @@
+"""All that is cheap to build, built and tried before anything is written."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from kwta_exp.attacks import Attack, FoolboxAttack, Threat
+from kwta_exp.checkpoint import load_into, read_weights
+from kwta_exp.config import Config, build, call, explain, plain, with_facts
+from kwta_exp.data.batches import to_float
+from kwta_exp.data.datasets import Images
+from kwta_exp.errors import UserError
+from kwta_exp.evaluation.evaluator import CLEAN
+from kwta_exp.plan import Plan
+from kwta_exp.randomness import key
+from kwta_exp.training import Training
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of; the training's three are ``None`` where nothing is trained."""
+
+    training: Training | None
+    optimizer: Callable[..., Any] | None
+    lr_schedule: Callable[..., Any] | None
+    threat: Threat
+    suite: dict[str, Attack]
+    images: Images
+    network: nn.Module
+
+
+def build_parts(plan: Plan) -> Parts:
+    """Build everything that ``plan`` names.
+
+    Raises:
+        UserError: naming the key and value at fault.
+    """
+    cfg = plan.cfg
+    call(cfg, "activation", build(cfg, "activation"))  # so that its errors name it, not the model
+
+    threat = build(cfg, "threat")
+    suite = {name: build(cfg, f"attack.{name}") for name in cfg.attack}
+    for name, attack in suite.items():
+        if name == CLEAN:
+            raise UserError(f"attack.{CLEAN}: the record of clean images has this name; expected another")
+        if type(attack).__module__.startswith("foolbox."):
+            suite[name] = FoolboxAttack(attack, threat)
+        elif not callable(attack):
+            raise UserError(f"attack.{name}: {attack!r} cannot be called; expected an attack")
+
+    training = build(cfg, "training") if plan.trains else None
+    images = plan.dataset.load()
+    facts = {
+        "num_classes": images.num_classes,
+        "in_channels": images.in_channels,
+        "image_size": images.image_size,
+    }
+    factory = build(cfg, "model")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(plan.options.seed, "weights"))
+        network = call(cfg, "model", factory, **with_facts(factory, facts))
+    if plan.weights:
+        load_into(network, read_weights(plan.weights), str(plan.weights))
+    _try_out(network, cfg, images)
+
+    optimizer = lr_schedule = None
+    if plan.trains:
+        optimizer, lr_schedule = build(cfg, "optimizer"), build(cfg, "lr_schedule")
+        trial = call(cfg, "optimizer", optimizer, [torch.nn.Parameter(torch.zeros(1))])
+        trial_schedule = call(cfg, "lr_schedule", lr_schedule, trial)
+        call(cfg, "optimizer", trial.step)
+        call(cfg, "lr_schedule", trial_schedule.step)  # some look at their settings only now
+
+    return Parts(training, optimizer, lr_schedule, threat, suite, images, network)
+
+
+def _try_out(network: nn.Module, cfg: Config, images: Images) -> None:
+    """Send two images through the network: its layers must fit each other, the data and the classes."""
+    network.eval()
+    try:
+        with torch.no_grad():
+            logits = network(to_float(torch.from_numpy(images.x_train[:2])))
+    except (RuntimeError, ValueError, TypeError) as error:
+        named = [name for name in plain(cfg, "activation") if f"{name}=" in str(error)]
+        where = "activation" if named else "model"
+        raise UserError(explain(error, cfg, where)) from error
+    expected = (len(images.x_train[:2]), images.num_classes)
+    if tuple(logits.shape) != expected:
+        raise UserError(f"model: returns {tuple(logits.shape)} for two images; expected logits {expected}")

@@ -1,0 +1,154 @@
+"""What will be run and where: settled without loading torch, so that a finished run is known at once."""
+
+import logging
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kwta_exp import environment
+from kwta_exp.config import (
+    Config,
+    Settings,
+    adopt_run,
+    build,
+    choices,
+    is_multirun,
+    local_code,
+    overrides,
+    plain,
+    run_name,
+    settings,
+)
+from kwta_exp.data.datasets import Dataset
+from kwta_exp.errors import UserError
+from kwta_exp.run_folder import RunFolder, compare_commits, read_results, readable
+from kwta_exp.runtime import Runtime
+from kwta_exp.storage import sha256_of_file
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be run and where, settled without loading torch."""
+
+    cfg: Config
+    chosen: dict[str, str]
+    options: Settings
+    runtime: Runtime
+    dataset: Dataset
+    weights: Path | None
+    name: str
+    folder: RunFolder
+
+    @classmethod
+    def of(cls, cfg: Config) -> "Plan":
+        chosen, options = choices(), settings(cfg)
+        weights = _weights_file(options.weights)
+        trains = chosen["training"] != "none"
+        if not trains:
+            if weights is None:
+                raise UserError(
+                    "weights=null: training=none needs something to judge;"
+                    " expected a checkpoint file or a run folder"
+                )
+            if source := _source_run(weights):
+                adopt_run(cfg, chosen, source, overrides())
+
+        runtime, dataset = build(cfg, "runtime"), build(cfg, "dataset")
+        nodes = ("model", "training", "optimizer", "lr_schedule") if trains else ("model",)
+        elsewhere = ("root", "path", "download")  # where the data lie decides nothing
+        decisive = {node: plain(cfg, node) for node in nodes}
+        identity = {
+            "seed": options.seed,
+            "dataset": {k: v for k, v in plain(cfg, "dataset").items() if k not in elsewhere},
+            "content": dataset.fingerprint(),
+            "weights": weights and sha256_of_file(weights),
+            "runtime": runtime.identity(),
+            "code": local_code(decisive),
+            **decisive,
+        }
+        name = run_name(cfg, chosen)
+        folder = RunFolder.of(Path(options.paths.outputs), name, options.seed, identity)
+        return cls(cfg, chosen, options, runtime, dataset, weights, name, folder)
+
+    @property
+    def trains(self) -> bool:
+        return self.chosen["training"] != "none"
+
+    @property
+    def judged_weights(self) -> Path | None:
+        """The file whose weights are evaluated, once it exists."""
+        if not self.trains:
+            return self.weights
+        return self.folder.best if self.folder.last.exists() else None
+
+    def evaluation_identity(self, weights: Path) -> dict[str, Any]:
+        """Everything that decides the outcome of each image, beside the run's own identity."""
+        attacks = plain(self.cfg, "attack")
+        return {
+            "attacks": list(attacks.items()),  # their order counts
+            "code": local_code(attacks),
+            "threat": plain(self.cfg, "threat"),
+            "n": self.options.evaluation.n,
+            "batch_size": self.options.evaluation.batch_size,
+            "weights": sha256_of_file(weights),
+        }
+
+    def evaluation_folder(self, weights: Path) -> Path:
+        """Named by the evaluation's identity."""
+        return self.folder.evaluation(readable(self.chosen["suite"]), self.evaluation_identity(weights))
+
+    @property
+    def command(self) -> str:
+        """The command line that does this; in a multirun, this job's share of it."""
+        if is_multirun():
+            return shlex.join(["python", "run.py", *overrides()])
+        return environment.command()
+
+    def finished_results(self) -> dict[str, Any] | None:
+        """What an earlier run of the same plan left, if it came to its end and is wanted."""
+        if self.options.rerun or self.judged_weights is None:
+            return None
+        results = read_results(self.evaluation_folder(self.judged_weights) / "results.json")
+        if results is not None:
+            log.info("already finished: %s", self.folder.path)
+            compare_commits(results["run"].get("commit"))
+        return results
+
+    def identity_card(self, weights: Path) -> dict[str, Any]:
+        """Who these results are of: the ``run`` part of ``results.json``."""
+        groups = ("dataset", "model", "activation", "training", "suite")
+        return {
+            "name": self.name,
+            "folder": self.folder.path.name,
+            "seed": self.options.seed,
+            **{group: self.chosen[group] for group in groups},
+            "weights_sha256": sha256_of_file(weights),
+            "command": self.command,
+            "commit": environment.commit(),
+        }
+
+
+def _weights_file(weights: str | None) -> Path | None:
+    """The checkpoint that ``weights=`` names: a file, or the best weights of a finished run."""
+    if weights is None:
+        return None
+    path = Path(weights)
+    if path.is_dir():
+        folder = RunFolder(path)
+        if not folder.last.exists():
+            raise UserError(
+                f"weights={weights}: no finished training there; expected a run folder with {folder.last}"
+            )
+        return folder.best
+    if not path.is_file():
+        raise UserError(f"weights={weights}: no such file or folder; expected a checkpoint or a run folder")
+    return path
+
+
+def _source_run(weights: Path) -> Path | None:
+    """The run folder that a checkpoint lies in, if it does."""
+    folder = RunFolder(weights.parent.parent)
+    return folder.path if weights in (folder.best, folder.last) and folder.config.exists() else None
