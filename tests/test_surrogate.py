@@ -92,7 +92,8 @@ class Halved(nn.Module):
 
 
 def soft_halved(module: Halved, x: Tensor, temperature: float) -> Tensor:
-    return x * torch.sigmoid((x - x.detach().median()) / temperature)
+    gate = torch.sigmoid((x - x.detach().median()) / temperature)
+    return x * gate + 0 * module(x).detach()  # a gate may call the module
 
 
 def test_users_map_their_own_activation_to_a_gate() -> None:

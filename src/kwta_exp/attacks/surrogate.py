@@ -138,10 +138,18 @@ def soft_backward(gated: Sequence[tuple[nn.Module, Gate]], temperature: float) -
     """Let gradients of ``gated`` modules pass through their gates; what they return is unchanged."""
 
     def hook_for(gate: Gate) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor | None]:
+        inside = False
+
         def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
-            if not torch.is_grad_enabled():
+            nonlocal inside
+            if inside or not torch.is_grad_enabled():
                 return None
-            passed: Tensor = _StraightThrough.apply(output.detach(), gate(module, inputs[0], temperature))
+            inside = True  # a gate may call the module itself
+            try:
+                soft = gate(module, inputs[0], temperature)
+            finally:
+                inside = False
+            passed: Tensor = _StraightThrough.apply(output.detach(), soft)
             return passed
 
         return hook
