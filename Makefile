@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+SOURCES := src tests benchmarks run.py  # not a user's own files beside them
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,8 +23,8 @@ demo: $(READY)  ## train and attack a k-WTA network on real digits
 	$(BIN)/python run.py experiment=digits
 
 lint: $(READY)  ## ruff: style and format
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
 
 type: $(READY)  ## mypy --strict
 	$(BIN)/mypy
@@ -35,8 +36,8 @@ test-slow: $(READY)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 format: $(READY)  ## let ruff rewrite
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
 
 bench: $(READY)  ## time k-WTA against ReLU and the published snippet
 	$(BIN)/python benchmarks/op.py
