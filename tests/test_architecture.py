@@ -9,8 +9,8 @@ SOURCE = Path(__file__).parent.parent / "src" / "kwta_exp"
 
 LAYERS = [
     {"errors", "fields", "randomness", "progress", "environment"},
-    {"activations", "storage", "runtime"},
-    {"run_folder"},
+    {"activations", "storage", "runtime", "explain"},
+    {"run_folder", "download"},
     {"attacks", "models", "data", "checkpoint"},
     {"training", "evaluation", "report"},
     {"config"},

@@ -141,7 +141,7 @@ def test_names_are_readable(composed: Callable[..., DictConfig]) -> None:
     chosen = {"dataset": "digits", "model": "cnn", "training": "natural"}
     for option, name in (("kwta", "kwta0.1"), ("lwta", "lwta2"), ("relu", "relu"), ("kwta_k", "kwta_k64")):
         cfg = composed(f"activation={option}")
-        assert run_name(cfg, {**chosen, "activation": option}) == f"digits-cnn-{name}-natural"
+        assert run_name(cfg, {**chosen, "activation": option}, "full") == f"digits-cnn-{name}-natural"
 
 
 def test_the_folder_follows_the_identity(tmp_path: Path) -> None:

@@ -98,11 +98,11 @@ def test_damaged_fashion_mnist_is_refused(tmp_path: Path) -> None:
 
 def test_validation_images_are_held_out() -> None:
     images = Digits().load()
-    train, val = split_training(images, 0.1, 0, CPU)
+    train, val = split_training(images, None, 0.1, 0, CPU)
     assert len(val) == 144
     assert sorted(train.index.tolist() + val.index.tolist()) == list(range(1437))
-    again, _ = split_training(images, 0.1, 0, CPU)
-    other, _ = split_training(images, 0.1, 1, CPU)
+    again, _ = split_training(images, None, 0.1, 0, CPU)
+    other, _ = split_training(images, None, 0.1, 1, CPU)
     assert torch.equal(train.index, again.index)
     assert not torch.equal(train.index, other.index)
 

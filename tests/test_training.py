@@ -17,6 +17,7 @@ from kwta_exp.errors import UserError
 from kwta_exp.training import NaturalTraining, PGDTraining, Training
 from kwta_exp.training.fit import Fitted, fit
 from kwta_exp.training.objectives.base import correct, eval_mode
+from kwta_exp.training.sparsity import Constant
 
 CPU = torch.device("cpu")
 INNER = PGD(norm="linf", eps=0.1, steps=2, keep_best=False)
@@ -34,7 +35,7 @@ class KilledError(Exception):
 
 
 def train(path: Path, training: Training, on_step: Any = None, seconds: float = 1e9, lr: float = 0.1) -> Fitted:
-    train_split, val = split_training(Digits().load(), 0.1, 0, CPU)
+    train_split, val = split_training(Digits().load(), None, 0.1, 0, CPU)
     batches = TrainingBatches(train_split, training.batch_size, 1, False, seed=0)
     model = network()
     if on_step:
@@ -42,7 +43,7 @@ def train(path: Path, training: Training, on_step: Any = None, seconds: float = 
     fabric = Fabric(accelerator="cpu")
     return fit(model, training, batches, val, partial(torch.optim.SGD, lr=lr, momentum=0.9),
                partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=training.epochs),
-               fabric, path, lambda history: None, checkpoint_seconds=seconds)  # fmt: skip
+               Constant(), fabric, path, lambda history: None, checkpoint_seconds=seconds)  # fmt: skip
 
 
 class After:
@@ -99,7 +100,7 @@ def test_adversarial_training_resists_its_own_attack(tmp_path: Path) -> None:
         fitted = train(tmp_path / name, training)
         model = network()
         model.load_state_dict(fitted.last)
-        _, val = split_training(Digits().load(), 0.1, 0, CPU)
+        _, val = split_training(Digits().load(), None, 0.1, 0, CPU)
         model.eval()
         x = val.x / 255
         x_adv = PGD(norm="linf", eps=0.1, steps=10)(model, x, val.y, val.index)

@@ -42,7 +42,7 @@ def read_weights(path: Path) -> Weights:
             return safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise UserError(f"weights={path}: not a whole safetensors file ({error})") from error
-    content = _load_plain(path, f"weights={path}")
+    content = _unwrap(_load_plain(path, f"weights={path}"))
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):
@@ -51,6 +51,19 @@ def read_weights(path: Path) -> Weights:
             " (names to tensors), as torch.save(model.state_dict()) writes"
         )
     return dict(content)
+
+
+def _unwrap(content: Any) -> Any:
+    """The state dict inside what training scripts usually save: beside other things, or of a wrapped model."""
+    if isinstance(content, dict):
+        for name in ("state_dict", "model_state_dict", "model", "net"):
+            if isinstance(content.get(name), dict):
+                content = content[name]
+                break
+    prefix = "module."  # DataParallel's
+    if isinstance(content, dict) and content and all(str(name).startswith(prefix) for name in content):
+        content = {str(name).removeprefix(prefix): value for name, value in content.items()}
+    return content
 
 
 def load_into(model: nn.Module, weights: Weights, source: str) -> None:

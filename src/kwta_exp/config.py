@@ -18,13 +18,14 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from kwta_exp.errors import UserError
-from kwta_exp.fields import STRICT, Count, Natural
+from kwta_exp.explain import explain_validation, explanation
+from kwta_exp.fields import STRICT, Count, Natural, Sha256
 from kwta_exp.run_folder import readable
 from kwta_exp.storage import sha256_of_file
 
 GROUPS = (
-    "dataset", "threat", "recipe", "activation", "model", "optimizer", "lr_schedule", "training",
-    "attack", "runtime",
+    "dataset", "threat", "recipe", "activation", "model", "optimizer", "lr_schedule", "sparsity", "training",
+    "attack", "runtime", "scale",
 )  # fmt: skip
 """The groups that leave a node of their own in the configuration."""
 
@@ -59,6 +60,7 @@ class Settings(BaseModel):
     model_config = STRICT
     seed: Natural
     weights: str | None
+    weights_sha256: Sha256 | None
     rerun: bool
     paths: Paths
     evaluation: Evaluation
@@ -89,7 +91,7 @@ def settings(cfg: DictConfig) -> Settings:
     try:
         return Settings(**content)
     except ValidationError as error:
-        raise UserError(_explain_validation(error, "", content)) from error
+        raise UserError(explain_validation(error, "", content)) from error
 
 
 def plain(cfg: DictConfig, key: str) -> Any:
@@ -148,22 +150,7 @@ def call(cfg: DictConfig, key: str, factory: Callable[..., Any], *args: Any, **k
 def explain(error: BaseException, cfg: DictConfig, key: str) -> str:
     """One message: the key, its value, and what was expected."""
     node = OmegaConf.select(cfg, key)
-    values = plain(cfg, key) if OmegaConf.is_dict(node) else {}
-    cause = _root_cause(error)
-    if isinstance(cause, ValidationError):
-        return _explain_validation(cause, key, values)
-    if isinstance(cause, UserError):
-        return str(cause)
-    if isinstance(cause, ImportError) or "Error locating target" in str(error):
-        return (
-            f"{key}._target_={values.get('_target_')}: cannot be imported ({cause});"
-            " expected the dotted path of an importable class or function"
-        )
-    if culprit := _culprit(values, str(cause)):
-        return f"{key}.{culprit}={values[culprit]!r}: {cause}"
-    arguments = {k: v for k, v in values.items() if not k.startswith("_") and not isinstance(v, dict)}
-    shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items()) or "no arguments"
-    return f"{key}: {(str(cause) or type(cause).__name__).splitlines()[0]} (with {shown})"
+    return explanation(error, key, plain(cfg, key) if OmegaConf.is_dict(node) else {})
 
 
 def with_facts(factory: Callable[..., Any], facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,15 +186,56 @@ def yaml_of(content: Any) -> str:
     return OmegaConf.to_yaml(content if OmegaConf.is_config(content) else OmegaConf.create(content))
 
 
-def run_name(cfg: DictConfig, chosen: Mapping[str, str]) -> str:
-    """``<dataset>-<model>-<activation and its amount>-<training>``."""
+SCALED = ("dataset", "evaluation", "recipe", "model", "training", "attack")
+"""Where a scale's caps hold."""
+
+
+def apply_scale(cfg: DictConfig) -> str:
+    """Bring every number that ``scale.caps`` names down to its cap, and say the scale's name.
+
+    A name is capped wherever it stands in the nodes of :data:`SCALED`, in lists too; null, where it is
+    the value, stands for more than the cap.
+    """
+    scale = plain(cfg, "scale")
+    for node in SCALED:
+        content = OmegaConf.select(cfg, node)
+        if OmegaConf.is_config(content):
+            _cap(cfg, node, content, scale["caps"])
+    return str(scale["name"])
+
+
+def _cap(cfg: DictConfig, at: str, content: Any, caps: Mapping[str, int]) -> None:
+    for name in content:
+        if OmegaConf.is_missing(content, name):
+            continue
+        key, value = f"{at}.{name}", content[name]
+        if OmegaConf.is_dict(value):
+            _cap(cfg, key, value, caps)
+        elif name in caps:
+            plain_value = OmegaConf.to_container(value) if OmegaConf.is_list(value) else value
+            OmegaConf.update(cfg, key, _capped(plain_value, caps[name]))
+
+
+def _capped(value: Any, cap: int) -> Any:
+    if isinstance(value, list):
+        return [_capped(each, cap) for each in value]
+    if value is None:
+        return cap
+    return min(value, cap) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def run_name(cfg: DictConfig, chosen: Mapping[str, str], scale: str) -> str:
+    """``<dataset>-<model>-<activation and its amount>-<training>``, after the scale if it is not full."""
     activation = plain(cfg, "activation")
     amount = "".join(
         f"{prefix}{activation[name]}"
         for name, prefix in (("ratio", ""), ("k", ""), ("group_size", ""))
         if activation.get(name) is not None
     )
+    if (final := OmegaConf.select(cfg, "sparsity.final")) is not None:
+        amount += f"to{final}"
     parts = (
+        *([scale] if scale != "full" else []),
         chosen["dataset"], chosen["model"], chosen["activation"] + amount, chosen["training"],
     )  # fmt: skip
     return "-".join(readable(part) for part in parts)
@@ -216,13 +244,25 @@ def run_name(cfg: DictConfig, chosen: Mapping[str, str]) -> str:
 ADOPTED = ("dataset", "threat", "activation", "model")
 
 TRUSTED = frozenset({
-    "kwta_exp.activations.KWTA", "kwta_exp.activations.LWTA", "torch.nn.ReLU",
-    "kwta_exp.models.CNN", "kwta_exp.models.MLP", "kwta_exp.models.ResNet",
-    "kwta_exp.data.datasets.Arrays", "kwta_exp.data.datasets.CIFAR10",
-    "kwta_exp.data.datasets.Digits", "kwta_exp.data.datasets.FashionMNIST",
+    "torch.nn.ReLU",
+    *(f"kwta_exp.activations.{name}" for name in ("KWTA", "LWTA")),
+    *(f"kwta_exp.models.{name}" for name in (
+        "CNN", "Converted", "DenseNet", "MLP", "ResNet", "Torchvision", "VGG", "WideResNet",
+    )),
+    *(f"kwta_exp.data.datasets.{name}" for name in (
+        "Arrays", "CIFAR10", "CIFAR100", "Digits", "FashionMNIST", "MNIST", "SVHN", "Synthetic",
+    )),
+    "kwta_exp.data.folder.ImageFolder",
     "kwta_exp.attacks.Threat",
 })  # fmt: skip
 """What a run folder may have built: it can come from anybody, and a ``_target_`` can be any function."""
+
+
+def adopt_ratio(cfg: DictConfig, ratio: float, given: Sequence[str]) -> None:
+    """When weights are only evaluated: the ratio that they were trained to, unless the command line has one."""
+    keys = [override.lstrip("+~").split("=")[0] for override in given]
+    if "activation.ratio" not in keys and OmegaConf.select(cfg, "activation.ratio") is not None:
+        OmegaConf.update(cfg, "activation.ratio", ratio)
 
 
 def adopt_run(cfg: DictConfig, chosen: dict[str, str], run: Path, given: Sequence[str]) -> None:
@@ -300,53 +340,3 @@ def _mapping(path: Path) -> DictConfig:
     if not isinstance(content, DictConfig):
         raise UserError(f"weights={path.parent}: its {path.name} is no mapping")
     return content
-
-
-def _explain_validation(error: ValidationError, key: str, values: Mapping[str, Any]) -> str:
-    return "\n".join(_explain_field(detail, key, values) for detail in error.errors(include_url=False))
-
-
-def _explain_field(detail: Any, key: str, values: Any) -> str:
-    path = [key] if key else []
-    for part in detail["loc"]:
-        if (isinstance(values, Mapping) and part in values) or (
-            isinstance(values, list) and isinstance(part, int) and part < len(values)
-        ):
-            path.append(str(part))
-            values = values[part]
-        elif len(path) <= 1 and isinstance(part, str):
-            path.append(part)  # an argument that is missing
-            break
-    where = ".".join(path)
-    message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-    if detail["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-        return f"{where}: missing; expected a value"
-    if "unexpected" in detail["type"] or detail["type"] == "extra_forbidden":
-        return f"{where}: unknown key; see the group's YAML files for those it takes"
-    if isinstance(values, Mapping):
-        return f"{where}: {message}"
-    return f"{where}={values!r}: {message}"
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None and not isinstance(error, ValidationError | UserError):
-        error = error.__cause__
-    return error
-
-
-def _culprit(values: Mapping[str, Any], message: str) -> str | None:
-    """The one key whose value a library's message quotes, or the one text where it wanted no ``str``."""
-    scalars = {
-        name: value
-        for name, value in values.items()
-        if not name.startswith("_") and isinstance(value, int | float | str) and not isinstance(value, bool)
-    }
-    quoted = [
-        name
-        for name, value in scalars.items()
-        if re.search(rf"(?<![\w.]){re.escape(str(value))}(?![\w.])", message)
-    ]
-    if len(quoted) == 1:
-        return quoted[0]
-    texts = [name for name, value in scalars.items() if isinstance(value, str)]
-    return texts[0] if len(texts) == 1 and "str" in message else None

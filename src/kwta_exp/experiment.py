@@ -9,7 +9,7 @@ from kwta_exp import environment
 from kwta_exp.config import Config, is_multirun, overrides, user_errors, yaml_of
 from kwta_exp.plan import Plan
 from kwta_exp.run_folder import opened
-from kwta_exp.storage import write_json, write_text
+from kwta_exp.storage import read_metadata, write_json, write_text
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -55,10 +55,13 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
     parts = build_parts(plan)
     fabric = plan.runtime.launch()
 
+    import torch
+
     from kwta_exp.checkpoint import load_into, read_weights
     from kwta_exp.data.batches import first_test_images
     from kwta_exp.evaluation import evaluate, plain_gradient_attacks, summarise
     from kwta_exp.report.terminal import results_table
+    from kwta_exp.training.sparsity import set_ratio
 
     with opened(plan.folder, _texts(plan, str(fabric.device)), plan.command, options.rerun):
         if plan.trains and not plan.folder.last.exists():
@@ -67,7 +70,9 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
         network, weights = parts.network, plan.judged_weights
         assert weights is not None
         load_into(network, read_weights(weights), str(weights))
-        network.to(device=fabric.device)
+        if ratio := read_metadata(weights).get("sparsity_ratio"):
+            set_ratio(network, float(ratio))
+        network.to(memory_format=torch.contiguous_format).to(device=fabric.device)
 
         images = first_test_images(parts.images, options.evaluation.n, fabric.device)
         folder = plan.evaluation_folder(weights)
@@ -97,6 +102,8 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
 
 def _train(plan: Plan, parts: "Parts", fabric: "Fabric") -> None:
     """Fit the network and write its best and last weights."""
+    import torch
+
     from kwta_exp.checkpoint import save_weights
     from kwta_exp.data.batches import TrainingBatches, split_training
     from kwta_exp.training.fit import fit
@@ -105,7 +112,10 @@ def _train(plan: Plan, parts: "Parts", fabric: "Fabric") -> None:
     assert training
     assert parts.optimizer
     assert parts.lr_schedule
-    train, val = split_training(parts.images, dataset.val_fraction, seed, fabric.device)
+    assert parts.sparsity
+    if plan.runtime.channels_last:
+        parts.network.to(memory_format=torch.channels_last)
+    train, val = split_training(parts.images, dataset.train_n, dataset.val_fraction, seed, fabric.device)
     batches = TrainingBatches(train, training.batch_size, dataset.crop_padding, dataset.flip, seed)
     log.info(
         "training %s on %d images (%d held out) for %d epochs on %s",
@@ -117,21 +127,23 @@ def _train(plan: Plan, parts: "Parts", fabric: "Fabric") -> None:
         log.info("%s", _epoch_line(history[-1], training.epochs) if history else "starting")
 
     fitted = fit(
-        parts.network, training, batches, val, parts.optimizer, parts.lr_schedule, fabric,
+        parts.network, training, batches, val, parts.optimizer, parts.lr_schedule, parts.sparsity, fabric,
         plan.folder.state, on_epoch,
     )  # fmt: skip
 
-    save_weights(plan.folder.best, fitted.best, {"epoch": str(fitted.best_epoch)})
-    save_weights(plan.folder.last, fitted.last, {"epoch": str(training.epochs)})
+    about = {} if fitted.sparsity_ratio is None else {"sparsity_ratio": repr(fitted.sparsity_ratio)}
+    save_weights(plan.folder.best, fitted.best, {"epoch": str(fitted.best_epoch), **about})
+    save_weights(plan.folder.last, fitted.last, {"epoch": str(training.epochs), **about})
     log.info("best epoch: %d", fitted.best_epoch)
 
 
-def _epoch_line(record: Mapping[str, float], epochs: int) -> str:
+def _epoch_line(record: Mapping[str, Any], epochs: int) -> str:
     robust = record.get("val_robust_accuracy")
     return (
         f"epoch {record['epoch']}/{epochs}: loss {record['loss']:.4f}, accuracy {record['accuracy']:.1%},"
         f" validation {record['val_accuracy']:.1%}"
         + (f" (attacked {robust:.1%})" if robust is not None else "")
+        + (f", ratio {record['sparsity_ratio']:g}" if "sparsity_ratio" in record else "")
         + f", {record['images_per_second']:,.0f} images/s"
     )
 

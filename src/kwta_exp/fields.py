@@ -34,11 +34,20 @@ Eps = Annotated[float, BeforeValidator(_fraction), Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 """A proper share, in (0, 1)."""
 
+Rate = Annotated[float, Field(ge=0, lt=1)]
+"""A share that may be zero, in [0, 1)."""
+
 Count = Annotated[int, Field(ge=1)]
 """A positive whole number."""
 
 Natural = Annotated[int, Field(ge=0)]
 """A whole number, zero included."""
+
+Several = Annotated[int, Field(ge=2)]
+"""Two or more."""
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+"""The hex digits of a SHA-256."""
 
 Norm = Literal["linf", "l2"]
 """The norm that bounds a perturbation."""

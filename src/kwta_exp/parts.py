@@ -10,20 +10,22 @@ from torch import nn
 from kwta_exp.attacks import Attack, FoolboxAttack, Threat
 from kwta_exp.checkpoint import load_into, read_weights
 from kwta_exp.config import Config, build, call, explain, plain, with_facts
+from kwta_exp.data.base import Images
 from kwta_exp.data.batches import to_float
-from kwta_exp.data.datasets import Images
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.evaluator import CLEAN
 from kwta_exp.plan import Plan
 from kwta_exp.randomness import key
 from kwta_exp.training import Training
+from kwta_exp.training.sparsity import Sparsity, scheduled
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of; the training's three are ``None`` where nothing is trained."""
+    """What a run is made of; the training's four are ``None`` where nothing is trained."""
 
     training: Training | None
+    sparsity: Sparsity | None
     optimizer: Callable[..., Any] | None
     lr_schedule: Callable[..., Any] | None
     threat: Threat
@@ -66,15 +68,21 @@ def build_parts(plan: Plan) -> Parts:
         load_into(network, read_weights(plan.weights), str(plan.weights))
     _try_out(network, cfg, images)
 
-    optimizer = lr_schedule = None
-    if plan.trains:
+    optimizer = lr_schedule = sparsity = None
+    if training is not None:
+        sparsity = build(cfg, "sparsity")
+        if sparsity.ratio(0, training.epochs) is not None and not scheduled(network):
+            raise UserError(
+                f"sparsity={plan.chosen['sparsity']}: the network has no k-WTA layer with a ratio to schedule;"
+                " expected activation=kwta, or sparsity=constant"
+            )
         optimizer, lr_schedule = build(cfg, "optimizer"), build(cfg, "lr_schedule")
         trial = call(cfg, "optimizer", optimizer, [torch.nn.Parameter(torch.zeros(1))])
         trial_schedule = call(cfg, "lr_schedule", lr_schedule, trial)
         call(cfg, "optimizer", trial.step)
         call(cfg, "lr_schedule", trial_schedule.step)  # some look at their settings only now
 
-    return Parts(training, optimizer, lr_schedule, threat, suite, images, network)
+    return Parts(training, sparsity, optimizer, lr_schedule, threat, suite, images, network)
 
 
 def _try_out(network: nn.Module, cfg: Config, images: Images) -> None:
@@ -82,7 +90,7 @@ def _try_out(network: nn.Module, cfg: Config, images: Images) -> None:
     network.eval()
     try:
         with torch.no_grad():
-            logits = network(to_float(torch.from_numpy(images.x_train[:2])))
+            logits = network(to_float(torch.as_tensor(images.x_train[:2])))
     except (RuntimeError, ValueError, TypeError) as error:
         named = [name for name in plain(cfg, "activation") if f"{name}=" in str(error)]
         where = "activation" if named else "model"

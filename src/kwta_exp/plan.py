@@ -10,7 +10,9 @@ from kwta_exp import environment
 from kwta_exp.config import (
     Config,
     Settings,
+    adopt_ratio,
     adopt_run,
+    apply_scale,
     build,
     choices,
     is_multirun,
@@ -20,11 +22,12 @@ from kwta_exp.config import (
     run_name,
     settings,
 )
-from kwta_exp.data.datasets import Dataset
+from kwta_exp.data.datasets import Dataset, Synthetic, stand_in
+from kwta_exp.download import fetch, is_url
 from kwta_exp.errors import UserError
 from kwta_exp.run_folder import RunFolder, compare_commits, read_results, readable
 from kwta_exp.runtime import Runtime
-from kwta_exp.storage import sha256_of_file
+from kwta_exp.storage import read_metadata, sha256_of_file
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,7 @@ class Plan:
     cfg: Config
     chosen: dict[str, str]
     options: Settings
+    scale: str
     runtime: Runtime
     dataset: Dataset
     weights: Path | None
@@ -44,8 +48,9 @@ class Plan:
 
     @classmethod
     def of(cls, cfg: Config) -> "Plan":
-        chosen, options = choices(), settings(cfg)
-        weights = _weights_file(options.weights)
+        chosen, scale = choices(), apply_scale(cfg)
+        options = settings(cfg)
+        weights = _weights_file(options.weights, options.weights_sha256, Path(options.paths.data))
         trains = chosen["training"] != "none"
         if not trains:
             if weights is None:
@@ -55,9 +60,15 @@ class Plan:
                 )
             if source := _source_run(weights):
                 adopt_run(cfg, chosen, source, overrides())
+                apply_scale(cfg)
+            if ratio := read_metadata(weights).get("sparsity_ratio"):
+                adopt_ratio(cfg, float(ratio), overrides())
 
         runtime, dataset = build(cfg, "runtime"), build(cfg, "dataset")
-        nodes = ("model", "training", "optimizer", "lr_schedule") if trains else ("model",)
+        if scale != "full" and not dataset.present():
+            dataset = stand_in(dataset)
+            log.info("scale=%s: %s is absent; %s stands in for it", scale, chosen["dataset"], dataset)
+        nodes = ("model", "training", "optimizer", "lr_schedule", "sparsity") if trains else ("model",)
         elsewhere = ("root", "path", "download")  # where the data lie decides nothing
         decisive = {node: plain(cfg, node) for node in nodes}
         identity = {
@@ -69,9 +80,9 @@ class Plan:
             "code": local_code(decisive),
             **decisive,
         }
-        name = run_name(cfg, chosen)
+        name = run_name(cfg, chosen, scale)
         folder = RunFolder.of(Path(options.paths.outputs), name, options.seed, identity)
-        return cls(cfg, chosen, options, runtime, dataset, weights, name, folder)
+        return cls(cfg, chosen, options, scale, runtime, dataset, weights, name, folder)
 
     @property
     def trains(self) -> bool:
@@ -124,6 +135,8 @@ class Plan:
             "name": self.name,
             "folder": self.folder.path.name,
             "seed": self.options.seed,
+            "scale": self.scale,
+            **({"stand_in": repr(self.dataset)} if isinstance(self.dataset, Synthetic) else {}),
             **{group: self.chosen[group] for group in groups},
             "weights_sha256": sha256_of_file(weights),
             "command": self.command,
@@ -131,11 +144,11 @@ class Plan:
         }
 
 
-def _weights_file(weights: str | None) -> Path | None:
-    """The checkpoint that ``weights=`` names: a file, or the best weights of a finished run."""
+def _weights_file(weights: str | None, sha256: str | None, data: Path) -> Path | None:
+    """The checkpoint that ``weights=`` names: a file, a URL, or the best weights of a finished run."""
     if weights is None:
         return None
-    path = Path(weights)
+    path = fetch(weights, sha256, data / "weights") if is_url(weights) else Path(weights)
     if path.is_dir():
         folder = RunFolder(path)
         if not folder.last.exists():
@@ -145,6 +158,8 @@ def _weights_file(weights: str | None) -> Path | None:
         return folder.best
     if not path.is_file():
         raise UserError(f"weights={weights}: no such file or folder; expected a checkpoint or a run folder")
+    if sha256 is not None and sha256_of_file(path) != sha256:
+        raise UserError(f"weights_sha256={sha256}: {weights} has SHA-256 {sha256_of_file(path)}")
     return path
 
 

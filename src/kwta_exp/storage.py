@@ -75,6 +75,19 @@ def sha256_of_json(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The text beside the weights in a safetensors file; nothing for other files."""
+    import safetensors
+
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"weights={path}: not a whole safetensors file ({error})") from error
+
+
 def image_digests(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.bytes_]:
     """The first 16 hex digits of each image's SHA-256, from uint8 ``(N, C, H, W)``."""
     return np.array(

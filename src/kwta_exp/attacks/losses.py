@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-LossName = Literal["ce", "margin"]
+LossName = Literal["ce", "margin", "kl"]
 
 
 def cross_entropy(logits_NK: Tensor, y_N: Tensor) -> Tensor:
@@ -25,7 +26,17 @@ def margin(logits_NK: Tensor, y_N: Tensor) -> Tensor:
     return others_NK.amax(1) - true_N1[:, 0]
 
 
-LOSSES: dict[LossName, Callable[[Tensor, Tensor], Tensor]] = {
-    "ce": cross_entropy,
-    "margin": margin,
-}
+def divergence(logits_NK: Tensor, reference_NK: Tensor) -> Tensor:
+    """``KL(p || q)`` of the softmax of ``reference_NK`` (p) and of ``logits_NK`` (q), shape ``(N,)``."""
+    q, p = logits_NK.log_softmax(1), reference_NK.log_softmax(1)
+    return F.kl_div(q, p, log_target=True, reduction="none").sum(1)
+
+
+def attack_loss(name: LossName, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+    """The loss called ``name`` as a function of logits; ``"kl"`` is away from the prediction at ``x``."""
+    if name == "kl":
+        with torch.no_grad():
+            reference = model(x)
+        return lambda logits: divergence(logits, reference)
+    formula = cross_entropy if name == "ce" else margin
+    return lambda logits: formula(logits, y)

@@ -5,14 +5,17 @@ Attacks", ICLR 2018, section 2.1:  x <- Proj_{x + S}(x + alpha sgn(grad_x L)).
 Goodfellow, Shlens and Szegedy, "Explaining and Harnessing Adversarial Examples", ICLR 2015.
 """
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from pydantic import dataclasses
 from torch import Tensor, nn
 
-from kwta_exp.attacks.losses import LOSSES, LossName, margin
+from kwta_exp.attacks.losses import LossName, attack_loss, margin
 from kwta_exp.attacks.threat import Threat
-from kwta_exp.fields import STRICT, Count, Eps, Norm
-from kwta_exp.randomness import fold
+from kwta_exp.fields import STRICT, Count, Eps, Norm, Positive
+from kwta_exp.randomness import fold, normal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -23,11 +26,13 @@ class PGD:
         norm: ``"linf"`` or ``"l2"``.
         eps: radius of the ball, in pixel units of [0, 1].
         steps: gradient steps of each restart.
-        step_size: length of a step; ``None`` takes ``2.5 * eps / steps``, enough to reach and follow
-            the boundary (Madry et al. 2018, appendix).
-        random_start: begin at a uniform point of the ball instead of the image.
+        step_size: length of a step; ``None`` takes ``relative_step_size * eps / steps``.
+        relative_step_size: how far all steps together may lead, in radii; 2.5 is enough to reach and follow
+            the boundary (Madry et al. 2018, section 5.3).
+        random_start: begin at a uniform point of the ball instead of the image; ``"normal"`` begins at
+            the image plus 0.001 times a standard normal draw, as TRADES does.
         restarts: independent runs; every one needs a random start of its own.
-        loss: ``"ce"`` or ``"margin"``.
+        loss: ``"ce"``, ``"margin"``, or ``"kl"``, the divergence from the prediction at the image itself.
         keep_best: return the iterate with the largest margin of error instead of the last, stop once
             every image is fooled, and spend one more forward pass. Off for training, as is usual.
     """
@@ -36,7 +41,8 @@ class PGD:
     eps: Eps
     steps: Count = 40
     step_size: Eps | None = None
-    random_start: bool = True
+    relative_step_size: Positive = 2.5
+    random_start: bool | Literal["normal"] = True
     restarts: Count = 1
     loss: LossName = "ce"
     keep_best: bool = True
@@ -48,16 +54,21 @@ class PGD:
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         """Adversarial images inside the ball and [0, 1]; see :class:`~kwta_exp.attacks.Attack`."""
         threat = Threat(norm=self.norm, eps=self.eps)
-        step_size = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
+        step_size = self.step_size
+        if step_size is None:
+            step_size = self.relative_step_size * self.eps / self.steps
+        loss = attack_loss(self.loss, model, x, y)
         best = _Best(x)
 
         for restart in range(self.restarts):
             x_adv = x
-            if self.random_start:
+            if self.random_start == "normal":
+                x_adv = threat.project(x + 0.001 * normal(fold(restart, keys), x.shape[1:]), x)
+            elif self.random_start:
                 x_adv = threat.random_point(x, fold(restart, keys))
 
             for _ in range(self.steps):
-                gradient, logits = self._gradient(model, x_adv, y)
+                gradient, logits = _gradient(model, x_adv, loss)
                 if self.keep_best and best.update(x_adv, logits, y):
                     return best.x
                 x_adv = threat.project(x_adv + step_size * threat.steepest(gradient), x)
@@ -70,14 +81,15 @@ class PGD:
 
         return best.x
 
-    def _gradient(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss's gradient with respect to the input alone, and the logits."""
-        x = x.detach().requires_grad_()
-        with torch.enable_grad():
-            logits = model(x)
-            loss = LOSSES[self.loss](logits, y).sum()
-        (gradient,) = torch.autograd.grad(loss, x)
-        return gradient, logits.detach()
+
+def _gradient(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The loss's gradient with respect to the input alone, and the logits."""
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(x)
+        total = loss(logits).sum()
+    (gradient,) = torch.autograd.grad(total, x)
+    return gradient, logits.detach()
 
 
 class _Best:

@@ -29,9 +29,13 @@ class Threat:
         """
         if self.norm == "linf":
             return torch.minimum(torch.maximum(x_adv, x - self.eps), x + self.eps).clamp_(0, 1)
-        delta = x_adv - x
-        scale = self.eps / _l2(delta).clamp_min(1e-12)
-        return (x + delta * scale.clamp_max(1)).clamp_(0, 1)
+        return (x + self.bound(x_adv - x)).clamp_(0, 1)
+
+    def bound(self, delta: Tensor) -> Tensor:
+        """The nearest change of norm ``eps`` or less, whatever pixels it leads to."""
+        if self.norm == "linf":
+            return delta.clamp(-self.eps, self.eps)
+        return delta * (self.eps / _l2(delta).clamp_min(1e-12)).clamp_max(1)
 
     def steepest(self, gradient: Tensor) -> Tensor:
         """The direction of unit norm that a linear loss rises fastest in; 0 where it is flat."""

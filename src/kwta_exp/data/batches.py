@@ -1,13 +1,14 @@
 """Batches from images that live on the device, augmented there, each image by its own stream."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kwta_exp.data.datasets import Images
+from kwta_exp.data.base import Images, Int64, UInt8
+from kwta_exp.data.folder import FolderPixels
 from kwta_exp.randomness import fold, key, permutation, uniform
 
 
@@ -23,10 +24,10 @@ class Batch:
 @dataclass(frozen=True)
 class Split:
     """Images of one part: uint8 ``(N, C, H, W)``, labels ``(N,)``, and their index in the part they
-    were drawn from, int64 ``(N,)``; all on one device.
+    were drawn from, int64 ``(N,)``; all on one device, except for images that are read as needed.
     """
 
-    x: Tensor
+    x: Tensor | FolderPixels
     y: Tensor
     index: Tensor
 
@@ -35,8 +36,9 @@ class Split:
 
     def batches(self, batch_size: int, key_of_pass: int) -> Iterator[Batch]:
         """All images in their order."""
-        for chunk in torch.arange(len(self), device=self.x.device).split(batch_size):
-            yield Batch(to_float(self.x[chunk]), self.y[chunk], fold(key_of_pass, self.index[chunk]))
+        chunks = torch.arange(len(self), device=self.y.device).split(batch_size)
+        for chunk, x in zip(chunks, _stream(self.x, chunks, None), strict=True):
+            yield Batch(to_float(x), self.y[chunk], fold(key_of_pass, self.index[chunk]))
 
 
 @dataclass(frozen=True)
@@ -59,26 +61,40 @@ class TrainingBatches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from number ``start`` on."""
-        order = permutation(len(self.split), key(self.seed, "order", epoch)).to(self.split.x.device)
-        for number in range(start, len(self)):
-            end = (number + 1) * self.batch_size if number + 1 < len(self) else len(order)
-            chunk = order[number * self.batch_size : end]
-            index = self.split.index[chunk]
-            x = self.split.x[chunk]
-            x = crop_and_flip(x, fold(key(self.seed, "augment", epoch), index), self.crop_padding, self.flip)
-            yield Batch(to_float(x), self.split.y[chunk], fold(key(self.seed, "train", epoch), index))
+        order = permutation(len(self.split), key(self.seed, "order", epoch)).to(self.split.y.device)
+        ends = [(number + 1) * self.batch_size for number in range(len(self) - 1)] + [len(order)]
+        chunks = order.tensor_split(ends[:-1])[start:]
+        augment = [fold(key(self.seed, "augment", epoch), self.split.index[chunk]) for chunk in chunks]
+        in_memory = isinstance(self.split.x, Tensor)
+        for chunk, keys, x in zip(chunks, augment, _stream(self.split.x, chunks, augment), strict=True):
+            if in_memory:
+                x = crop_and_flip(x, keys, self.crop_padding, self.flip)
+            noise = fold(key(self.seed, "train", epoch), self.split.index[chunk])
+            yield Batch(to_float(x), self.split.y[chunk], noise)
 
 
-def split_training(images: Images, val_fraction: float, seed: int, device: torch.device) -> tuple[Split, Split]:
+def _stream(
+    x: Tensor | FolderPixels, chunks: Sequence[Tensor], keys: Sequence[Tensor] | None
+) -> Iterator[Tensor]:
+    """The uint8 images of each chunk; those read from files come augmented by ``keys``."""
+    if isinstance(x, Tensor):
+        return (x[chunk] for chunk in chunks)
+    return x.stream(chunks, keys)
+
+
+def split_training(
+    images: Images, train_n: int | None, val_fraction: float, seed: int, device: torch.device
+) -> tuple[Split, Split]:
     """The training images in two random parts: to learn from, and to choose the best epoch on.
 
+    With ``train_n``, only the first so many of a permutation that no seed changes are there to be parted.
     Each part holds at least one image. The test images have no say in any choice.
     """
-    order = permutation(len(images.x_train), key(seed, "validation"))
+    available = permutation(len(images.x_train), key(0, "training order"))[:train_n].sort().values
+    order = available[permutation(len(available), key(seed, "validation"))]
     held_out = min(max(1, round(val_fraction * len(order))), len(order) - 1)
-    x, y = torch.from_numpy(images.x_train), torch.from_numpy(images.y_train)
     val, train = (
-        Split(x[part].to(device), y[part].to(device), part.to(device))
+        _part(images.x_train, images.y_train, part, device)
         for part in (order[:held_out].sort().values, order[held_out:].sort().values)
     )
     return train, val
@@ -91,8 +107,14 @@ def first_test_images(images: Images, n: int | None, device: torch.device) -> Sp
     images; a file sorted by class still yields every class.
     """
     chosen = permutation(len(images.x_test), key(0, "test order"))[:n]
-    x, y = torch.from_numpy(images.x_test), torch.from_numpy(images.y_test)
-    return Split(x[chosen].to(device), y[chosen].to(device), chosen.to(device))
+    return _part(images.x_test, images.y_test, chosen, device)
+
+
+def _part(x: UInt8 | FolderPixels, y: Int64, index: Tensor, device: torch.device) -> Split:
+    labels = torch.from_numpy(y)[index].to(device)
+    if isinstance(x, FolderPixels):
+        return Split(x.subset(index, device), labels, index.to(device))
+    return Split(torch.from_numpy(x)[index].to(device), labels, index.to(device))
 
 
 def to_float(x_u8: Tensor) -> Tensor:

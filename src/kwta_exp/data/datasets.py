@@ -1,14 +1,7 @@
-"""Datasets as whole uint8 arrays, each with a fingerprint of its content.
-
-Nothing here imports torch until images must be fetched, so that a run which is finished, or which
-names a folder that does not exist, says so at once.
-"""
+"""Datasets as whole uint8 arrays, each with a fingerprint of its content."""
 
 import hashlib
 import importlib.util
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,64 +9,16 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import dataclasses
 
+from kwta_exp.data.base import Dataset, Images, Int64, UInt8, channels_first
+from kwta_exp.data.published import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
 from kwta_exp.errors import UserError
-from kwta_exp.fields import STRICT, Natural, Share
+from kwta_exp.fields import STRICT, Count, Several
 from kwta_exp.storage import sha256_of_file, sha256_of_json
 
-UInt8 = npt.NDArray[np.uint8]
-Int64 = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Images:
-    """A dataset in memory: uint8 images ``(N, C, H, W)`` and int64 labels ``(N,)`` from 0."""
-
-    x_train: UInt8
-    y_train: Int64
-    x_test: UInt8
-    y_test: Int64
-
-    @property
-    def num_classes(self) -> int:
-        """One more than the largest label of either part."""
-        return int(max(self.y_train.max(), self.y_test.max())) + 1
-
-    @property
-    def in_channels(self) -> int:
-        return int(self.x_train.shape[1])
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width)."""
-        return int(self.x_train.shape[2]), int(self.x_train.shape[3])
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
-class Dataset(ABC):
-    """What every dataset says of itself.
-
-    Args:
-        crop_padding: training images are padded by this many zeros on each side and cropped back at
-            a random place; 0 for none. The k-WTA study used 4 on CIFAR-10.
-        flip: mirror half of the training images.
-        val_fraction: share of the training images held out to choose the best epoch.
-    """
-
-    crop_padding: Natural = 0
-    flip: bool = False
-    val_fraction: Share = 0.1
-
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """Hex SHA-256 that changes with the content and with nothing else; fetches what is missing.
-
-        Raises:
-            UserError: if the data is neither there nor to be had, or is damaged.
-        """
-
-    @abstractmethod
-    def load(self) -> Images:
-        """Read everything into memory."""
+__all__ = [
+    "CIFAR10", "CIFAR100", "MNIST", "SVHN", "Arrays", "Dataset", "Digits", "FashionMNIST", "Images",
+    "Synthetic", "stand_in",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -85,6 +30,10 @@ class Digits(Dataset):
     """
 
     _SHA256: ClassVar[str] = "0b7e9c3202d7bcd255d6a19a238d3743bf5e320ba74812a6679958a017c55382"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return 1, 8, 8
 
     def fingerprint(self) -> str:
         return self._SHA256
@@ -106,96 +55,6 @@ class Digits(Dataset):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
-class _Torchvision(Dataset):
-    """A dataset that torchvision knows how to fetch and read.
-
-    Args:
-        root: the folder that holds torchvision's folders; it must exist.
-        download: fetch what is missing there (checked against torchvision's checksums).
-    """
-
-    root: str
-    download: bool = True
-
-    _NAME: ClassVar[str]
-    _FOLDER: ClassVar[str]
-    _FILES: ClassVar[Mapping[str, str | None]]
-    """File names below the folder, with the SHA-256 that torchvision itself would not check."""
-
-    def fingerprint(self) -> str:
-        folder = Path(self.root) / self._FOLDER
-        if not Path(self.root).is_dir():
-            raise UserError(
-                f"dataset.root={self.root} (paths.data): no such folder; expected the one that holds"
-                f" (or shall hold) {self._FOLDER}. To start with an empty one: mkdir -p {self.root}"
-            )
-        if not all((folder / name).is_file() for name in self._FILES):
-            self._fetch()
-        found = {name: sha256_of_file(folder / name) for name in self._FILES}
-        for name, expected in self._FILES.items():
-            if expected is not None and found[name] != expected:
-                raise UserError(
-                    f"dataset.root: {folder / name} is damaged (SHA-256 {found[name][:16]}...,"
-                    f" expected {expected[:16]}...); delete it to have it fetched again"
-                )
-        return sha256_of_json(found)
-
-    def load(self) -> Images:
-        train, test = self._read(train=True), self._read(train=False)
-        return Images(_channels_first(train.data), _labels(train), _channels_first(test.data), _labels(test))
-
-    def _fetch(self) -> None:
-        if not self.download:
-            raise UserError(
-                f"dataset.root={self.root} (paths.data): {self._NAME} is not there"
-                f" (expected {self._FOLDER}) and dataset.download=false forbids fetching it"
-            )
-        for train in (True, False):
-            self._read(train=train, download=True)
-
-    def _read(self, train: bool, download: bool = False) -> Any:
-        import torchvision.datasets
-
-        try:
-            return getattr(torchvision.datasets, self._NAME)(self.root, train=train, download=download)
-        except (RuntimeError, OSError, ValueError) as error:
-            doing = "fetching" if download else "reading"
-            raise UserError(
-                f"dataset.root={self.root} (paths.data): {doing} {self._NAME} failed: {error}."
-                f" Expected the files of {self._FOLDER} there, or a network to fetch them from"
-            ) from error
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
-class FashionMNIST(_Torchvision):
-    """FashionMNIST: 60,000 + 10,000 grey images of clothes, 28x28 (Xiao, Rasul, Vollgraf 2017)."""
-
-    _NAME: ClassVar[str] = "FashionMNIST"
-    _FOLDER: ClassVar[str] = "FashionMNIST/raw"
-    _FILES: ClassVar[Mapping[str, str | None]] = {
-        "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-        "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-        "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-        "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-    }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
-class CIFAR10(_Torchvision):
-    """CIFAR-10: 50,000 + 10,000 colour images, 32x32 (Krizhevsky 2009).
-
-    torchvision verifies the checksum of every file each time it reads them.
-    """
-
-    _NAME: ClassVar[str] = "CIFAR10"
-    _FOLDER: ClassVar[str] = "cifar-10-batches-py"
-    _FILES: ClassVar[Mapping[str, str | None]] = {f"data_batch_{i}": None for i in range(1, 6)} | {
-        "test_batch": None,
-        "batches.meta": None,
-    }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class Arrays(Dataset):
     """Any images in one ``.npz`` file.
 
@@ -206,8 +65,11 @@ class Arrays(Dataset):
 
     path: str
 
+    def present(self) -> bool:
+        return Path(self.path).is_file()
+
     def fingerprint(self) -> str:
-        if not Path(self.path).is_file():
+        if not self.present():
             raise UserError(
                 f"dataset.path={self.path}: no such file; expected an .npz with"
                 " x_train, y_train, x_test and y_test"
@@ -240,9 +102,9 @@ class Arrays(Dataset):
                 f" x_test of {x_test.shape[1:]}; expected the same"
             )
         return Images(
-            _channels_first(x_train),
+            channels_first(x_train),
             y_train.astype(np.int64),
-            _channels_first(x_test),
+            channels_first(x_test),
             y_test.astype(np.int64),
         )
 
@@ -258,12 +120,56 @@ class Arrays(Dataset):
             raise UserError(f"{where}: y_{part} holds {y.min()}; expected labels counted from 0")
 
 
-def _channels_first(images: Any) -> UInt8:
-    """uint8 ``(N, H, W)`` or ``(N, H, W, C)`` to contiguous ``(N, C, H, W)``."""
-    x = np.asarray(images)
-    x = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)
-    return np.ascontiguousarray(x)
+@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
+class Synthetic(Dataset):
+    """Images that nobody took: each class a pattern of its own, in noise. For trying commands out.
+
+    Args:
+        channels: of each image.
+        height: of each image.
+        width: of each image.
+        num_classes: labels go round through them.
+        train: training images.
+        test: test images.
+    """
+
+    channels: Count = 3
+    height: Count = 32
+    width: Count = 32
+    num_classes: Several = 10
+    train: Several = 256
+    test: Count = 64
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.channels, self.height, self.width
+
+    @property
+    def classes(self) -> int:
+        return self.num_classes
+
+    def fingerprint(self) -> str:
+        return sha256_of_json([*self.shape, self.num_classes, self.train, self.test])
+
+    def load(self) -> Images:
+        random = np.random.Generator(np.random.PCG64(0))
+        patterns = random.uniform(64, 192, (self.num_classes, *self.shape))
+
+        def part(size: int) -> tuple[UInt8, Int64]:
+            y = np.arange(size, dtype=np.int64) % self.num_classes
+            x = patterns[y] + random.normal(0, 32, (size, *self.shape))
+            return x.clip(0, 255).astype(np.uint8), y
+
+        (x_train, y_train), (x_test, y_test) = part(self.train), part(self.test)
+        return Images(x_train, y_train, x_test, y_test)
 
 
-def _labels(dataset: Any) -> Int64:
-    return np.asarray(dataset.targets, dtype=np.int64)
+def stand_in(dataset: Dataset) -> Synthetic:
+    """Synthetic images of the shape and classes of ``dataset``, augmented as it is."""
+    channels, height, width = dataset.shape
+    return Synthetic(
+        channels=channels, height=height, width=width, num_classes=dataset.classes,
+        train=max(256, 2 * dataset.classes), test=max(64, dataset.classes),
+        crop_padding=dataset.crop_padding, flip=dataset.flip, train_n=dataset.train_n,
+        val_fraction=dataset.val_fraction,
+    )  # fmt: skip

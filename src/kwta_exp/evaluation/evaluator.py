@@ -63,7 +63,7 @@ def evaluate(
 
     with Progress("evaluating", len(images), "image") as progress:
         clean = Record.open(folder / f"{CLEAN}.npz", expected=images.index)
-        everything = torch.arange(len(images), device=images.x.device)
+        everything = torch.arange(len(images), device=images.y.device)
         for chunk in _pending(everything, batch_size, clean, progress):
             progress.show(attack=CLEAN)
             started = time.monotonic()
@@ -73,7 +73,7 @@ def evaluate(
 
         right = clean.columns["prediction"] == clean.columns["label"]
         survivors = right.copy()
-        targets = torch.from_numpy(np.flatnonzero(right)).to(images.x.device)
+        targets = torch.from_numpy(np.flatnonzero(right)).to(images.y.device)
         progress.extend(len(suite) * len(targets))
 
         records: dict[str, Record] = {}

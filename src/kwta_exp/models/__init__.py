@@ -1,7 +1,11 @@
-"""Networks written out in full, each taking the factory of its activation."""
+"""Networks written out in full, each taking the factory of its activation; and any other, converted."""
 
 from kwta_exp.models.cnn import CNN
+from kwta_exp.models.convert import Converted, Torchvision, convert
+from kwta_exp.models.densenet import DenseNet
 from kwta_exp.models.mlp import MLP
 from kwta_exp.models.resnet import ResNet
+from kwta_exp.models.vgg import VGG
+from kwta_exp.models.wideresnet import WideResNet
 
-__all__ = ["CNN", "MLP", "ResNet"]
+__all__ = ["CNN", "MLP", "VGG", "Converted", "DenseNet", "ResNet", "Torchvision", "WideResNet", "convert"]

@@ -6,3 +6,21 @@ from torch import nn
 
 ActivationFactory = Callable[[], nn.Module]
 """Makes a fresh activation module, e.g. ``nn.ReLU`` or ``partial(KWTA, ratio=0.1)``."""
+
+Activations = ActivationFactory | list[ActivationFactory]
+"""One factory for the whole network, or one for each of its stages."""
+
+
+def per_stage(activation: Activations, stages: int) -> list[ActivationFactory]:
+    """The factory of each stage.
+
+    Raises:
+        ValueError: if a list does not have one factory for each stage.
+    """
+    if not isinstance(activation, list):
+        return [activation] * stages
+    if len(activation) != stages:
+        raise ValueError(
+            f"activation lists {len(activation)} factories; expected one, or one for {stages} stages"
+        )
+    return activation

@@ -6,36 +6,45 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kwta_exp.checkpoint import Weights, read_state, save_state, weights_of
-from kwta_exp.data.batches import Split, TrainingBatches
+from kwta_exp.data.batches import Batch, Split, TrainingBatches
 from kwta_exp.errors import UserError
 from kwta_exp.progress import Progress
 from kwta_exp.randomness import key
 from kwta_exp.training.objectives import Training
 from kwta_exp.training.objectives.base import correct
+from kwta_exp.training.sparsity import Sparsity, set_ratio
 
 log = logging.getLogger(__name__)
 
-EpochRecord = dict[str, float]
+EpochRecord = dict[str, Any]
 
-STATE = {"model", "optimizer", "schedule", "history", "best", "best_epoch", "epoch", "step", "running"}
+STATE = {
+    "model", "optimizer", "schedule", "epoch", "step", "history", "best", "best_epoch", "memory", "average",
+    "ratio", "running",
+}  # fmt: skip
 """What a training state holds."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """The outcome of training: weights of the best and of the last epoch, and every epoch's record."""
+    """The outcome of training: weights of the best and of the last epoch, the sparsity ratio of both where
+    a schedule set it, and every epoch's record.
+    """
 
     best: Weights
     best_epoch: int
     last: Weights
+    sparsity_ratio: float | None
     history: list[EpochRecord]
 
 
@@ -52,6 +61,19 @@ class _Running:
     def zero(cls, device: torch.device) -> "_Running":
         return cls(torch.zeros((), device=device), torch.zeros((), device=device), 0, 0.0)
 
+    def add(self, loss: Tensor, right_N: Tensor) -> None:
+        """Count a step's mean loss and which of its images were classified correctly."""
+        self.loss += loss * len(right_N)
+        self.correct += right_N.sum()
+        self.images += len(right_N)
+
+    def means(self) -> EpochRecord:
+        return {
+            "loss": self.loss.item() / self.images,
+            "accuracy": self.correct.item() / self.images,
+            "images_per_second": self.images / self.seconds,
+        }
+
 
 def fit(
     model: nn.Module,
@@ -60,6 +82,7 @@ def fit(
     val: Split,
     optimizer_factory: Callable[..., Optimizer],
     schedule_factory: Callable[..., LRScheduler],
+    sparsity: Sparsity,
     fabric: Fabric,
     state_path: Path,
     on_epoch: Callable[[list[EpochRecord]], None],
@@ -75,10 +98,13 @@ def fit(
         model: the network, on any device.
         training: the method (its loss, epochs).
         batches: what to learn from.
-        val: images that choose the best epoch, by robust accuracy where the method has an attack and
-            by accuracy where not; of equal epochs the later one.
+        val: images that choose the best epoch, by robust accuracy where the method has an attack (the last
+            epochs of adversarial training are often not its most robust: Rice, Wong and Kolter, "Overfitting in
+            adversarially robust deep learning", ICML 2020) and by accuracy where not; of equal epochs the
+            later one.
         optimizer_factory: called with the parameters.
         schedule_factory: called with the optimizer; stepped once an epoch.
+        sparsity: the ratio of each epoch. The best epoch is then chosen among those of the last ratio.
         fabric: device and precision.
         state_path: where the state lives.
         on_epoch: called after every epoch with the records of all so far.
@@ -87,102 +113,190 @@ def fit(
     Raises:
         UserError: if the loss stops being finite, or the state file is damaged.
     """
-    optimizer = optimizer_factory(model.parameters())
-    schedule = schedule_factory(optimizer)
-    wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
-    device = fabric.device
-
-    history: list[EpochRecord] = []
-    best: Weights = {}
-    best_epoch = epoch = step = 0
-    running = _Running.zero(device)
-
+    session = _Session(
+        model, training, batches, val, optimizer_factory, schedule_factory, sparsity, fabric, state_path
+    )
     if state_path.exists():
-        state = read_state(state_path, expected=STATE)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        history, best, best_epoch = state["history"], state["best"], state["best_epoch"]
-        epoch, step = state["epoch"], state["step"]
-        running = _Running(
-            **{
-                **state["running"],
-                "loss": state["running"]["loss"].to(device),
-                "correct": state["running"]["correct"].to(device),
-            }
-        )
-        log.info("continuing at epoch %d, step %d", epoch + 1, step)
-        on_epoch(history)
+        session.restore()
+        on_epoch(session.history)
 
-    def checkpoint() -> None:
+    done = session.epoch * len(batches) + session.step
+    with Progress("training", training.epochs * len(batches), "step", start=done) as progress:
+        while session.epoch < training.epochs:
+            session.train_epoch(progress, checkpoint_seconds)
+            session.end_epoch()
+            on_epoch(session.history)
+
+    return session.outcome()
+
+
+class _Session:
+    """A training in progress: what changes as it goes, all of it in ``state_path`` at a checkpoint."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        training: Training,
+        batches: TrainingBatches,
+        val: Split,
+        optimizer_factory: Callable[..., Optimizer],
+        schedule_factory: Callable[..., LRScheduler],
+        sparsity: Sparsity,
+        fabric: Fabric,
+        state_path: Path,
+    ) -> None:
+        self.model, self.training, self.batches, self.val = model, training, batches, val
+        self.sparsity, self.fabric, self.state_path = sparsity, fabric, state_path
+        self.optimizer = optimizer_factory(model.parameters())
+        self.schedule = schedule_factory(self.optimizer)
+        self.wrapped, self.wrapped_optimizer = fabric.setup(model, self.optimizer)
+        self.average = _average(model, training.ema_decay)
+
+        self.epoch = self.step = 0
+        self.history: list[EpochRecord] = []
+        self.best: Weights = {}
+        self.best_epoch = 0
+        self.memory: dict[str, Tensor] = {}
+        self.running = _Running.zero(fabric.device)
+
+    @property
+    def judged(self) -> nn.Module:
+        """The network that is validated and kept: the average, where there is one."""
+        return self.average.module if self.average else self.model
+
+    @property
+    def ratio(self) -> float | None:
+        """The sparsity ratio that the schedule wants in this epoch."""
+        return self.sparsity.ratio(self.epoch, self.training.epochs)
+
+    @property
+    def final_ratio(self) -> float | None:
+        return self.sparsity.ratio(self.training.epochs - 1, self.training.epochs)
+
+    def restore(self) -> None:
+        """Go back to the last checkpoint."""
+        device = self.fabric.device
+        state = read_state(self.state_path, expected=STATE)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.history, self.best, self.best_epoch = state["history"], state["best"], state["best_epoch"]
+        self.memory = {name: tensor.to(device) for name, tensor in state["memory"].items()}
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        sums = {name: state["running"][name].to(device) for name in ("loss", "correct")}
+        self.running = _Running(**{**state["running"], **sums})
+        if state["ratio"] != self.ratio:
+            raise UserError(
+                f"training state {self.state_path}: at ratio {state['ratio']}, where the schedule says"
+                f" {self.ratio}; start again with rerun=true"
+            )
+        log.info("continuing at epoch %d, step %d", self.epoch + 1, self.step)
+
+    def checkpoint(self) -> None:
+        """Write everything that :meth:`restore` needs."""
         save_state(
-            state_path,
+            self.state_path,
             {
-                "model": weights_of(model),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "history": history,
-                "best": best,
-                "best_epoch": best_epoch,
-                "epoch": epoch,
-                "step": step,
-                "running": vars(running),
+                "model": weights_of(self.model),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "epoch": self.epoch,
+                "step": self.step,
+                "history": self.history,
+                "best": self.best,
+                "best_epoch": self.best_epoch,
+                "memory": self.memory,
+                "average": weights_of(self.average) if self.average else None,
+                "ratio": self.ratio,
+                "running": vars(self.running),
             },
         )
 
-    total = training.epochs * len(batches)
-    with Progress("training", total, "step", start=epoch * len(batches) + step) as progress:
-        while epoch < training.epochs:
-            learning_rate = float(optimizer.param_groups[0]["lr"])
-            saved = started = time.monotonic()
+    def train_epoch(self, progress: Progress, checkpoint_seconds: float) -> None:
+        """Learn from the batches of this epoch that are still to come."""
+        ratio = self.ratio
+        if ratio is not None:
+            set_ratio(self.model, ratio)
+            set_ratio(self.judged, ratio)
 
-            wrapped.train()
-            for batch in batches.epoch(epoch, start=step):
-                # Dropout and the like draw from torch's own generator.
-                torch.manual_seed(key(batches.seed, "step", epoch, step))
-                with fabric.autocast():
-                    loss, logits = training.loss(wrapped, batch)
-                wrapped_optimizer.zero_grad()
-                fabric.backward(loss)
-                wrapped_optimizer.step()
+        self.wrapped.train()
+        started = time.monotonic()
+        for batch in self.batches.epoch(self.epoch, start=self.step):
+            # Dropout and the like draw from torch's own generator.
+            torch.manual_seed(key(self.batches.seed, "step", self.epoch, self.step))
+            self._learn(batch)
+            self.step += 1
 
-                running.loss += loss.detach() * len(batch.y)
-                running.correct += correct(logits.detach(), batch.y).sum()
-                running.images += len(batch.y)
-                step += 1
-                progress.advance()
-                now = time.monotonic()
-                if progress.due:
-                    _show(progress, running, epoch, training.epochs, running.seconds + now - started)
-                if now - saved > checkpoint_seconds and step < len(batches):
-                    running.seconds += now - started
-                    checkpoint()
-                    saved = started = time.monotonic()
+            progress.advance()
+            elapsed = time.monotonic() - started
+            if progress.due:
+                _show(progress, self.running, self.epoch, self.training.epochs, self.running.seconds + elapsed)
+            if elapsed > checkpoint_seconds and self.step < len(self.batches):
+                self.running.seconds += elapsed
+                self.checkpoint()
+                started = time.monotonic()
+        self.running.seconds += time.monotonic() - started
 
-            running.seconds += time.monotonic() - started
-            record = {
-                "epoch": epoch + 1,
-                "learning_rate": learning_rate,
-                "loss": running.loss.item() / running.images,
-                "accuracy": running.correct.item() / running.images,
-                "images_per_second": running.images / running.seconds,
-                **validate(wrapped, training, val, batches.seed, fabric),
-            }
-            if not math.isfinite(record["loss"]):
-                raise UserError(
-                    f"training diverged in epoch {epoch + 1}: the loss is {record['loss']}; expected a"
-                    f" finite number. Try a smaller optimizer.lr (it is {learning_rate:g})"
+    def _learn(self, batch: Batch) -> None:
+        """Take every step that the method wants to take on ``batch``."""
+        losses = self.training.losses(self.wrapped, batch, self.memory)
+        while True:
+            with self.fabric.autocast():
+                found = next(losses, None)
+            if found is None:
+                return
+            loss, logits = found
+            self.wrapped_optimizer.zero_grad()
+            self.fabric.backward(loss)
+            if self.training.clip_norm is not None:
+                self.fabric.clip_gradients(
+                    self.wrapped, self.wrapped_optimizer, max_norm=self.training.clip_norm
                 )
-            schedule.step()
-            history.append(record)
-            if _score(record) >= max(_score(earlier) for earlier in history):
-                best, best_epoch = weights_of(model), epoch + 1
-            epoch, step = epoch + 1, 0
-            running = _Running.zero(device)
-            checkpoint()
-            on_epoch(history)
+            self.wrapped_optimizer.step()
+            if self.average:
+                self.average.update_parameters(self.model)
+            self.running.add(loss.detach(), correct(logits.detach(), batch.y))
 
-    return Fitted(best, best_epoch, weights_of(model), history)
+    def end_epoch(self) -> None:
+        """Validate, record, keep the weights if they are the best, and write it all down."""
+        epoch, ratio = self.epoch + 1, self.ratio
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        record = {
+            "epoch": epoch,
+            "learning_rate": learning_rate,
+            **({} if ratio is None else {"sparsity_ratio": ratio}),
+            **self.running.means(),
+            **validate(self.judged, self.training, self.val, self.batches.seed, self.fabric),
+        }
+        if not math.isfinite(record["loss"]):
+            raise UserError(
+                f"training diverged in epoch {epoch}: the loss is {record['loss']}; expected a"
+                f" finite number. Try a smaller optimizer.lr (it is {learning_rate:g})"
+            )
+        self.history.append(record)
+        if warning := self.training.warning(self.history):
+            log.warning("%s", warning)
+            record["warning"] = warning
+        rivals = [each for each in self.history if each.get("sparsity_ratio") == self.final_ratio]
+        if record in rivals and _score(record) >= max(map(_score, rivals)):
+            self.best, self.best_epoch = weights_of(self.judged), epoch
+
+        self.schedule.step()
+        self.epoch, self.step = epoch, 0
+        self.running = _Running.zero(self.fabric.device)
+        self.checkpoint()
+
+    def outcome(self) -> Fitted:
+        return Fitted(self.best, self.best_epoch, weights_of(self.judged), self.final_ratio, self.history)
+
+
+def _average(model: nn.Module, decay: float | None) -> AveragedModel | None:
+    """An exponential moving average of ``model``, BatchNorm's buffers included."""
+    if decay is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 @torch.no_grad()
@@ -198,14 +312,14 @@ def validate(model: nn.Module, training: Training, val: Split, seed: int, fabric
         clean += right.sum()
         if survives is not None:
             robust = (0 if robust is None else robust) + (right & survives).sum()
-    record = {"val_accuracy": clean.item() / len(val)}
+    measured: EpochRecord = {"val_accuracy": clean.item() / len(val)}
     if robust is not None:
-        record["val_robust_accuracy"] = robust.item() / len(val)
-    return record
+        measured["val_robust_accuracy"] = robust.item() / len(val)
+    return measured
 
 
 def _score(record: EpochRecord) -> float:
-    return record.get("val_robust_accuracy", record["val_accuracy"])
+    return float(record.get("val_robust_accuracy", record["val_accuracy"]))
 
 
 def _show(progress: Progress, running: _Running, epoch: int, epochs: int, seconds: float) -> None:

@@ -1,7 +1,22 @@
 """Training methods, one a file: each says what a batch's loss is."""
 
-from kwta_exp.training.objectives.base import Training
+from kwta_exp.training.objectives.alp import ALPTraining
+from kwta_exp.training.objectives.base import AdversarialTraining, Training
+from kwta_exp.training.objectives.fast import FastTraining
+from kwta_exp.training.objectives.free import FreeTraining
+from kwta_exp.training.objectives.mart import MARTTraining
 from kwta_exp.training.objectives.natural import NaturalTraining
 from kwta_exp.training.objectives.pgd import PGDTraining
+from kwta_exp.training.objectives.trades import TRADESTraining
 
-__all__ = ["NaturalTraining", "PGDTraining", "Training"]
+__all__ = [
+    "ALPTraining",
+    "AdversarialTraining",
+    "FastTraining",
+    "FreeTraining",
+    "MARTTraining",
+    "NaturalTraining",
+    "PGDTraining",
+    "TRADESTraining",
+    "Training",
+]

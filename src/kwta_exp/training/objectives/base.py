@@ -1,15 +1,17 @@
 """What every training method has in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from pydantic import dataclasses
 from torch import Tensor, nn
 
+from kwta_exp.attacks import Attack
 from kwta_exp.data.batches import Batch
-from kwta_exp.fields import STRICT, Count
+from kwta_exp.fields import STRICT, Count, Positive, Rate, Share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -19,10 +21,20 @@ class Training(ABC):
     Args:
         epochs: passes over the training images.
         batch_size: images of a step.
+        label_smoothing: share of the target spread over all classes in the cross-entropies of the method,
+            in [0, 1) (Szegedy et al. 2016, section 7).
+        clip_norm: gradients of all parameters together are scaled down to this L2 norm at most; ``None``
+            leaves them.
+        ema_decay: validate and keep an exponential moving average of the weights, updated after every
+            step with this decay in (0, 1) (``torch.optim.swa_utils``; 0.995 is usual); ``None`` keeps the
+            weights themselves.
     """
 
     epochs: Count
     batch_size: Count = 128
+    label_smoothing: Rate = 0.0
+    clip_norm: Positive | None = None
+    ema_decay: Share | None = None
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -31,12 +43,60 @@ class Training(ABC):
         Called with ``model`` in train mode, under the run's autocast.
         """
 
+    def losses(
+        self, model: nn.Module, batch: Batch, memory: dict[str, Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """One :meth:`loss` for each step to take on this batch; after each, the gradients are there.
+
+        Args:
+            model: in train mode.
+            batch: images, labels and keys.
+            memory: tensors that the method carries from batch to batch; they are saved with the training.
+        """
+        yield self.loss(model, batch)
+
     def robustly_correct(self, model: nn.Module, batch: Batch) -> Tensor | None:
         """Which images ``(N,)`` survive this method's own attack; ``None`` if it has none.
 
         Called with ``model`` in eval mode. The best epoch is chosen by it where it exists.
         """
         return None
+
+    def warning(self, history: Sequence[Mapping[str, float]]) -> str | None:
+        """What went wrong in the last epoch, if it is of a kind that the method is known for."""
+        return None
+
+    def cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
+        """The mean cross-entropy, with the method's label smoothing."""
+        return F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
+class AdversarialTraining(Training):
+    """A method that attacks its training images, and is judged on attacked validation images.
+
+    Args:
+        attack: the inner maximiser, with its own norm, eps and steps. Any object of this project's attack
+            interface will do.
+    """
+
+    attack: Attack
+
+    def attacked(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What ``attack`` makes of the images, seeing the network in eval mode as in the k-WTA study."""
+        network = unwrapped(model)
+        with eval_mode(network):
+            return self.attack(network, batch.x, batch.y, batch.keys)
+
+    def robustly_correct(self, model: nn.Module, batch: Batch) -> Tensor:
+        return withstands(self.attack, model, batch)
+
+
+def withstands(attack: Attack, model: nn.Module, batch: Batch) -> Tensor:
+    """Which images ``(N,)`` are classified correctly after ``attack``, the network in eval mode."""
+    network = unwrapped(model)
+    with eval_mode(network):
+        return correct(network(attack(network, batch.x, batch.y, batch.keys)), batch.y)
 
 
 @contextmanager

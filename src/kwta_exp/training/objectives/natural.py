@@ -1,6 +1,5 @@
 """Natural training: the cross-entropy of clean images."""
 
-import torch.nn.functional as F
 from pydantic import dataclasses
 from torch import Tensor, nn
 
@@ -15,4 +14,4 @@ class NaturalTraining(Training):
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = model(batch.x)
-        return F.cross_entropy(logits, batch.y), logits
+        return self.cross_entropy(logits, batch.y), logits

@@ -1,0 +1,79 @@
+"""From a library's error to one message that names the key, its value and what was expected."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from kwta_exp.errors import UserError
+
+
+def explanation(error: BaseException, key: str, values: Mapping[str, Any]) -> str:
+    """One message for an ``error`` that came of building or using ``key`` with ``values``."""
+    cause = _root_cause(error)
+    if isinstance(cause, ValidationError):
+        return explain_validation(cause, key, values)
+    if isinstance(cause, UserError):
+        return str(cause)
+    if isinstance(cause, ImportError) or "Error locating target" in str(error):
+        return (
+            f"{key}._target_={values.get('_target_')}: cannot be imported ({cause});"
+            " expected the dotted path of an importable class or function"
+        )
+    if culprit := _culprit(values, str(cause)):
+        return f"{key}.{culprit}={values[culprit]!r}: {cause}"
+    arguments = {k: v for k, v in values.items() if not k.startswith("_") and not isinstance(v, dict)}
+    shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items()) or "no arguments"
+    return f"{key}: {(str(cause) or type(cause).__name__).splitlines()[0]} (with {shown})"
+
+
+def explain_validation(error: ValidationError, key: str, values: Mapping[str, Any]) -> str:
+    """A line for each value that pydantic refused."""
+    return "\n".join(_explain_field(detail, key, values) for detail in error.errors(include_url=False))
+
+
+def _explain_field(detail: Any, key: str, values: Any) -> str:
+    path = [key] if key else []
+    for part in detail["loc"]:
+        if (isinstance(values, Mapping) and part in values) or (
+            isinstance(values, list) and isinstance(part, int) and part < len(values)
+        ):
+            path.append(str(part))
+            values = values[part]
+        elif len(path) <= 1 and isinstance(part, str):
+            path.append(part)  # an argument that is missing
+            break
+    where = ".".join(path)
+    message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    if detail["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{where}: missing; expected a value"
+    if "unexpected" in detail["type"] or detail["type"] == "extra_forbidden":
+        return f"{where}: unknown key; see the group's YAML files for those it takes"
+    if isinstance(values, Mapping):
+        return f"{where}: {message}"
+    return f"{where}={values!r}: {message}"
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None and not isinstance(error, ValidationError | UserError):
+        error = error.__cause__
+    return error
+
+
+def _culprit(values: Mapping[str, Any], message: str) -> str | None:
+    """The one key whose value a library's message quotes, or the one text where it wanted no ``str``."""
+    scalars = {
+        name: value
+        for name, value in values.items()
+        if not name.startswith("_") and isinstance(value, int | float | str) and not isinstance(value, bool)
+    }
+    quoted = [
+        name
+        for name, value in scalars.items()
+        if re.search(rf"(?<![\w.]){re.escape(str(value))}(?![\w.])", message)
+    ]
+    if len(quoted) == 1:
+        return quoted[0]
+    texts = [name for name, value in scalars.items() if isinstance(value, str)]
+    return texts[0] if len(texts) == 1 and "str" in message else None
