@@ -45,6 +45,10 @@ def run_py(*overrides: str, cwd: Path = ROOT, timeout: float = 300) -> subproces
 
 @pytest.fixture
 def linear_model() -> torch.nn.Module:
+    return random_linear_model()
+
+
+def random_linear_model() -> torch.nn.Module:
     """A random linear classifier of 3x4x4 images into 5 classes, in float64."""
     generator = torch.Generator().manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5)).double()

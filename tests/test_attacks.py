@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kwta_exp.activations import KWTA
-from kwta_exp.attacks import PGD, Attack, FoolboxAttack, Threat
+from kwta_exp.attacks import NES, PGD, Attack, EvolutionStrategies, FoolboxAttack, Threat, Transfer
 from kwta_exp.attacks.losses import margin
 from kwta_exp.randomness import fold, key
 
@@ -16,11 +16,28 @@ THREATS = [Threat(norm="linf", eps=0.1), Threat(norm="l2", eps=0.6)]
 
 DEEPFOOL = {"linf": foolbox.attacks.LinfDeepFoolAttack, "l2": foolbox.attacks.L2DeepFoolAttack}
 
+
+class ToDouble(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.double()
+
+
+def transferred(attack: Attack) -> Transfer:
+    """An attack on a twin of the linear model."""
+    from tests.conftest import random_linear_model
+
+    transfer = Transfer(source="elsewhere", attack=attack)
+    transfer.connect(nn.Sequential(ToDouble(), random_linear_model()))
+    return transfer
+
+
 MAKERS: dict[str, Callable[[Threat], Attack]] = {
     "fgsm": lambda t: PGD(norm=t.norm, eps=t.eps, steps=1, step_size=t.eps, random_start=False),
     "pgd": lambda t: PGD(norm=t.norm, eps=t.eps, steps=20),
     "pgd_last": lambda t: PGD(norm=t.norm, eps=t.eps, steps=20, keep_best=False),
     "pgd_margin": lambda t: PGD(norm=t.norm, eps=t.eps, steps=20, loss="margin", restarts=2),
+    "es": lambda t: EvolutionStrategies(norm=t.norm, eps=t.eps, steps=20, samples=100, step_size=t.eps / 5),
+    "transfer": lambda t: transferred(PGD(norm=t.norm, eps=t.eps, steps=20)),
     "deepfool": lambda t: FoolboxAttack(DEEPFOOL[t.norm](steps=20), t),
 }  # fmt: skip
 
@@ -74,10 +91,11 @@ def test_attacks_leave_no_trace(name, images) -> None:  # type: ignore[no-untype
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), KWTA(0.2), nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 5)
     ).eval()
     model.requires_grad_(name != "deepfool")  # the evaluator freezes; foolbox calls backward()
+    attack = MAKERS[name](THREATS[0])
     before = {k: v.clone() for k, v in model.state_dict().items()}
     modes, rng, given = [m.training for m in model.modules()], torch.get_rng_state(), x.clone()
 
-    MAKERS[name](THREATS[0])(model, x, y, keys)
+    attack(model, x, y, keys)
 
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
@@ -168,3 +186,57 @@ def test_a_minimum_norm_attack_of_another_norm_counts_where_it_lies_inside(image
 def test_restarts_without_a_random_start_are_refused() -> None:
     with pytest.raises(ValueError, match="restarts=3 needs random_start"):
         PGD(norm="linf", eps=0.1, restarts=3, random_start=False)
+
+
+class Steps(nn.Module):
+    """A linear model behind a staircase: right everywhere nearby, and its gradient is zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = (x.flatten(1).mean(1) * 50).floor() / 50
+        return torch.stack([torch.zeros_like(mean), mean - 0.53], dim=1)
+
+
+def test_evolution_strategies_see_across_jumps_where_gradients_are_zero() -> None:
+    x, y = torch.full((3, 1, 2, 2), 0.5), torch.zeros(3, dtype=torch.long)
+    keys = fold(key(0, "steps"), torch.arange(3))
+    threat = {"norm": "linf", "eps": 0.1}
+    by_values = EvolutionStrategies(**threat, steps=10, samples=100, sigma=0.05)(Steps(), x, y, keys)
+    assert (Steps()(by_values).argmax(1) == 1).all()
+    with pytest.raises(ValueError, match=r"samples=7 is odd"):
+        EvolutionStrategies(**threat, samples=7)
+
+
+def test_nes_asks_what_the_paper_asked() -> None:
+    """1,220,000 queries of an image that withstands; an image that is fooled is let go."""
+    asked: list[int] = []
+
+    class Rock(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            asked.append(len(x))
+            return torch.tensor([[1.0, 0.0]]).expand(len(x), 2)
+
+    x = torch.full((1, 1, 1, 1), 0.5)
+    NES(norm="linf", eps=0.031, chunk=20_000)(Rock(), x, torch.zeros(1, dtype=torch.long), torch.arange(1))
+    assert sum(asked) - 100 == 20 * 100 + 20 * 1_000 + 60 * 20_000  # and one look at each step's start
+    asked.clear()
+    NES(norm="linf", eps=0.031)(Rock(), x, torch.ones(1, dtype=torch.long), torch.arange(1))
+    assert sum(asked) == 1
+    with pytest.raises(ValueError, match="nes is the published L-inf attack"):
+        NES(norm="l2", eps=0.5)
+
+
+def test_an_estimate_is_the_gradient_of_a_linear_margin() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)).double()
+    x, key_1 = torch.full((1, 1, 4, 4), 0.5).double(), fold(3, torch.arange(1))
+    attack = EvolutionStrategies(norm="linf", eps=0.1, samples=20_000)
+    with torch.no_grad():
+        estimate = attack._estimate(model, x, torch.zeros(1, dtype=torch.long), key_1, 20_000).flatten()
+        gradient = model[1].weight[1] - model[1].weight[0]
+    assert torch.cosine_similarity(estimate, gradient, dim=0) > 0.99
+
+
+def test_a_transfer_without_a_source_is_an_error(images) -> None:  # type: ignore[no-untyped-def]
+    x, y, keys = images
+    with pytest.raises(ValueError, match="no source network"):
+        Transfer(source=None, attack=PGD(norm="linf", eps=0.1))(nn.Flatten(), x, y, keys)

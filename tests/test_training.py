@@ -14,10 +14,10 @@ from kwta_exp.attacks import PGD
 from kwta_exp.data.batches import Batch, TrainingBatches, split_training
 from kwta_exp.data.datasets import Digits
 from kwta_exp.errors import UserError
-from kwta_exp.training import NaturalTraining, PGDTraining, Training
+from kwta_exp.training import FreeTraining, NaturalTraining, PGDTraining, Training
 from kwta_exp.training.fit import Fitted, fit
 from kwta_exp.training.objectives.base import correct, eval_mode
-from kwta_exp.training.sparsity import Constant
+from kwta_exp.training.sparsity import Constant, Sparsity
 
 CPU = torch.device("cpu")
 INNER = PGD(norm="linf", eps=0.1, steps=2, keep_best=False)
@@ -34,16 +34,19 @@ class KilledError(Exception):
     """Stands for the end of the process."""
 
 
-def train(path: Path, training: Training, on_step: Any = None, seconds: float = 1e9, lr: float = 0.1) -> Fitted:
+def train(
+    path: Path, training: Training, on_step: Any = None, seconds: float = 1e9, lr: float = 0.1,
+    sparsity: Sparsity | None = None, model: nn.Module | None = None,
+) -> Fitted:  # fmt: skip
     train_split, val = split_training(Digits().load(), None, 0.1, 0, CPU)
     batches = TrainingBatches(train_split, training.batch_size, 1, False, seed=0)
-    model = network()
+    model = model or network()
     if on_step:
         model.register_forward_pre_hook(on_step)
     fabric = Fabric(accelerator="cpu")
     return fit(model, training, batches, val, partial(torch.optim.SGD, lr=lr, momentum=0.9),
                partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=training.epochs),
-               Constant(), fabric, path, lambda history: None, checkpoint_seconds=seconds)  # fmt: skip
+               sparsity or Constant(), fabric, path, lambda _: None, checkpoint_seconds=seconds)  # fmt: skip
 
 
 class After:
@@ -62,7 +65,9 @@ class After:
     # Forward passes of an epoch and its validation: 7 + 1, and 5 * (2 + 1) + 1 + 3.
     (NaturalTraining(epochs=3, batch_size=200), 8),
     (PGDTraining(epochs=2, batch_size=300, attack=INNER), 19),
-], ids=["natural", "pgd"])  # fmt: skip
+    (FreeTraining(epochs=3, batch_size=300, replays=2, norm="linf", eps=0.1, probe=INNER), 14),
+    (NaturalTraining(epochs=3, batch_size=200, ema_decay=0.9, clip_norm=0.5), 8),
+], ids=["natural", "pgd", "free", "averaged"])  # fmt: skip
 @pytest.mark.parametrize("seconds", [1e9, 0.0], ids=["epochs", "steps"])
 def test_a_resumed_training_is_the_uninterrupted_one(
     tmp_path: Path, training: Training, epoch_passes: int, seconds: float
@@ -93,6 +98,34 @@ def test_training_learns_and_the_best_epoch_is_the_validations(tmp_path: Path) -
     assert scores[-1] > 0.75
     assert scores[fitted.best_epoch - 1] == max(scores)
     assert max(scores) not in scores[fitted.best_epoch :]  # of equals, the later
+
+
+def test_averaged_weights_are_validated_and_kept(tmp_path: Path) -> None:
+    """Against the average computed by hand from the weights after every step."""
+    seen: list[dict[str, torch.Tensor]] = []
+    model = network()
+
+    def look(module: nn.Module, _: object) -> None:
+        if module is model and model.training:  # not its average, which has the hook too
+            seen.append({name: value.clone() for name, value in model.state_dict().items()})
+
+    training = NaturalTraining(epochs=1, batch_size=200, ema_decay=0.8)
+    fitted = train(tmp_path / "s.pt", training, look, model=model)
+    seen.append(dict(model.state_dict()))
+    average = seen[1]["1.weight"]  # the first update copies
+    for weights in seen[2:]:
+        average = 0.8 * average + 0.2 * weights["1.weight"]
+    torch.testing.assert_close(fitted.last["1.weight"], average)
+    assert not torch.equal(fitted.last["1.weight"], model[1].weight)
+
+
+def test_gradients_are_clipped_together(tmp_path: Path) -> None:
+    """With one step of SGD the change of all weights is the learning rate times the clipped gradient."""
+    model = network()
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    train(tmp_path / "s.pt", NaturalTraining(epochs=1, batch_size=2000, clip_norm=0.01), lr=0.5, model=model)
+    change = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+    assert change.norm().item() == pytest.approx(0.5 * 0.01, rel=1e-3)
 
 
 def test_adversarial_training_resists_its_own_attack(tmp_path: Path) -> None:

@@ -153,15 +153,6 @@ def explain(error: BaseException, cfg: DictConfig, key: str) -> str:
     return explanation(error, key, plain(cfg, key) if OmegaConf.is_dict(node) else {})
 
 
-def with_facts(factory: Callable[..., Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of ``facts`` about the data that a network's signature asks for."""
-    target = getattr(factory, "func", factory)
-    names = inspect.signature(target).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in names.values()):
-        return dict(facts)
-    return {name: value for name, value in facts.items() if name in names}
-
-
 def choices() -> dict[str, str]:
     """Which option of each group was chosen, e.g. ``{"dataset": "digits", ...}``."""
     return {
@@ -275,23 +266,37 @@ def adopt_run(cfg: DictConfig, chosen: dict[str, str], run: Path, given: Sequenc
     Raises:
         UserError: if the folder lacks its files, or names a class that is not this project's.
     """
-    source, recorded = (_mapping(run / name) for name in ("config.yaml", "overrides.yaml"))
+    source, recorded = recorded_config(run), _mapping(run / "overrides.yaml")
     keys = [re.split("=", override.lstrip("+~"), maxsplit=1)[0] for override in given]
     values = {key: OmegaConf.select(cfg, key) for key in keys if key.split(".")[0] in ADOPTED}
     for group in ADOPTED:
         if group in keys or group not in source:
             continue
-        for target in targets(OmegaConf.to_container(source[group])):
-            if target not in TRUSTED:
-                raise UserError(
-                    f"weights={run}: its {group} is a {target}, which is not this project's and is not"
-                    f" built on a folder's word; expected {group}=... on the command line"
-                )
+        check_trust(source, group, run)
         OmegaConf.update(cfg, group, source[group], merge=False, force_add=True)
         chosen[group] = str((recorded.get("choices") or {}).get(group, "unnamed"))
     for key, value in values.items():
         if "." in key:
             OmegaConf.update(cfg, key, value, force_add=True)
+
+
+def recorded_config(run: Path) -> DictConfig:
+    """The configuration that a run folder holds; nothing of it is built before :func:`check_trust`."""
+    return _mapping(run / "config.yaml")
+
+
+def check_trust(source: DictConfig, group: str, run: Path) -> None:
+    """Refuse to build what a run folder names and this project does not have.
+
+    Raises:
+        UserError: naming it.
+    """
+    for target in targets(OmegaConf.to_container(source[group])):
+        if target not in TRUSTED:
+            raise UserError(
+                f"weights={run}: its {group} is a {target}, which is not this project's and is not"
+                f" built on a folder's word; expected {group}=... on the command line"
+            )
 
 
 def targets(content: Any) -> Iterator[str]:

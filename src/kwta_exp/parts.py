@@ -1,5 +1,6 @@
 """All that is cheap to build, built and tried before anything is written."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -7,17 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from kwta_exp.attacks import Attack, FoolboxAttack, Threat
+from kwta_exp.attacks import Attack, FoolboxAttack, NotApplicableError, Threat, Transfer
 from kwta_exp.checkpoint import load_into, read_weights
-from kwta_exp.config import Config, build, call, explain, plain, with_facts
+from kwta_exp.config import Config, build, call, explain, plain
 from kwta_exp.data.base import Images
 from kwta_exp.data.batches import to_float
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.evaluator import CLEAN
-from kwta_exp.plan import Plan
+from kwta_exp.models.factory import with_facts
+from kwta_exp.plan import Plan, source_run
 from kwta_exp.randomness import key
+from kwta_exp.storage import read_metadata
 from kwta_exp.training import Training
-from kwta_exp.training.sparsity import Sparsity, scheduled
+from kwta_exp.training.sparsity import Sparsity, scheduled, set_ratio
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,11 @@ def build_parts(plan: Plan) -> Parts:
     if plan.weights:
         load_into(network, read_weights(plan.weights), str(plan.weights))
     _try_out(network, cfg, images)
+    if training is not None and hasattr(attack := getattr(training, "attack", None), "require"):
+        _require(attack, network)
+    for name, attack in suite.items():
+        if isinstance(attack, Transfer):
+            attack.connect(_source_of(name, attack, plan, facts, network))
 
     optimizer = lr_schedule = sparsity = None
     if training is not None:
@@ -83,6 +91,31 @@ def build_parts(plan: Plan) -> Parts:
         call(cfg, "lr_schedule", trial_schedule.step)  # some look at their settings only now
 
     return Parts(training, sparsity, optimizer, lr_schedule, threat, suite, images, network)
+
+
+def _require(attack: Any, network: nn.Module) -> None:
+    """An attack that training rests on must have a hold on the network."""
+    try:
+        attack.require(network)
+    except NotApplicableError as error:
+        raise UserError(
+            f"training.attack: {type(attack).__name__} cannot attack this network: {error}"
+        ) from error
+
+
+def _source_of(name: str, attack: Transfer, plan: Plan, facts: dict[str, Any], network: nn.Module) -> nn.Module:
+    """The network that a transferred attack is made on."""
+    if attack.source is None:
+        if plan.scale == "full":
+            raise UserError(f"attack.{name}.source=null: expected the run folder of a network to attack")
+        return copy.deepcopy(network)  # to try the command out
+    weights, cfg = source_run(attack.source, f"attack.{name}.source")
+    factory = build(cfg, "model")
+    source: nn.Module = call(cfg, "model", factory, **with_facts(factory, facts))
+    load_into(source, read_weights(weights), str(weights))
+    if ratio := read_metadata(weights).get("sparsity_ratio"):
+        set_ratio(source, float(ratio))
+    return source
 
 
 def _try_out(network: nn.Module, cfg: Config, images: Images) -> None:

@@ -14,11 +14,13 @@ from kwta_exp.config import (
     adopt_run,
     apply_scale,
     build,
+    check_trust,
     choices,
     is_multirun,
     local_code,
     overrides,
     plain,
+    recorded_config,
     run_name,
     settings,
 )
@@ -98,6 +100,9 @@ class Plan:
     def evaluation_identity(self, weights: Path) -> dict[str, Any]:
         """Everything that decides the outcome of each image, beside the run's own identity."""
         attacks = plain(self.cfg, "attack")
+        for name, attack in attacks.items():
+            if attack.get("source") is not None:  # of a transferred attack: what counts is its weights
+                attack["source"] = sha256_of_file(source_run(attack["source"], f"attack.{name}.source")[0])
         return {
             "attacks": list(attacks.items()),  # their order counts
             "code": local_code(attacks),
@@ -161,6 +166,17 @@ def _weights_file(weights: str | None, sha256: str | None, data: Path) -> Path |
     if sha256 is not None and sha256_of_file(path) != sha256:
         raise UserError(f"weights_sha256={sha256}: {weights} has SHA-256 {sha256_of_file(path)}")
     return path
+
+
+def source_run(run: str, key: str) -> tuple[Path, Config]:
+    """The best weights of a finished run and the configuration of its network, which is safe to build."""
+    folder = RunFolder(Path(run))
+    if not folder.last.exists() or not folder.config.exists():
+        raise UserError(f"{key}={run}: no finished training there; expected a run folder with {folder.last}")
+    cfg = recorded_config(folder.path)
+    for group in ("activation", "model"):
+        check_trust(cfg, group, folder.path)
+    return folder.best, cfg
 
 
 def _source_run(weights: Path) -> Path | None:

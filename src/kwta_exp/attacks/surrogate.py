@@ -101,9 +101,7 @@ class SurrogatePGD:
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         """Adversarial images inside the ball and [0, 1]; see :class:`~kwta_exp.attacks.Attack`."""
-        gated = self._gated(model)
-        if not gated:
-            raise NotApplicableError("no winner-take-all activation to put a soft gate in")
+        gated = self.require(model)
         descent = PGD(norm=self.norm, eps=self.eps, steps=self.steps, step_size=self.step_size, loss=self.loss)
         best, best_margin = x.clone(), x.new_full((len(x),), float("-inf"))
         remaining = torch.arange(len(x), device=x.device)
@@ -124,6 +122,16 @@ class SurrogatePGD:
                 break
 
         return best
+
+    def require(self, model: nn.Module) -> list[tuple[nn.Module, Gate]]:
+        """The activations with a gate.
+
+        Raises:
+            NotApplicableError: if there is none.
+        """
+        if gated := self._gated(model):
+            return gated
+        raise NotApplicableError("no winner-take-all activation to put a soft gate in")
 
     def _gated(self, model: nn.Module) -> list[tuple[nn.Module, Gate]]:
         own = {

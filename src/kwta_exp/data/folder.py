@@ -132,6 +132,7 @@ class FolderPixels:
             chunks: positions ``(n,)`` of each batch.
             keys: a random key an image for its crop and flip; ``None`` reads them as they are judged.
         """
+        import torch
         from torch.utils.data import DataLoader
 
         wanted = [
@@ -142,6 +143,7 @@ class FolderPixels:
             _Reader(self),  # type: ignore[arg-type]
             batch_sampler=wanted,
             num_workers=self.workers,
+            generator=torch.Generator(),  # or it draws from the global one
             pin_memory="cuda" in str(self.device),
         )
         for batch in loader:

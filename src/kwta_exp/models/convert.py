@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from kwta_exp.errors import UserError
 from kwta_exp.fields import STRICT, Count
-from kwta_exp.models.factory import ActivationFactory
+from kwta_exp.models.factory import ActivationFactory, with_facts
 
 log = logging.getLogger(__name__)
 
@@ -264,20 +264,25 @@ def Converted(  # noqa: N802 - stands where a network's class would
     activation: ActivationFactory,
     network: Callable[..., nn.Module],
     num_classes: Count,
+    in_channels: Count,
+    image_size: tuple[Count, Count],
     kinds: list[Kind] | None = None,
 ) -> nn.Module:
     """Any network with its activations replaced; see :func:`convert`.
 
     Args:
         activation: makes the new activations.
-        network: makes the network; called with ``num_classes``.
+        network: makes the network; called with those of the next three that its signature asks for.
         num_classes: number of logits.
+        in_channels: channels of the input.
+        image_size: (height, width) of the input.
         kinds: which activations to replace.
 
     Raises:
         UserError: if there was none to replace.
     """
-    return _converted(network(num_classes=num_classes), activation, kinds)
+    facts = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+    return _converted(network(**with_facts(network, facts)), activation, kinds)
 
 
 @validate_call(config=STRICT)

@@ -1,6 +1,8 @@
 """What every network here is given in place of a ReLU: a way to make its activation."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -24,3 +26,12 @@ def per_stage(activation: Activations, stages: int) -> list[ActivationFactory]:
             f"activation lists {len(activation)} factories; expected one, or one for {stages} stages"
         )
     return activation
+
+
+def with_facts(factory: Callable[..., Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``facts`` about the data that a network's signature asks for."""
+    target = getattr(factory, "func", factory)
+    names = inspect.signature(target).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in names.values()):
+        return dict(facts)
+    return {name: value for name, value in facts.items() if name in names}

@@ -319,7 +319,8 @@ def validate(model: nn.Module, training: Training, val: Split, seed: int, fabric
 
 
 def _score(record: EpochRecord) -> float:
-    return float(record.get("val_robust_accuracy", record["val_accuracy"]))
+    name = "val_robust_accuracy" if "val_robust_accuracy" in record else "val_accuracy"
+    return float(record[name])
 
 
 def _show(progress: Progress, running: _Running, epoch: int, epochs: int, seconds: float) -> None:

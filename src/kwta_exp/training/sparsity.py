@@ -12,7 +12,7 @@ from pydantic import dataclasses
 from torch import nn
 
 from kwta_exp.activations import KWTA
-from kwta_exp.fields import STRICT, Count, Positive, Ratio
+from kwta_exp.fields import STRICT, Count, Natural, Positive, Ratio
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -41,18 +41,21 @@ class Incremental(Sparsity):
         final: where it stops.
         step: taken off each time; 0.005 in the study (0.001 on MNIST).
         every: epochs between two steps; 2 in the study (1 on MNIST).
+        hold: epochs at ``start`` before the first step, beside the ``every`` there always are; for a
+            training from scratch.
     """
 
     start: Ratio
     final: Ratio
     step: Positive = 0.005
     every: Count = 2
+    hold: Natural = 0
 
     def __post_init__(self) -> None:
         _check_order(self.start, self.final)
 
     def ratio(self, epoch: int, epochs: int) -> float:
-        lowered = self.start - self.step * (epoch // self.every)
+        lowered = self.start - self.step * (max(0, epoch - self.hold) // self.every)
         return self.final if lowered < self.final + 1e-9 else round(lowered, 12)
 
 

@@ -1,0 +1,202 @@
+"""From run folders to small committed records, and from records to ``docs/results.md``.
+
+    python -m kwta_exp.report.study collect NAME RUN_FOLDER...      writes docs/results/NAME.json
+    python -m kwta_exp.report.study page                            writes docs/results.md from all of them
+
+A record holds what the tables need and where it came from, nothing more; ``docs/results/NAME.md`` is the text
+that goes before a study's table. Every number of the page is computed from the records.
+"""
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kwta_exp.errors import UserError
+from kwta_exp.run_folder import RunFolder, read_results
+from kwta_exp.storage import write_json, write_text
+
+RECORDS = Path("docs/results")
+PAGE = Path("docs/results.md")
+
+Record = Mapping[str, Any]
+
+
+def collect(name: str, folders: Iterable[Path], records: Path = RECORDS) -> Path:
+    """Write the records of finished runs to ``<records>/<name>.json``, in the order of their names.
+
+    Raises:
+        UserError: for a folder without results, or one of a reduced scale.
+    """
+    found = sorted((_record(folder) for folder in folders), key=lambda record: _key(record))
+    path = records / f"{name}.json"
+    write_json(path, {"records": found})
+    return path
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    run = RunFolder(folder)
+    results = read_results(run.results)
+    if results is None:
+        raise UserError(f"{folder}: no results there; expected a finished run's folder")
+    if results["run"].get("scale", "full") != "full":
+        raise UserError(f"{folder}: run at scale={results['run']['scale']}; that is no result")
+    epochs = [json.loads(line) for line in run.metrics.read_text().splitlines()] if run.metrics.exists() else []
+    environment = json.loads(run.environment.read_text())
+    about = ("name", "seed", "command", "commit", "weights_sha256")
+    return {
+        **{key: results["run"][key] for key in about},
+        "threat": results["threat"],
+        "clean": results["clean"],
+        "attacks": {
+            attack: {key: found[key] for key in ("robust_accuracy", "n", "forwards", "backwards")}
+            for attack, found in results["attacks"].items()
+        },
+        "worst_case": results["worst_case"],
+        "verdict": results["masking"]["verdict"],
+        "epochs": len(epochs),
+        "sparsity_ratio": epochs[-1].get("sparsity_ratio") if epochs else None,
+        "images_per_second": statistics.median(each["images_per_second"] for each in epochs)
+        if epochs
+        else None,
+        "device": environment["device"],
+        "torch": environment["packages"]["torch"],
+    }
+
+
+def _key(record: Record) -> tuple[str, int]:
+    return record["name"], record["seed"]
+
+
+def page(records: Path = RECORDS) -> str:
+    """The content of ``docs/results.md``."""
+    parts = [
+        "# Results",
+        "Made by `make results` from the records in [results/](results); every figure is computed from them."
+        " Accuracies are percentages; with several seeds, their mean and, in brackets, the smallest and the"
+        " largest. The worst case is per image over all attacks of the suite. A verdict of `masked` means that"
+        " the number under PGD is no measure of robustness; `untested` that nothing yet speaks for the rest.",
+    ]
+    for path in sorted(records.glob("*.json")):
+        found: list[Record] = json.loads(path.read_text())["records"]
+        parts += [path.with_suffix(".md").read_text().strip(), *_study(found)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _study(records: Sequence[Record]) -> list[str]:
+    by_name: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_name[record["name"]].append(record)
+    attacked = any(record["worst_case"] for record in records)
+    parts = [_table(by_name, attacked)]
+    differences = _differences_from_relu(by_name) if attacked else _paired_differences(by_name)
+    if differences:
+        parts.append("\n".join(differences))
+    machines = sorted({f"{record['device']}, torch {record['torch']}" for record in records})
+    commits = sorted({str(record["commit"])[:10] for record in records})
+    parts.append(f"*{len(records)} runs, on {'; '.join(machines)}; commit {', '.join(commits)}.*")
+    return parts
+
+
+def _table(by_name: Mapping[str, Sequence[Record]], attacked: bool) -> str:
+    attacks = list(dict.fromkeys(name for runs in by_name.values() for run in runs for name in run["attacks"]))
+    heads = ["run", "seeds", "n", "clean", *attacks, *(["worst case", "verdict"] if attacked else [])]
+    heads.append("images/s in training")
+    rows = []
+    for name, runs in by_name.items():
+        row = [
+            name,
+            str(len(runs)),
+            f"{runs[0]['clean']['n']:,}",
+            _spread([r["clean"]["accuracy"] for r in runs]),
+        ]
+        for attack in attacks:
+            values = [r["attacks"][attack]["robust_accuracy"] for r in runs if attack in r["attacks"]]
+            row.append(_spread(values) if values else "n/a")
+        if attacked:
+            row.append(_spread([r["worst_case"]["robust_accuracy"] for r in runs]))
+            row.append(", ".join(sorted({r["verdict"] for r in runs})))
+        row.append(f"{statistics.median(r['images_per_second'] for r in runs):,.0f}")
+        rows.append(row)
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{100 * statistics.mean(values):.1f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({100 * min(values):.1f} to {100 * max(values):.1f})"
+
+
+def _differences_from_relu(by_name: Mapping[str, Sequence[Record]]) -> list[str]:
+    """For each run beside one that differs in having ReLU: what PGD says of the two, and what is so."""
+    lines = []
+    for name, runs in by_name.items():
+        dataset, model, activation, training = name.split("-")
+        relu = by_name.get(f"{dataset}-{model}-relu-{training}")
+        if activation == "relu" or not relu:
+            continue
+
+        def gap(path: Sequence[str], runs: Sequence[Record] = runs, relu: Sequence[Record] = relu) -> str:
+            mine, theirs = (statistics.mean(_at(run, path) for run in each) for each in (runs, relu))
+            return f"{100 * (mine - theirs):+.1f}"
+
+        lines.append(
+            f"- {activation}, {training}, against ReLU: {gap(['clean', 'accuracy'])} points clean,"
+            f" {gap(['attacks', 'pgd', 'robust_accuracy'])} under PGD,"
+            f" {gap(['worst_case', 'robust_accuracy'])} in the worst case."
+        )
+    return lines
+
+
+def _at(record: Record, path: Sequence[str]) -> float:
+    value: Any = record
+    for name in path:
+        value = value[name]
+    return float(value)
+
+
+def _paired_differences(by_name: Mapping[str, Sequence[Record]]) -> list[str]:
+    """The mean difference in clean accuracy of two runs over their common seeds, with a 95% t interval."""
+    from scipy.stats import t
+
+    names = sorted(by_name, key=lambda name: "to" not in name)
+    if len(names) != 2:
+        return []
+    first, second = ({run["seed"]: run["clean"]["accuracy"] for run in by_name[name]} for name in names)
+    seeds = sorted(first.keys() & second.keys())
+    differences = [100 * (first[seed] - second[seed]) for seed in seeds]
+    mean = statistics.mean(differences)
+    half = t.ppf(0.975, len(seeds) - 1) * statistics.stdev(differences) / len(seeds) ** 0.5
+    holds = "Zero lies inside: no difference is shown." if abs(mean) <= half else "Zero lies outside."
+    return [
+        f"{names[0]} minus {names[1]}, same seed and images: {mean:+.2f} points (95% t interval over"
+        f" {len(seeds)} seeds: {mean - half:+.2f} to {mean + half:+.2f}). {holds}"
+    ]
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    collecting = commands.add_parser("collect", help="write docs/results/NAME.json from run folders")
+    collecting.add_argument("name")
+    collecting.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
+    commands.add_parser("page", help="write docs/results.md from all records")
+    given = parser.parse_args()
+    try:
+        if given.command == "collect":
+            print(collect(given.name, given.folders))
+        else:
+            write_text(PAGE, page())
+            print(PAGE)
+    except UserError as error:
+        parser.exit(1, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()

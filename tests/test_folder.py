@@ -1,0 +1,93 @@
+"""Folders of images: found, read, cropped by each image's own key, in order, with or without workers."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kwta_exp.data.batches import TrainingBatches, first_test_images, split_training
+from kwta_exp.data.folder import ImageFolder
+from kwta_exp.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Three classes of images of one grey each, of many sizes; one class has nothing to judge."""
+    for part, classes in (("train", "abc"), ("val", "ac")):
+        for number, name in enumerate(classes):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(4):
+                grey = 40 * ("abc".index(name)) + 10 * i + 5
+                size = (30 + 7 * i, 50 - 5 * number, 3)
+                Image.fromarray(np.full(size, grey, np.uint8)).save(tmp_path / part / name / f"{i}.png")
+    (tmp_path / "train" / "a" / "notes.txt").write_text("no image")
+    return tmp_path
+
+
+def dataset(root: Path, workers: int = 0) -> ImageFolder:
+    return ImageFolder(root=str(root), image_size=16, workers=workers, flip=True, val_fraction=0.2)
+
+
+def test_labels_follow_the_training_classes(root: Path) -> None:
+    images = dataset(root).load()
+    assert images.y_train.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert images.y_test.tolist() == [0] * 4 + [2] * 4
+    assert (images.num_classes, images.in_channels, images.image_size) == (3, 3, (16, 16))
+    shown = first_test_images(images, None, CPU)
+    assert shown.x[torch.arange(8)].shape == (8, 3, 16, 16)
+    greys = shown.x[torch.arange(8)].float().mean((1, 2, 3))
+    assert torch.equal(greys, (40 * shown.y + 10 * (shown.index % 4) + 5).float())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_batches_are_a_function_of_seed_and_epoch(root: Path, workers: int) -> None:
+    train, val = split_training(dataset(root, workers).load(), None, 0.2, 0, CPU)
+    assert (len(train), len(val)) == (10, 2)
+    assert next(iter(val.batches(8, 0))).x.shape == (2, 3, 16, 16)
+    batches = TrainingBatches(train, 4, 0, True, seed=0)
+    first, again = ([batch.x for batch in batches.epoch(0)] for _ in range(2))
+    assert [len(x) for x in first] == [4, 4, 2]
+    assert all(map(torch.equal, first, again))
+    assert torch.equal(next(batches.epoch(0, start=1)).x, first[1])
+    plain, _ = split_training(dataset(root, 0).load(), None, 0.2, 0, CPU)
+    unhurried = TrainingBatches(plain, 4, 0, True, seed=0).epoch(0)
+    assert all(torch.equal(x, batch.x) for x, batch in zip(first, unhurried, strict=True))
+
+
+def test_crops_differ_between_images_and_epochs(tmp_path: Path) -> None:
+    ramp = np.tile(np.arange(64, dtype=np.uint8)[:, None] * 4, (1, 64))
+    for part in ("train", "val"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(np.stack([ramp, ramp.T, ramp], 2)).save(tmp_path / part / "a" / f"{i}.png")
+    train, _ = split_training(dataset(tmp_path).load(), None, 0.2, 0, CPU)
+    batches = TrainingBatches(train, 4, 0, True, seed=0)
+    state = torch.get_rng_state()
+    seen = [batch.x for epoch in range(2) for batch in batches.epoch(epoch)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(seen[0][0], seen[0][1])
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_the_fingerprint_follows_names_and_sizes(root: Path) -> None:
+    before = dataset(root).fingerprint()
+    assert dataset(root).fingerprint() == before
+    (root / "train" / "a" / "0.png").rename(root / "train" / "a" / "9.png")
+    assert dataset(root).fingerprint() != before
+
+
+def test_mistakes_are_named(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"dataset\.root=nowhere: no folder nowhere/train"):
+        dataset(Path("nowhere")).fingerprint()
+    (root / "val" / "stranger").mkdir()
+    with pytest.raises(UserError, match="val has classes that train lacks: stranger"):
+        dataset(root).load()
+    (root / "val" / "stranger").rmdir()
+    (root / "val" / "a" / "0.png").write_bytes(b"torn")
+    images = first_test_images(dataset(root).load(), None, CPU)
+    with pytest.raises(UserError, match=r"0\.png cannot be read as an image"):
+        images.x[torch.arange(8)]

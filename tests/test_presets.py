@@ -1,0 +1,173 @@
+"""Presets and scale=tiny: each composes and builds; each family and objective runs end to end in seconds."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from kwta_exp.config import ConfigError, apply_scale, build, plain
+from kwta_exp.experiment import run
+from tests.conftest import ROOT
+
+EXPERIMENTS = ROOT / "conf" / "experiment"
+PRESETS = sorted(str(path.relative_to(EXPERIMENTS).with_suffix("")) for path in EXPERIMENTS.rglob("*.yaml"))
+
+Tiny = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def tiny(composed: Callable[..., DictConfig], tmp_path: Path) -> Tiny:
+    """Run the overrides at scale=tiny in this process and return results.json."""
+
+    def go(*overrides: str) -> dict[str, Any]:
+        cfg = composed(
+            "scale=tiny", "runtime=cpu", "runtime.threads=1", f"paths.outputs={tmp_path / 'out'}",
+            f"paths.data={tmp_path}", *overrides,
+        )  # fmt: skip
+        HydraConfig.instance().set_config(cfg)
+        run(cfg)
+        results = max((tmp_path / "out").glob("*/*/results.json"), key=lambda path: path.stat().st_mtime_ns)
+        found: dict[str, Any] = json.loads(results.read_text())
+        return found
+
+    return go
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_composes_and_builds_and_says_what_it_claims(
+    composed: Callable[..., DictConfig], preset: str
+) -> None:
+    header = "".join(
+        line for line in (EXPERIMENTS / f"{preset}.yaml").read_text().splitlines(True) if line.startswith("#")
+    )
+    for word in ("Claim:", "Command:", "Cost:", "Expected:"):
+        assert f"# {word}" in header
+    assert re.search(rf"experiment={preset}\b", header)
+    cfg = composed(f"experiment={preset}")
+    for node in (
+        "threat",
+        "training",
+        "runtime",
+        "dataset",
+        "sparsity",
+        *(f"attack.{name}" for name in cfg.attack),
+    ):
+        build(cfg, node)
+    for node in ("activation", "model", "optimizer", "lr_schedule"):
+        assert callable(build(cfg, node))
+
+
+FAMILIES = [
+    ["model=cnn"], ["model=mlp"], ["dataset=cifar10", "model=resnet50"], ["dataset=svhn", "model=wrn"],
+    ["dataset=cifar100", "model=densenet"], ["dataset=mnist", "model=vgg"],
+    ["dataset=cifar10", "model=torchvision", "model.name=mobilenet_v3_small"],
+    ["dataset=image_folder", "model=resnet_imagenet"],
+    ["model=convert", "model.network={_target_: kwta_exp.models.CNN, _partial_: true, channels: [4, 4, 4, 4],"
+     " hidden: 8, activation: {_target_: torch.nn.ReLU, _partial_: true}}"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", FAMILIES, ids=" ".join)
+def test_one_of_each_network_family_trains_attacks_and_reports(tiny: Tiny, overrides: list[str]) -> None:
+    results = tiny(*overrides)
+    assert results["run"]["scale"] == "tiny"
+    assert results["run"]["name"].startswith("tiny-")
+    assert ("stand_in" in results["run"]) == any("dataset=" in override for override in overrides)
+    assert results["attacks"]["surrogate"]["activations_replaced"] >= 2
+    assert results["worst_case"]["n"] == 16
+
+
+@pytest.mark.parametrize("training", ["natural", "pgd", "trades", "free", "fast", "mart", "alp"])
+def test_each_objective_trains_attacks_and_reports(tiny: Tiny, training: str, tmp_path: Path) -> None:
+    results = tiny(f"training={training}", "training.ema_decay=0.5", "training.clip_norm=1.0",
+                   "training.label_smoothing=0.1", "runtime.channels_last=true",
+                   "runtime.precision=bf16-mixed")  # fmt: skip
+    assert results["run"]["training"] == training
+    (metrics,) = (tmp_path / "out").glob("*/*/metrics.jsonl")
+    epochs = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [epoch["epoch"] for epoch in epochs] == [1, 2]
+    assert all(("val_robust_accuracy" in epoch) == (training != "natural") for epoch in epochs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_runs_end_to_end_at_scale_tiny(tiny: Tiny, preset: str) -> None:
+    results = tiny(f"experiment={preset}")
+    assert results["run"]["scale"] == "tiny"
+    assert results["clean"]["n"] == 16
+
+
+def test_training_against_the_adaptive_attack(tiny: Tiny) -> None:
+    adaptive = ["training=pgd", "attack@training.attack=surrogate_inner"]
+    results = tiny(*adaptive)
+    assert results["attacks"]["surrogate"]["activations_replaced"] >= 2
+    with pytest.raises(
+        ConfigError, match=r"training\.attack: SurrogatePGD cannot attack this network: no winner"
+    ):
+        tiny(*adaptive, "activation=relu")
+
+
+def test_weights_are_judged_at_the_ratio_they_were_trained_to(tiny: Tiny, tmp_path: Path) -> None:
+    schedule = ["sparsity=linear", "sparsity.final=0.3", "sparsity.over=1.0", "activation.ratio=0.5"]
+    trained = tiny(*schedule)
+    assert trained["run"]["name"] == "tiny-digits-cnn-kwta0.5to0.3-natural"
+    (folder,) = (tmp_path / "out").glob("*kwta0.5to0.3*/s0-*")
+    for source in (folder, folder / "checkpoints" / "best.safetensors"):
+        judged = tiny("training=none", f"weights={source}")
+        assert judged["run"]["name"] == "tiny-digits-cnn-kwta0.3-none"
+        assert judged["attacks"]["pgd"]["robust_accuracy"] == trained["attacks"]["pgd"]["robust_accuracy"]
+    other = tiny("training=none", f"weights={folder}", "activation.ratio=0.9")
+    assert other["run"]["name"] == "tiny-digits-cnn-kwta0.9-none"
+    # And fine-tuning starts at the schedule's own ratio.
+    tuned = tiny("sparsity=incremental", "activation.ratio=0.3", f"weights={folder}")
+    assert tuned["run"]["name"] == "tiny-digits-cnn-kwta0.3to0.08-natural"
+
+
+def test_a_schedule_without_anything_to_schedule_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(ConfigError, match="sparsity=incremental: the network has no k-WTA layer with a ratio"):
+        tiny("activation=relu", "sparsity=incremental", "sparsity.start=0.2")
+
+
+def test_attacks_transfer_from_a_run(tiny: Tiny, tmp_path: Path) -> None:
+    tiny("activation=relu")
+    (source,) = (tmp_path / "out").glob("*relu*/s0-*")
+    overrides = ["+attack@attack.transfer=transfer", f"attack.transfer.source={source}"]
+    results = tiny(*overrides)
+    assert results["attacks"]["transfer"]["source"] == str(source)
+    assert results["attacks"]["transfer"]["forwards"] == 0
+    # The source counts by its weights, not by its place.
+    moved = source.rename(source.with_name("moved"))
+    again = tiny(overrides[0], f"attack.transfer.source={moved}")
+    assert again["attacks"]["transfer"] == results["attacks"]["transfer"]
+    with pytest.raises(ConfigError, match=r"attack\.transfer\.source=nowhere: no finished training there"):
+        tiny(overrides[0], "attack.transfer.source=nowhere")
+    with pytest.raises(ConfigError, match=r"attack\.transfer\.source=null: expected the run folder"):
+        tiny(overrides[0], "scale=full", "dataset=synthetic")
+
+
+def test_caps_reach_every_number_of_that_name(composed: Callable[..., DictConfig]) -> None:
+    cfg = composed("scale=tiny", "training=pgd", "model=densenet", "dataset.train_n=7", "attack.pgd.restarts=9")
+    assert apply_scale(cfg) == "tiny"
+    assert cfg.training.epochs == cfg.lr_schedule.T_max == 2
+    assert plain(cfg, "training.attack.steps") == plain(cfg, "attack.fgsm.steps") + 2 == 3
+    assert cfg.attack.pgd.restarts == 1
+    assert cfg.model.growth == 4  # null is more
+    assert (cfg.dataset.train_n, cfg.evaluation.n) == (7, 16)
+    assert composed("scale=tiny").model.channels == [32, 32, 64, 64]
+    cnn = composed("scale=tiny")
+    apply_scale(cnn)
+    assert cnn.model.channels == [4, 4, 4, 4]
+    full = composed("model=densenet")
+    before = plain(full, "model")
+    assert apply_scale(full) == "full"
+    assert plain(full, "model") == before
+
+
+def test_a_real_dataset_is_used_at_scale_tiny_where_it_is(tiny: Tiny, arrays_file: Path) -> None:
+    assert "stand_in" not in tiny("dataset=arrays", f"dataset.path={arrays_file}")["run"]
+    assert "stand_in" in tiny("dataset=arrays", "dataset.path=absent.npz")["run"]
