@@ -8,8 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from kwta_exp.activations import KWTA
-from kwta_exp.attacks import NES, PGD, Attack, EvolutionStrategies, FoolboxAttack, Threat, Transfer
-from kwta_exp.attacks.losses import margin
+from kwta_exp.attacks import (
+    APGD,
+    NES,
+    PGD,
+    Attack,
+    AutoAttack,
+    EvolutionStrategies,
+    FoolboxAttack,
+    SmoothedPGD,
+    Square,
+    Threat,
+    Transfer,
+)
+from kwta_exp.attacks.apgd import ascend
+from kwta_exp.attacks.losses import LossName, attack_loss, dlr, margin, targeted_dlr
+from kwta_exp.fields import Norm
 from kwta_exp.randomness import fold, key
 
 THREATS = [Threat(norm="linf", eps=0.1), Threat(norm="l2", eps=0.6)]
@@ -36,6 +50,15 @@ MAKERS: dict[str, Callable[[Threat], Attack]] = {
     "pgd": lambda t: PGD(norm=t.norm, eps=t.eps, steps=20),
     "pgd_last": lambda t: PGD(norm=t.norm, eps=t.eps, steps=20, keep_best=False),
     "pgd_margin": lambda t: PGD(norm=t.norm, eps=t.eps, steps=20, loss="margin", restarts=2),
+    "pgd_dlr": lambda t: PGD(norm=t.norm, eps=t.eps, steps=20, loss="dlr"),
+    "mim": lambda t: PGD(
+        norm=t.norm, eps=t.eps, steps=10, relative_step_size=1.0, random_start=False, momentum=1.0
+    ),
+    "apgd": lambda t: APGD(norm=t.norm, eps=t.eps, steps=20),
+    "apgd_t": lambda t: APGD(norm=t.norm, eps=t.eps, steps=20, targets=9),
+    "smoothed": lambda t: SmoothedPGD(norm=t.norm, eps=t.eps, steps=10, samples=3),
+    "autoattack": lambda t: AutoAttack(norm=t.norm, eps=t.eps, steps=10, queries=20),
+    "square": lambda t: Square(norm=t.norm, eps=t.eps, queries=300),
     "es": lambda t: EvolutionStrategies(norm=t.norm, eps=t.eps, steps=20, samples=100, step_size=t.eps / 5),
     "transfer": lambda t: transferred(PGD(norm=t.norm, eps=t.eps, steps=20)),
     "deepfool": lambda t: FoolboxAttack(DEEPFOOL[t.norm](steps=20), t),
@@ -73,6 +96,12 @@ def test_pgd_reaches_the_optimum_of_a_two_class_linear_model(threat, loss, image
 @pytest.mark.parametrize("name", MAKERS)
 def test_attacks_break_a_linear_model_inside_the_ball(name, threat, images, linear_model) -> None:  # type: ignore[no-untyped-def]
     x, _, keys = images
+    if name == "square" and threat.norm == "l2":
+        x = x.repeat(1, 1, 2, 1)  # the library's squares do not fit into 4x4
+        linear_model = nn.Sequential(nn.AvgPool2d((2, 1)), linear_model)
+        threat = Threat(norm="l2", eps=1.2)
+    if name in ("autoattack", "square"):  # the library computes in float32
+        x, linear_model = x.float(), linear_model.float()
     y = linear_model(x).argmax(1)
     x_adv = MAKERS[name](threat)(linear_model, x, y, keys)
     assert x_adv.shape == x.shape
@@ -105,10 +134,12 @@ def test_attacks_leave_no_trace(name, images) -> None:  # type: ignore[no-untype
 
 
 def test_images_at_the_edge_stay_in_range(linear_model) -> None:  # type: ignore[no-untyped-def]
-    x = torch.cat([torch.zeros(4, 3, 4, 4), torch.ones(4, 3, 4, 4)]).double()
+    x, linear_model = torch.cat([torch.zeros(4, 3, 4, 4), torch.ones(4, 3, 4, 4)]), linear_model.float()
     y = linear_model(x).argmax(1)
     for threat in THREATS:
         for name, make in MAKERS.items():
+            if name in ("square", "autoattack") and threat.norm == "l2":
+                continue  # Square's squares do not fit into 4x4
             x_adv = make(threat)(linear_model, x, y, torch.arange(8))
             assert 0 <= x_adv.min() <= x_adv.max() <= 1, name
             assert threat.distance(x_adv, x).max() <= threat.eps + 1e-6
@@ -136,6 +167,78 @@ def test_pgd_takes_the_steps_of_foolbox(norm: str, images) -> None:  # type: ign
     _, expected, _ = reference(foolbox.PyTorchModel(model, bounds=(0, 1)), x, y, epsilons=0.03)
     ours = PGD(norm=norm, eps=0.03, steps=7, step_size=0.01, random_start=False, keep_best=False)  # type: ignore[arg-type]
     torch.testing.assert_close(ours(model, x, y, keys), expected, rtol=0, atol=1e-9)
+
+
+def visited(model: nn.Module, run: Callable[[], object]) -> list[Tensor]:
+    """Every batch that ``model`` is shown while ``run`` runs."""
+    seen: list[Tensor] = []
+    handle = model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    run()
+    handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("loss", ["ce", "dlr"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_apgd_takes_the_steps_of_its_authors(norm: Norm, loss: LossName, images) -> None:  # type: ignore[no-untyped-def]
+    from pyautoattack.autopgd_base import APGDAttack
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 30), nn.Tanh(), nn.Linear(30, 5)).double().eval()
+    x, _, keys = images
+    y = model(x).argmax(1)
+    threat = Threat(norm=norm, eps=0.02 if norm == "linf" else 0.1)
+    start = threat.random_point(x, keys)
+    theirs = APGDAttack(model, n_iter=60, norm={"linf": "Linf", "l2": "L2"}[norm], eps=threat.eps, loss=loss)
+    theirs.init_hyperparam(x)
+
+    torch.set_default_dtype(torch.float64)  # or their tables of losses are float32, and ties fall otherwise
+    try:
+        expected = visited(model, lambda: theirs.attack_single_run(x, y, x_init=start))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    criterion = attack_loss(loss, model, x, y)
+    found = visited(model, lambda: ascend(model, x, start, y, criterion, threat, 60, 0.75))
+
+    assert len(found) == len(expected) == 61
+    for ours, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=0, atol=1e-6)
+    assert (model(found[-1]).argmax(1) == y).any()  # it went the whole way
+
+
+def test_the_momentum_method_is_its_formula(images) -> None:  # type: ignore[no-untyped-def]
+    x, y, keys = images
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 30), nn.Tanh(), nn.Linear(30, 5)).double().eval()
+    ours = PGD(
+        norm="linf", eps=0.05, steps=4, step_size=0.01, random_start=False, momentum=1.0, keep_best=False
+    )
+    x_adv, g = x.clone(), torch.zeros_like(x)
+    for _ in range(4):
+        x_adv.requires_grad_()
+        (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(model(x_adv), y, reduction="sum"), x_adv)
+        g = g + gradient / gradient.abs().sum((1, 2, 3), keepdim=True)
+        x_adv = (x_adv.detach() + 0.01 * g.sign()).clamp(x - 0.05, x + 0.05).clamp(0, 1)
+    torch.testing.assert_close(ours(model, x, y, keys), x_adv)
+
+
+def test_dlr_is_the_papers() -> None:
+    logits = torch.tensor([[1.0, 4.0, 2.0, 0.0], [3.0, 1.0, 0.5, 2.0]])
+    # -(z_y - max other) / (z_1 - z_3); targeted -(z_y - z_t) / (z_1 - (z_3 + z_4) / 2).
+    torch.testing.assert_close(dlr(logits, torch.tensor([2, 0])), torch.tensor([2 / 3, -1 / 2]))
+    targeted = targeted_dlr(torch.tensor([2, 0]), torch.tensor([0, 3]))(logits)
+    torch.testing.assert_close(targeted, torch.tensor([-1 / 3.5, -1 / 2.25]))
+    scaled = dlr(1000 * logits + 7, torch.tensor([2, 0]))
+    torch.testing.assert_close(scaled, dlr(logits, torch.tensor([2, 0])))
+
+
+def test_targets_need_enough_classes(images) -> None:  # type: ignore[no-untyped-def]
+    x, y, keys = images
+    three = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).double()
+    with pytest.raises(ValueError, match="targets=9: the targeted DLR loss needs 4 classes or more, not 3"):
+        APGD(norm="linf", eps=0.1, targets=9)(three, x, y, keys)
+    # AutoAttack leaves that part out.
+    x_adv = AutoAttack(norm="linf", eps=0.1, steps=5, queries=5)(three.float(), x.float(), y, keys)
+    assert x_adv.shape == x.shape
 
 
 class Peak(nn.Module):

@@ -54,6 +54,18 @@ WRONG = [
     (["training=none"], "weights=null"),
     (["weights=nowhere.pth"], "weights=nowhere.pth"),
     (["weights=hostile.pth"], "weights=hostile.pth: refused"),
+    (["weights=ftp://example.org/net.pth"], "weights=ftp://example.org/net.pth: expected a path, or a URL"),
+    (["weights_sha256=abc"], "weights_sha256='abc'"),
+    (["model=resnet18", "model.depth=20"], "model.depth=20"),
+    (["model=wrn", "model.depth=21"], "model: depth=21 is not"),
+    (["model=torchvision", "model.name=resnet19"], "model.name='resnet19'"),
+    (["model=vgg"], "model: "),  # the digits are too small for it
+    (["sparsity=incremental", "sparsity.final=0.3"], "sparsity: final=0.3 is above start=0.1"),
+    (["activation=relu", "sparsity=linear"], "sparsity.start"),
+    (["training.label_smoothing=1"], "training.label_smoothing=1"),
+    (["training=trades", "training.beta=0"], "training.beta=0"),
+    (["dataset=image_folder", "dataset.root=nowhere"], "dataset.root=nowhere"),
+    (["scale=huge"], "'scale/huge'"),
 ] + ([] if torch.cuda.is_available() else [(["runtime=gpu"], "runtime.accelerator='cuda'")])
 
 

@@ -28,6 +28,9 @@ Ratio = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 """A number above 0."""
 
+NonNegative = Annotated[float, Field(ge=0)]
+"""A number of 0 or more."""
+
 Eps = Annotated[float, BeforeValidator(_fraction), Field(ge=0)]
 """A perturbation radius or step in pixel units of [0, 1]; ``8/255`` may be written as such."""
 

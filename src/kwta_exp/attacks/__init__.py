@@ -1,20 +1,27 @@
 """Attacks: small objects with hyper-parameters, called as ``attack(model, x, y)``."""
 
+from kwta_exp.attacks.apgd import APGD
+from kwta_exp.attacks.autoattack import AutoAttack, Square
 from kwta_exp.attacks.base import Attack, NotApplicableError
 from kwta_exp.attacks.evolution import NES, EvolutionStrategies
 from kwta_exp.attacks.foolbox_adapter import FoolboxAttack
 from kwta_exp.attacks.pgd import PGD
+from kwta_exp.attacks.smoothed import SmoothedPGD
 from kwta_exp.attacks.surrogate import SurrogatePGD
 from kwta_exp.attacks.threat import Threat
 from kwta_exp.attacks.transfer import Transfer
 
 __all__ = [
+    "APGD",
     "NES",
     "PGD",
     "Attack",
+    "AutoAttack",
     "EvolutionStrategies",
     "FoolboxAttack",
     "NotApplicableError",
+    "SmoothedPGD",
+    "Square",
     "SurrogatePGD",
     "Threat",
     "Transfer",

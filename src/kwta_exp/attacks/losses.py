@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LossName = Literal["ce", "margin", "kl"]
+LossName = Literal["ce", "margin", "dlr", "kl"]
 
 
 def cross_entropy(logits_NK: Tensor, y_N: Tensor) -> Tensor:
@@ -26,6 +26,27 @@ def margin(logits_NK: Tensor, y_N: Tensor) -> Tensor:
     return others_NK.amax(1) - true_N1[:, 0]
 
 
+def dlr(logits_NK: Tensor, y_N: Tensor) -> Tensor:
+    """``(max_{j != y} z_j - z_y) / (z_1 - z_3)`` with z_1 >= z_2 >= ... sorted, shape ``(N,)``.
+
+    Croce and Hein, ICML 2020, equation 6: the margin, whatever the scale and shift of the logits. Needs
+    three classes.
+    """
+    ordered = logits_NK.sort(1, descending=True).values
+    return margin(logits_NK, y_N) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
+
+
+def targeted_dlr(y_N: Tensor, target_N: Tensor) -> Callable[[Tensor], Tensor]:
+    """``(z_t - z_y) / (z_1 - (z_3 + z_4) / 2)`` as a function of logits (equation 7; four classes)."""
+
+    def loss(logits_NK: Tensor) -> Tensor:
+        ordered = logits_NK.sort(1, descending=True).values
+        true, wanted = (logits_NK.gather(1, each[:, None])[:, 0] for each in (y_N, target_N))
+        return (wanted - true) / (ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + 1e-12)
+
+    return loss
+
+
 def divergence(logits_NK: Tensor, reference_NK: Tensor) -> Tensor:
     """``KL(p || q)`` of the softmax of ``reference_NK`` (p) and of ``logits_NK`` (q), shape ``(N,)``."""
     q, p = logits_NK.log_softmax(1), reference_NK.log_softmax(1)
@@ -38,5 +59,5 @@ def attack_loss(name: LossName, model: nn.Module, x: Tensor, y: Tensor) -> Calla
         with torch.no_grad():
             reference = model(x)
         return lambda logits: divergence(logits, reference)
-    formula = cross_entropy if name == "ce" else margin
+    formula = {"ce": cross_entropy, "margin": margin, "dlr": dlr}[name]
     return lambda logits: formula(logits, y)

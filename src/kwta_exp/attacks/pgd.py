@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kwta_exp.attacks.losses import LossName, attack_loss, margin
 from kwta_exp.attacks.threat import Threat
-from kwta_exp.fields import STRICT, Count, Eps, Norm, Positive
+from kwta_exp.fields import STRICT, Count, Eps, NonNegative, Norm, Positive
 from kwta_exp.randomness import fold, normal
 
 
@@ -32,7 +32,9 @@ class PGD:
         random_start: begin at a uniform point of the ball instead of the image; ``"normal"`` begins at
             the image plus 0.001 times a standard normal draw, as TRADES does.
         restarts: independent runs; every one needs a random start of its own.
-        loss: ``"ce"``, ``"margin"``, or ``"kl"``, the divergence from the prediction at the image itself.
+        momentum: step along ``g <- momentum * g + gradient / |gradient|_1`` (Dong et al., "Boosting
+            Adversarial Attacks with Momentum", CVPR 2018, equation 6); 1 there, 0 for none.
+        loss: ``"ce"``, ``"margin"``, ``"dlr"``, or ``"kl"``, the divergence from the prediction at the image.
         keep_best: return the iterate with the largest margin of error instead of the last, stop once
             every image is fooled, and spend one more forward pass. Off for training, as is usual.
     """
@@ -44,6 +46,7 @@ class PGD:
     relative_step_size: Positive = 2.5
     random_start: bool | Literal["normal"] = True
     restarts: Count = 1
+    momentum: NonNegative = 0.0
     loss: LossName = "ce"
     keep_best: bool = True
 
@@ -58,7 +61,7 @@ class PGD:
         if step_size is None:
             step_size = self.relative_step_size * self.eps / self.steps
         loss = attack_loss(self.loss, model, x, y)
-        best = _Best(x)
+        best = Best(x)
 
         for restart in range(self.restarts):
             x_adv = x
@@ -67,10 +70,15 @@ class PGD:
             elif self.random_start:
                 x_adv = threat.random_point(x, fold(restart, keys))
 
+            velocity = torch.zeros_like(x)
             for _ in range(self.steps):
-                gradient, logits = _gradient(model, x_adv, loss)
+                gradient, logits, _ = input_gradient(model, x_adv, loss)
                 if self.keep_best and best.update(x_adv, logits, y):
                     return best.x
+                if self.momentum:
+                    scale = gradient.abs().mean(tuple(range(1, x.dim())), keepdim=True)
+                    velocity = self.momentum * velocity + gradient / scale.clamp_min(1e-30)
+                    gradient = velocity
                 x_adv = threat.project(x_adv + step_size * threat.steepest(gradient), x)
 
             if not self.keep_best:
@@ -82,17 +90,19 @@ class PGD:
         return best.x
 
 
-def _gradient(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """The loss's gradient with respect to the input alone, and the logits."""
+def input_gradient(
+    model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss's gradient with respect to the input alone, the logits, and the loss ``(N,)``."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(x)
-        total = loss(logits).sum()
-    (gradient,) = torch.autograd.grad(total, x)
-    return gradient, logits.detach()
+        value = loss(logits)
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+    return gradient, logits.detach(), value.detach()
 
 
-class _Best:
+class Best:
     """The iterate of each image with the largest margin of error so far.
 
     Ranked by margin whatever the loss: cross-entropy rounds to 0 on confident networks, where

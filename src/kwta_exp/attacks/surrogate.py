@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from kwta_exp.activations import KWTA, LWTA
 from kwta_exp.activations.kwta import kwta_threshold
 from kwta_exp.attacks.base import NotApplicableError
-from kwta_exp.attacks.losses import LossName, margin
+from kwta_exp.attacks.losses import LossName
 from kwta_exp.attacks.pgd import PGD
+from kwta_exp.attacks.standing import Try, best_of
 from kwta_exp.fields import STRICT, Count, Eps, Norm, Positive
 from kwta_exp.randomness import fold
 
@@ -103,25 +104,17 @@ class SurrogatePGD:
         """Adversarial images inside the ball and [0, 1]; see :class:`~kwta_exp.attacks.Attack`."""
         gated = self.require(model)
         descent = PGD(norm=self.norm, eps=self.eps, steps=self.steps, step_size=self.step_size, loss=self.loss)
-        best, best_margin = x.clone(), x.new_full((len(x),), float("-inf"))
-        remaining = torch.arange(len(x), device=x.device)
 
-        for restart in range(self.restarts):
+        def run(restart: int) -> Try:
             temperature = self.temperatures[restart % len(self.temperatures)]
-            x_left, y_left = x[remaining], y[remaining]
-            with soft_backward(gated, temperature):
-                found = descent(model, x_left, y_left, fold(restart, keys[remaining]))
 
-            with torch.no_grad():
-                reached = margin(model(found), y_left).to(best_margin)
-            better = reached > best_margin[remaining]
-            best[remaining[better]] = found[better]
-            best_margin[remaining[better]] = reached[better]
-            remaining = remaining[best_margin[remaining] <= 0]
-            if not len(remaining):
-                break
+            def attempt(at: Tensor) -> Tensor:
+                with soft_backward(gated, temperature):
+                    return descent(model, x[at], y[at], fold(restart, keys[at]))
 
-        return best
+            return attempt
+
+        return best_of(map(run, range(self.restarts)), model, x, y)
 
     def require(self, model: nn.Module) -> list[tuple[nn.Module, Gate]]:
         """The activations with a gate.

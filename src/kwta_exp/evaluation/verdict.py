@@ -26,7 +26,10 @@ def plain_gradient_attacks(suite: Mapping[str, Attack]) -> list[str]:
     return [
         name
         for name, attack in suite.items()
-        if isinstance(attack, PGD) and attack.loss == "ce" and attack.steps >= THOROUGH_STEPS
+        if isinstance(attack, PGD)
+        and attack.loss == "ce"
+        and not attack.momentum
+        and attack.steps >= THOROUGH_STEPS
     ]
 
 

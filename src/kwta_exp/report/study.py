@@ -96,9 +96,15 @@ def _study(records: Sequence[Record]) -> list[str]:
     if differences:
         parts.append("\n".join(differences))
     machines = sorted({f"{record['device']}, torch {record['torch']}" for record in records})
-    commits = sorted({str(record["commit"])[:10] for record in records})
+    commits = sorted({_short(str(record["commit"])) for record in records})
     parts.append(f"*{len(records)} runs, on {'; '.join(machines)}; commit {', '.join(commits)}.*")
     return parts
+
+
+def _short(commit: str) -> str:
+    """The first digits of a commit; whether the source differed from it stays said."""
+    head, plus, changes = commit.partition("+")
+    return head[:10] + plus + changes
 
 
 def _table(by_name: Mapping[str, Sequence[Record]], attacked: bool) -> str:

@@ -1,0 +1,109 @@
+"""AutoAttack and its Square attack, as published, through the pyautoattack library.
+
+Croce and Hein, ICML 2020 (AutoAttack); Andriushchenko, Croce, Flammarion and Hein, "Square Attack: a
+query-efficient black-box adversarial attack via random search", ECCV 2020.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from pydantic import dataclasses
+from torch import Tensor, nn
+
+from kwta_exp.fields import STRICT, Count, Eps, Norm
+from kwta_exp.randomness import isolated
+
+_NORMS = {"linf": "Linf", "l2": "L2"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
+class AutoAttack:
+    """The ensemble: APGD on two losses, FAB and Square, each on the images that still stand.
+
+    Where the data has fewer than ten classes its targeted parts run towards as many as there are.
+
+    Args:
+        norm: ``"linf"`` or ``"l2"``.
+        eps: radius of the ball, in pixel units of [0, 1].
+        version: ``"standard"``, ``"plus"``, or ``"rand"`` for randomised networks.
+        steps: iterations of its gradient attacks; 100 as published, and only then is it AutoAttack.
+        queries: of Square; 5,000 as published.
+
+    It draws from global generators, which are seeded from the images' keys for the call and put back
+    after: outcomes depend on the batch.
+    """
+
+    norm: Norm
+    eps: Eps
+    version: Literal["standard", "plus", "rand"] = "standard"
+    steps: Count = 100
+    queries: Count = 5000
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+        """Adversarial images; see :class:`~kwta_exp.attacks.Attack`."""
+        import pyautoattack
+
+        seed = int(keys.sum()) % 2**31
+        with isolated(seed), _quiet():
+            ensemble: Any = pyautoattack.AutoAttack(
+                model, norm=_NORMS[self.norm], eps=self.eps, version=self.version, seed=seed, device=x.device
+            )
+            with torch.no_grad():
+                wrong_classes = model(x[:1]).shape[1] - 1
+            ensemble.square.n_queries = self.queries
+            for part in (ensemble.apgd, ensemble.apgd_targeted, ensemble.fab):
+                part.n_iter = self.steps
+                if hasattr(part, "n_target_classes"):
+                    part.n_target_classes = min(part.n_target_classes, wrong_classes)
+            if wrong_classes < 3:  # the targeted DLR loss needs four classes
+                ensemble.attacks_to_run = [name for name in ensemble.attacks_to_run if name != "apgd-t"]
+            found, _ = ensemble.run_standard_evaluation(x.clone(), y, batch_size=len(x))
+        result: Tensor = found.detach()
+        return result
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
+class Square:
+    """Random search over squares of one colour: asks for logits alone, so nothing is masked from it.
+
+    Args:
+        norm: ``"linf"`` or ``"l2"``.
+        eps: radius of the ball, in pixel units of [0, 1].
+        queries: of each restart.
+        restarts: independent searches, each on the images that still stand.
+        p_init: share of the pixels in the first squares; 0.8 in AutoAttack.
+    """
+
+    norm: Norm
+    eps: Eps
+    queries: Count = 5000
+    restarts: Count = 1
+    p_init: float = 0.8
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+        """Adversarial images; see :class:`~kwta_exp.attacks.Attack`."""
+        from pyautoattack.square import SquareAttack
+
+        seed = int(keys.sum()) % 2**31
+        with isolated(seed), _quiet():
+            search = SquareAttack(
+                model, norm=_NORMS[self.norm], eps=self.eps, n_queries=self.queries, p_init=self.p_init,
+                n_restarts=self.restarts, seed=seed, device=x.device, resc_schedule=False,
+            )  # fmt: skip
+            found: Tensor = search.perturb(x.clone(), y)
+        return found.detach()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The library's warnings, made for its own reports, are not shown between ours."""
+    logger = logging.getLogger("auto-attack")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,81 @@
+"""Tables from records: what is collected, what is refused, and that the committed page is theirs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kwta_exp.errors import UserError
+from kwta_exp.report.study import collect, page
+from tests.conftest import ROOT
+
+
+def run_folder(
+    outputs: Path, name: str, seed: int, clean: float, pgd: float | None = None, worst: float = 0.0,
+    scale: str = "full",
+) -> Path:  # fmt: skip
+    """A finished run's folder, with as much as the tables read."""
+    folder = outputs / name / f"s{seed}-x"
+    folder.mkdir(parents=True)
+    run = {
+        "name": name,
+        "seed": seed,
+        "command": "c",
+        "commit": "0123456789abcdef",
+        "weights_sha256": "w",
+        "scale": scale,
+    }
+    attacks: dict[str, Any] = {}
+    if pgd is not None:
+        attacks["pgd"] = {"robust_accuracy": pgd, "n": 100, "forwards": 1, "backwards": 2, "seconds": 3.0}
+    results = {
+        "run": run, "threat": {"norm": "linf", "eps": 0.1}, "clean": {"accuracy": clean, "n": 100},
+        "attacks": attacks,
+        "worst_case": {"robust_accuracy": worst, "n": 100, "by": {}} if attacks else None,
+        "masking": {"verdict": "masked" if attacks else "untested"},
+    }  # fmt: skip
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "metrics.jsonl").write_text('{"images_per_second": 10.0}\n{"images_per_second": 30.0}\n')
+    (folder / "environment.json").write_text('{"device": "cpu", "packages": {"torch": "2"}}')
+    return folder
+
+
+def test_the_page_is_computed_from_the_records(tmp_path: Path) -> None:
+    folders = [
+        run_folder(tmp_path, "d-m-relu-pgd", 0, 0.9, 0.50, 0.5),
+        run_folder(tmp_path, "d-m-relu-pgd", 1, 0.8, 0.60, 0.6),
+        run_folder(tmp_path, "d-m-kwta0.1-pgd", 0, 0.7, 0.75, 0.2),
+    ]
+    records = tmp_path / "records"
+    collect("first", folders, records)
+    (records / "first.md").write_text("## A study\n")
+    text = page(records)
+    assert "## A study" in text
+    spread = "85.0 (80.0 to 90.0) | 55.0 (50.0 to 60.0) | 55.0 (50.0 to 60.0)"
+    assert f"| d-m-relu-pgd | 2 | 100 | {spread} | masked | 20 |" in text
+    assert "- kwta0.1, pgd, against ReLU: -15.0 points clean, +20.0 under PGD, -35.0 in the worst case." in text
+    assert "3 runs, on cpu, torch 2; commit 0123456789." in text
+
+
+def test_two_arms_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    for seed, (first, second) in enumerate([(0.90, 0.88), (0.91, 0.90), (0.89, 0.86)]):
+        run_folder(tmp_path, "d-m-kwta0.2to0.05-natural", seed, first)
+        run_folder(tmp_path, "d-m-kwta0.05-natural", seed, second)
+    collect("arms", tmp_path.glob("*/*"), tmp_path)
+    (tmp_path / "arms.md").write_text("")
+    # Differences 2, 1 and 3: mean 2, standard deviation 1, t(0.975, 2) = 4.303.
+    said = "d-m-kwta0.2to0.05-natural minus d-m-kwta0.05-natural, same seed and images: +2.00 points"
+    assert f"{said} (95% t interval over 3 seeds: -0.48 to +4.48). Zero lies inside" in page(tmp_path)
+
+
+def test_unfinished_and_tiny_runs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no results there"):
+        collect("x", [tmp_path], tmp_path)
+    with pytest.raises(UserError, match="run at scale=tiny; that is no result"):
+        collect("x", [run_folder(tmp_path, "tiny-d-m-relu-pgd", 0, 0.9, scale="tiny")], tmp_path)
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_the_committed_page_is_what_the_command_makes() -> None:
+    assert (ROOT / "docs" / "results.md").read_text() == page(ROOT / "docs" / "results")
