@@ -16,7 +16,7 @@ LAYERS = [
     {"config"},
     {"plan"},
     {"parts"},
-    {"experiment"},
+    {"experiment", "verify"},
 ]
 HYDRA_ALLOWED = {"config.py"}
 MODULES = sorted(SOURCE.rglob("*.py"))

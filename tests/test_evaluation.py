@@ -44,8 +44,9 @@ def shift(by: float) -> Any:
 def judge(folder: Path, split: Split, suite: dict[str, Any], model: nn.Module | None = None, **kw: Any) -> Any:
     settings = {"threat": THREAT, "seed": 0, "batch_size": 2, "folder": folder, **kw}
     clean, records, inapplicable = evaluate(model or Threshold(), split, suite, **settings)
-    plain = plain_gradient_attacks(suite)
-    return clean, records, summarise(RUN, settings["threat"], clean, records, inapplicable, {}, plain)
+    plain, diagnostic_n = plain_gradient_attacks(suite), kw.get("diagnostic_n")
+    results = summarise(RUN, settings["threat"], clean, records, inapplicable, {}, plain, diagnostic_n)
+    return clean, records, results
 
 
 def test_worst_case_is_per_example_not_the_minimum_of_averages(tmp_path: Path) -> None:
@@ -285,6 +286,66 @@ def test_records_append_whole_chunks(tmp_path: Path) -> None:
     assert len(record) == 0
     for chunk in (np.arange(3), np.arange(3, 5)):
         record.append({"index": chunk}, forwards=2, backwards=1, seconds=0.5)
+        record.save()
     again = Record.open(tmp_path / "r.npz")
     assert again.columns["index"].tolist() == [0, 1, 2, 3, 4]
     assert (again.forwards, again.backwards, again.seconds) == (4, 2, 1.0)
+
+
+class Flicker(nn.Module):
+    """Errs on a bright image in a batch, in float32; not by itself, and not in float64."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.flatten(1).mean(1)
+        wrong = (mean > 0.5) & (len(x) > 1) & (x.dtype == torch.float32)
+        return torch.stack([torch.zeros_like(mean), torch.where(wrong, 1.0, -1.0).to(mean)], dim=1)
+
+
+def test_an_error_that_cannot_be_had_again_is_no_success(tmp_path: Path) -> None:
+    split = images(0.45, 0.46, labels=[0, 0])
+    _, records, results = judge(tmp_path, split, {"up": shift(0.09)}, model=Flicker())
+    assert records["up"].columns["prediction"].tolist() == [1, 1]
+    assert records["up"].columns["fooled"].tolist() == [False, False]
+    assert records["up"].columns["unconfirmed"].tolist() == [True, True]
+    assert results["worst_case"]["robust_accuracy"] == 1
+
+
+class Single(nn.Module):
+    """A threshold that cannot run in float64, but errs by itself too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float64:
+            raise RuntimeError("float32 only")
+        return Threshold()(x)
+
+
+def test_networks_of_float32_alone_are_confirmed_one_by_one(tmp_path: Path) -> None:
+    split = images(0.45, 0.8)
+    _, records, _ = judge(tmp_path, split, {"up": shift(0.09)}, model=Single())
+    assert records["up"].columns["fooled"].tolist() == [True, False]
+    assert not records["up"].columns["unconfirmed"].any()
+
+
+def test_beyond_the_diagnostic_images_an_attack_sees_only_what_stands(tmp_path: Path) -> None:
+    split = images(0.45, 0.55, 0.46, 0.54, 0.2)
+    suite = {"up": shift(0.09), "down": shift(-0.09), "again": shift(0.09)}
+    _, records, results = judge(tmp_path, split, suite, diagnostic_n=2)
+    seen = {name: (record.columns["index"] - 100).tolist() for name, record in records.items()}
+    assert seen == {"up": [0, 1, 2, 3, 4], "down": [0, 1, 3, 4], "again": [0, 1, 4]}
+    assert [results["attacks"][name]["n"] for name in suite] == [2, 2, 2]
+    assert [results["attacks"][name]["robust_accuracy"] for name in suite] == [0.5, 0.5, 0.5]
+    assert [results["attacks"][name]["cumulative"] for name in suite] == [0.6, 0.2, 0.2]
+    assert results["worst_case"] == {**results["worst_case"], "robust_accuracy": 0.2, "n": 5}
+    assert results["worst_case"]["by"] == {"up": 0.4, "down": 0.4, "again": 0.0}
+    everything = judge(tmp_path / "all", split, suite)[2]
+    assert everything["worst_case"] == results["worst_case"]
+
+
+def test_adversarial_images_are_kept_before_their_rows(tmp_path: Path) -> None:
+    split = images(0.45, 0.55, 0.8)
+    judge(tmp_path, split, {"up": shift(0.5)}, save_images=True)
+    files = sorted((tmp_path / "images").glob("*.npz"))
+    assert [path.name for path in files] == ["up-0.npz", "up-2.npz"]
+    with np.load(files[0]) as file:
+        assert file["index"].tolist() == [100, 101]
+        np.testing.assert_allclose(file["x_adv"], split.x[:2] / 255 + 0.1, atol=1e-6)

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from kwta_exp.config import ConfigError, apply_scale, build, plain
+from kwta_exp.errors import UserError
 from kwta_exp.experiment import run
+from kwta_exp.verify import verify
 from tests.conftest import ROOT
 
 EXPERIMENTS = ROOT / "conf" / "experiment"
@@ -173,3 +176,32 @@ def test_caps_reach_every_number_of_that_name(composed: Callable[..., DictConfig
 def test_a_real_dataset_is_used_at_scale_tiny_where_it_is(tiny: Tiny, arrays_file: Path) -> None:
     assert "stand_in" not in tiny("dataset=arrays", f"dataset.path={arrays_file}")["run"]
     assert "stand_in" in tiny("dataset=arrays", "dataset.path=absent.npz")["run"]
+
+
+def test_a_worst_case_is_verified_from_weights_and_images_alone(tiny: Tiny, tmp_path: Path) -> None:
+    results = tiny("evaluation.save_images=true", "training.epochs=2", "dataset=synthetic", "model=mlp")
+    (folder,) = (tmp_path / "out").glob("*/s0-*")
+    (said,) = verify(folder)
+    assert f"worst case {100 * results['worst_case']['robust_accuracy']:.2f}% (n = 64)" in said
+
+    (evaluation,) = (folder / "evaluation").iterdir()
+    path = evaluation / "results.json"
+    honest = path.read_text()
+    better = json.loads(honest)
+    better["worst_case"]["robust_accuracy"] += 1 / 64
+    path.write_text(json.dumps(better))
+    with pytest.raises(UserError, match=r"but results\.json says"):
+        verify(folder)
+    path.write_text(honest)
+
+    images = next((evaluation / "images").glob("fgsm-*.npz"))
+    with np.load(images) as file:
+        index, x_adv = file["index"], file["x_adv"]
+    np.savez(images, index=index, x_adv=1 - x_adv)
+    with pytest.raises(UserError, match=r"holds images outside linf eps"):
+        verify(folder)
+    for kept in (evaluation / "images").iterdir():
+        kept.unlink()
+    (evaluation / "images").rmdir()
+    with pytest.raises(UserError, match="no images were kept"):
+        verify(folder)

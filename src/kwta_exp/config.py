@@ -47,11 +47,13 @@ class Paths(BaseModel):
 
 
 class Evaluation(BaseModel):
-    """How many test images are attacked, how many at a time, and which weights are judged."""
+    """How many test images are attacked, by which attacks, how many at a time, and what is kept of them."""
 
     model_config = STRICT
     n: Count | None
+    diagnostic_n: Count | None
     batch_size: Count
+    save_images: bool
 
 
 class Settings(BaseModel):

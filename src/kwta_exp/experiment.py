@@ -83,16 +83,19 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
                 "environment": environment.describe(plan.command, str(fabric.device), plan.runtime.identity()),
             },
         )
-        batch_size = options.evaluation.batch_size
+        asked = options.evaluation
         clean, attacks, inapplicable = evaluate(
-            network, images, parts.suite, parts.threat, options.seed, batch_size, folder
-        )
+            network, images, parts.suite, parts.threat, options.seed, asked.batch_size, folder,
+            asked.diagnostic_n, asked.save_images,
+        )  # fmt: skip
 
         details = {
             name: attack.details(network) for name, attack in parts.suite.items() if hasattr(attack, "details")
         }
         card, plain_names = plan.identity_card(weights), plain_gradient_attacks(parts.suite)
-        results = summarise(card, parts.threat, clean, attacks, inapplicable, details, plain_names)
+        results = summarise(
+            card, parts.threat, clean, attacks, inapplicable, details, plain_names, asked.diagnostic_n
+        )
         write_json(plan.folder.results, results)
         write_json(folder / "results.json", results)  # the last: it says that all is done
         log.info("%s\n\nEverything is in %s", results_table(results), plan.folder.path)

@@ -58,15 +58,10 @@ def build_parts(plan: Plan) -> Parts:
 
     training = build(cfg, "training") if plan.trains else None
     images = plan.dataset.load()
-    facts = {
-        "num_classes": images.num_classes,
-        "in_channels": images.in_channels,
-        "image_size": images.image_size,
-    }
     factory = build(cfg, "model")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(plan.options.seed, "weights"))
-        network = call(cfg, "model", factory, **with_facts(factory, facts))
+        network = call(cfg, "model", factory, **with_facts(factory, _facts(images)))
     if plan.weights:
         load_into(network, read_weights(plan.weights), str(plan.weights))
     _try_out(network, cfg, images)
@@ -74,7 +69,7 @@ def build_parts(plan: Plan) -> Parts:
         _require(attack, network)
     for name, attack in suite.items():
         if isinstance(attack, Transfer):
-            attack.connect(_source_of(name, attack, plan, facts, network))
+            attack.connect(_source_of(name, attack, plan, images, network))
 
     optimizer = lr_schedule = sparsity = None
     if training is not None:
@@ -103,19 +98,37 @@ def _require(attack: Any, network: nn.Module) -> None:
         ) from error
 
 
-def _source_of(name: str, attack: Transfer, plan: Plan, facts: dict[str, Any], network: nn.Module) -> nn.Module:
+def _source_of(name: str, attack: Transfer, plan: Plan, images: Images, network: nn.Module) -> nn.Module:
     """The network that a transferred attack is made on."""
     if attack.source is None:
         if plan.scale == "full":
             raise UserError(f"attack.{name}.source=null: expected the run folder of a network to attack")
         return copy.deepcopy(network)  # to try the command out
-    weights, cfg = source_run(attack.source, f"attack.{name}.source")
+    return network_of_run(attack.source, f"attack.{name}.source", images)
+
+
+def network_of_run(run: str, key: str, images: Images) -> nn.Module:
+    """The trained network of a run folder, for data like ``images``.
+
+    Raises:
+        UserError: naming ``key``, if there is none or it is not safe to build.
+    """
+    weights, cfg = source_run(run, key)
     factory = build(cfg, "model")
-    source: nn.Module = call(cfg, "model", factory, **with_facts(factory, facts))
-    load_into(source, read_weights(weights), str(weights))
+    network: nn.Module = call(cfg, "model", factory, **with_facts(factory, _facts(images)))
+    load_into(network, read_weights(weights), str(weights))
     if ratio := read_metadata(weights).get("sparsity_ratio"):
-        set_ratio(source, float(ratio))
-    return source
+        set_ratio(network, float(ratio))
+    return network
+
+
+def _facts(images: Images) -> dict[str, Any]:
+    """What a network may ask of the data."""
+    return {
+        "num_classes": images.num_classes,
+        "in_channels": images.in_channels,
+        "image_size": images.image_size,
+    }
 
 
 def _try_out(network: nn.Module, cfg: Config, images: Images) -> None:

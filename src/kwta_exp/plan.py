@@ -108,6 +108,8 @@ class Plan:
             "code": local_code(attacks),
             "threat": plain(self.cfg, "threat"),
             "n": self.options.evaluation.n,
+            "diagnostic_n": self.options.evaluation.diagnostic_n,
+            "save_images": self.options.evaluation.save_images,
             "batch_size": self.options.evaluation.batch_size,
             "weights": sha256_of_file(weights),
         }

@@ -1,5 +1,6 @@
 """Runs a suite of attacks over the test images, chunk by chunk, and trusts none of them."""
 
+import io
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -14,10 +15,11 @@ from kwta_exp.attacks.losses import margin
 from kwta_exp.data.batches import Split, to_float
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.counting import Counted
+from kwta_exp.evaluation.judge import Judge, errs, predicted
 from kwta_exp.evaluation.records import Column, Record
 from kwta_exp.progress import Progress
 from kwta_exp.randomness import fold, isolated, key
-from kwta_exp.storage import image_digests
+from kwta_exp.storage import image_digests, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,8 @@ def evaluate(
     seed: int,
     batch_size: int,
     folder: Path,
+    diagnostic_n: int | None = None,
+    save_images: bool = False,
 ) -> tuple[Record, dict[str, Record], dict[str, str]]:
     """Judge ``network`` clean and under each attack, on the images it classifies correctly clean.
 
@@ -39,9 +43,13 @@ def evaluate(
     (seed, attack, image), and each chunk's rows are on disk before the next begins: an evaluation
     that was killed continues to the same rows.
 
+    Every attack runs on the correct ones among the first ``diagnostic_n`` images, so that attacks can be
+    compared there; of the rest each sees only what those before it left standing.
+
     Each returned image is cast to float32, NaN and infinite pixels are put back, and it is projected into the
-    threat and [0, 1] before ``network`` judges it in float32. So an attack of another norm or radius
-    counts only as far as it stays inside.
+    threat and [0, 1] before ``network`` judges it in float32, and an error must be confirmed
+    (:class:`~kwta_exp.evaluation.judge.Judge`). So an attack of another norm or radius counts only as far as
+    it stays inside.
 
     Args:
         network: float32, images in [0, 1] to logits; it is put into eval mode and frozen.
@@ -51,6 +59,8 @@ def evaluate(
         seed: of the attacks' random streams.
         batch_size: images of a chunk.
         folder: where the records live.
+        diagnostic_n: how many images every attack is run on; ``None`` for all.
+        save_images: keep the adversarial images too, float32, in ``<folder>/images/<attack>-<chunk>.npz``.
 
     Returns:
         The clean record, one record for each attack that applies to this network, and the reason for
@@ -59,7 +69,7 @@ def evaluate(
     Raises:
         UserError: if an attack fails or returns something other than images, naming the attack.
     """
-    network.eval().requires_grad_(False)
+    judge = Judge(network.eval().requires_grad_(False))
 
     with Progress("evaluating", len(images), "image") as progress:
         clean = Record.open(folder / f"{CLEAN}.npz", expected=images.index)
@@ -67,32 +77,39 @@ def evaluate(
         for chunk in _pending(everything, batch_size, clean, progress):
             progress.show(attack=CLEAN)
             started = time.monotonic()
-            logits = _judge(network, to_float(images.x[chunk]))
+            logits = judge.logits(to_float(images.x[chunk]))
             clean.append(_rows(images, chunk, logits), len(chunk), 0, time.monotonic() - started)
+            clean.save()
             progress.advance(len(chunk))
 
         right = clean.columns["prediction"] == clean.columns["label"]
         survivors = right.copy()
-        targets = torch.from_numpy(np.flatnonzero(right)).to(images.y.device)
-        progress.extend(len(suite) * len(targets))
+        compared = np.arange(len(images)) < (len(images) if diagnostic_n is None else diagnostic_n)
+        progress.extend(len(suite) * int(right.sum()))
 
         records: dict[str, Record] = {}
         inapplicable: dict[str, str] = {}
         for name, attack in suite.items():
-            record = Record.open(folder / f"{name}.npz", expected=images.index[targets])
-            for chunk in _pending(targets, batch_size, record, progress):
+            targets = np.flatnonzero(right & (compared | survivors))
+            progress.advance(int(right.sum()) - len(targets))
+            places = torch.from_numpy(targets).to(images.y.device)
+            record = Record.open(folder / f"{name}.npz", expected=images.index[places])
+            for chunk in _pending(places, batch_size, record, progress):
                 progress.show(attack=name, worst_case=f"{survivors.mean():.1%}")
                 try:
-                    _attack_chunk(network, images, chunk, name, attack, threat, seed, record)
+                    x_adv = _attack_chunk(judge, images, chunk, name, attack, threat, seed, record)
                 except NotApplicableError as reason:
                     inapplicable[name] = str(reason)
                     break
+                if save_images:
+                    _save_images(folder / "images" / f"{name}-{int(chunk[0])}.npz", images.index[chunk], x_adv)
+                record.save()  # after the images: a row is there only when its image is
                 progress.advance(len(chunk))
             if name in inapplicable:
                 log.info("%s is not applicable: %s", name, inapplicable[name])
                 continue
             records[name] = record
-            survivors[np.flatnonzero(right)[record.columns["fooled"]] if len(record) else []] = False
+            survivors[targets[record.columns["fooled"]] if len(record) else []] = False
             log.debug("%s done, %.1f%% stand", name, 100 * survivors.mean())
 
     return clean, records, inapplicable
@@ -109,8 +126,14 @@ def _pending(positions: Tensor, batch_size: int, record: Record, progress: Progr
             yield chunk
 
 
+def _save_images(path: Path, index: Tensor, x_adv: Tensor) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, index=index.cpu().numpy(), x_adv=x_adv.cpu().numpy())
+    write_bytes(path, buffer.getvalue())
+
+
 def _attack_chunk(
-    network: nn.Module,
+    judge: Judge,
     images: Split,
     chunk: Tensor,
     name: str,
@@ -118,10 +141,11 @@ def _attack_chunk(
     threat: Threat,
     seed: int,
     record: Record,
-) -> None:
+) -> Tensor:
+    """Add the rows of one chunk to ``record`` and return its adversarial images."""
     x, y = to_float(images.x[chunk]), images.y[chunk]
     keys = fold(key(seed, "attack", name), images.index[chunk])
-    counted = Counted(network)
+    counted = Counted(judge.network)
     started = time.monotonic()
     try:
         with isolated(int(keys.sum())):  # whatever draws from global generators does so reproducibly
@@ -137,26 +161,21 @@ def _attack_chunk(
     with torch.no_grad():
         x_adv = returned.detach().to(x)
         x_adv = threat.project(torch.where(x_adv.isfinite(), x_adv, x), x)
-        logits = _judge(network, x_adv)
+        logits = judge.logits(x_adv)
         rows = _rows(images, chunk, logits)
-        rows["fooled"] = rows["prediction"] != rows["label"]
+        erred = errs(logits, y)
+        fooled = erred.clone()
+        fooled[erred] = judge.errs_again(x_adv[erred], y[erred])
+        rows["fooled"] = fooled.cpu().numpy()
+        rows["unconfirmed"] = (erred & ~fooled).cpu().numpy()
         rows["distance"] = threat.distance(x_adv, x).cpu().numpy()
     record.append(rows, counted.forwards, counted.backwards, time.monotonic() - started)
-
-
-@torch.no_grad()
-def _judge(network: nn.Module, x: Tensor) -> Tensor:
-    """Logits of the exact network in float32, whatever precision the run trains in."""
-    with torch.autocast(x.device.type, enabled=False):
-        logits: Tensor = network(x)
-    return logits
+    return x_adv
 
 
 def _rows(images: Split, chunk: Tensor, logits: Tensor) -> dict[str, Column]:
     labels = images.y[chunk]
-    prediction = logits.argmax(1)
-    # A NaN logit is an error of the model: no class is predicted.
-    prediction = torch.where(logits.isnan().any(1), -1, prediction)
+    prediction = predicted(logits)
     return {
         "index": images.index[chunk].cpu().numpy(),
         "digest": image_digests(images.x[chunk].cpu().numpy()),

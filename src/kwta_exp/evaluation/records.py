@@ -24,7 +24,8 @@ class Record:
 
     Columns: ``index`` (of the test image in its dataset), ``digest`` (first 16 hex digits of the
     uint8 image's SHA-256), ``label``, ``prediction``, ``margin`` (true logit minus the best other
-    one: negative is an error), and for attacks ``fooled`` and ``distance`` (in the threat's norm).
+    one: negative is an error), and for attacks ``fooled``, ``unconfirmed`` (an error that was not made
+    again, so the image counts as standing) and ``distance`` (in the threat's norm).
     """
 
     path: Path
@@ -62,7 +63,7 @@ class Record:
         return len(self.columns["index"]) if self.columns else 0
 
     def append(self, rows: Mapping[str, Column], forwards: int, backwards: int, seconds: float) -> None:
-        """Add the rows of one chunk and what they cost, and replace the file."""
+        """Add the rows of one chunk and what they cost; :meth:`save` makes them last."""
         self.columns = {
             name: np.concatenate([self.columns[name], new]) if self.columns else new
             for name, new in rows.items()
@@ -70,6 +71,9 @@ class Record:
         self.forwards += forwards
         self.backwards += backwards
         self.seconds += seconds
+
+    def save(self) -> None:
+        """Replace the file."""
         buffer = io.BytesIO()
         costs = {"forwards": self.forwards, "backwards": self.backwards, "seconds": self.seconds}
         np.savez_compressed(buffer, **self.columns, **costs)  # type: ignore[arg-type]
