@@ -2,16 +2,19 @@
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from kwta_exp.config import ConfigError, apply_scale, build, plain
+from kwta_exp.config import ConfigError, apply_scale, build, plain, settings
 from kwta_exp.errors import UserError
 from kwta_exp.experiment import run
 from kwta_exp.verify import verify
@@ -63,6 +66,33 @@ def test_every_preset_composes_and_builds_and_says_what_it_claims(
         build(cfg, node)
     for node in ("activation", "model", "optimizer", "lr_schedule"):
         assert callable(build(cfg, node))
+
+
+def commands(preset: str) -> list[list[str]]:
+    """The overrides of every command line in a preset's header, with something in place of its placeholders."""
+    header = re.sub(r"^#", "", (EXPERIMENTS / f"{preset}.yaml").read_text().split("defaults:")[0], flags=re.M)
+    written = header.split("Command:")[1].split("Cost:")[0].replace("\\\n", " ")
+    lines = re.findall(r"python run\.py (.*)", re.sub(r"\([^)]*(\)|$)", "", written))
+    placed = [re.sub(r"\b(DIR|RUN_FOLDER|[\w.]+\.(?:npz|pth))\b", "placeholder", line) for line in lines]
+    return [[each for each in shlex.split(line) if each != "-m"] for line in placed]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_command_of_a_header_composes(composed: Callable[..., DictConfig], preset: str) -> None:
+    found = commands(preset)
+    assert any(f"experiment={preset}" in overrides for overrides in found)
+    for overrides in found:
+        swept = composed(*(o for o in overrides if o.startswith("experiment="))).hydra.sweeper.params or {}
+        jobs = BasicSweeper.split_arguments(
+            OverridesParser.create().parse_overrides([*overrides, *(f"{k}={v}" for k, v in swept.items())]),
+            None,
+        )
+        for job in jobs[0]:
+            cfg = composed(*job)
+            assert settings(cfg)
+            nodes = ["sparsity", "threat", "model", *(f"attack.{name}" for name in cfg.attack)]
+            for node in [*nodes, *(["training"] if "training=none" not in job else [])]:
+                build(cfg, node)
 
 
 FAMILIES = [
