@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from kwta_exp.config import ConfigError, apply_scale, build, plain, settings
 from kwta_exp.errors import UserError
 from kwta_exp.experiment import run
+from kwta_exp.report.compare import Outcomes, compare
 from kwta_exp.verify import verify
 from tests.conftest import ROOT
 
@@ -235,3 +236,13 @@ def test_a_worst_case_is_verified_from_weights_and_images_alone(tiny: Tiny, tmp_
     (evaluation / "images").rmdir()
     with pytest.raises(UserError, match="no images were kept"):
         verify(folder)
+
+
+def test_two_runs_are_compared_from_their_rows(tiny: Tiny, tmp_path: Path) -> None:
+    for activation in ("kwta", "relu"):
+        tiny(f"activation={activation}", "model=mlp")
+    kwta, relu = (Outcomes.of(next((tmp_path / "out").glob(f"*{name}*/s0-*"))) for name in ("kwta", "relu"))
+    assert "n = 64" in compare(kwta, relu)
+    results = json.loads(next((tmp_path / "out").glob("*relu*/s0-*/results.json")).read_text())
+    assert relu.standing.mean() == results["worst_case"]["robust_accuracy"]
+    assert relu.clean.mean() == results["clean"]["accuracy"]
