@@ -30,6 +30,8 @@ THREATS = [Threat(norm="linf", eps=0.1), Threat(norm="l2", eps=0.6)]
 
 DEEPFOOL = {"linf": foolbox.attacks.LinfDeepFoolAttack, "l2": foolbox.attacks.L2DeepFoolAttack}
 
+FOOLBOX = ("cw", "ddn", "ead", "boundary", "hopskipjump", "deepfool")
+
 
 class ToDouble(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
@@ -61,6 +63,13 @@ MAKERS: dict[str, Callable[[Threat], Attack]] = {
     "square": lambda t: Square(norm=t.norm, eps=t.eps, queries=300),
     "es": lambda t: EvolutionStrategies(norm=t.norm, eps=t.eps, steps=20, samples=100, step_size=t.eps / 5),
     "transfer": lambda t: transferred(PGD(norm=t.norm, eps=t.eps, steps=20)),
+    "cw": lambda t: FoolboxAttack(foolbox.attacks.L2CarliniWagnerAttack(2, steps=30, stepsize=0.05), t),
+    "ddn": lambda t: FoolboxAttack(foolbox.attacks.DDNAttack(steps=30), t),
+    "ead": lambda t: FoolboxAttack(foolbox.attacks.EADAttack(2, steps=30, initial_stepsize=0.05), t),
+    "boundary": lambda t: FoolboxAttack(foolbox.attacks.BoundaryAttack(steps=300, source_step=0.1), t),
+    "hopskipjump": lambda t: FoolboxAttack(
+        foolbox.attacks.HopSkipJumpAttack(steps=8, max_gradient_eval_steps=200, constraint=t.norm), t
+    ),
     "deepfool": lambda t: FoolboxAttack(DEEPFOOL[t.norm](steps=20), t),
 }  # fmt: skip
 
@@ -119,7 +128,7 @@ def test_attacks_leave_no_trace(name, images) -> None:  # type: ignore[no-untype
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), KWTA(0.2), nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 5)
     ).eval()
-    model.requires_grad_(name != "deepfool")  # the evaluator freezes; foolbox calls backward()
+    model.requires_grad_(name not in FOOLBOX)  # the evaluator freezes; foolbox calls backward()
     attack = MAKERS[name](THREATS[0])
     before = {k: v.clone() for k, v in model.state_dict().items()}
     modes, rng, given = [m.training for m in model.modules()], torch.get_rng_state(), x.clone()
@@ -343,3 +352,34 @@ def test_a_transfer_without_a_source_is_an_error(images) -> None:  # type: ignor
     x, y, keys = images
     with pytest.raises(ValueError, match="no source network"):
         Transfer(source=None, attack=PGD(norm="linf", eps=0.1))(nn.Flatten(), x, y, keys)
+
+
+def test_broken_attacks_are_refused_with_the_reason() -> None:
+    for name in ("L2FMNAttack", "PointwiseAttack"):
+        with pytest.raises(ValueError, match=f"foolbox's {name} is not to be used: it"):
+            FoolboxAttack(getattr(foolbox.attacks, name)(), THREATS[1])
+
+
+def test_an_image_without_a_starting_point_does_not_stop_the_others() -> None:
+    class Half(nn.Module):
+        """Images whose first pixel is black are class 0 whatever is done to the rest; noise keeps it so."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            score = torch.where(x[:, 0, 0, 0] < 0.5, x.flatten(1).mean(1) - 0.55, x.new_tensor(-1.0))
+            return torch.stack([torch.zeros_like(score), score], dim=1)
+
+    x = torch.full((6, 1, 3, 3), 0.5)
+    x[:3, 0, 0, 0], x[3:, 0, 0, 0] = 0.4, 1.0
+    y = torch.zeros(6, dtype=torch.long)
+
+    class NoStart:
+        def run(self, model, inputs, criterion, **kwargs):  # type: ignore[no-untyped-def]
+            starts = inputs.clone()
+            starts[:3, 0, 1:] = 1.0
+            return starts
+
+    attack = foolbox.attacks.BoundaryAttack(steps=50, source_step=0.1)
+    attack.init_attack = NoStart()  # type: ignore[assignment]
+    found = FoolboxAttack(attack, Threat(norm="linf", eps=0.3))(Half(), x, y, torch.arange(6))
+    assert (Half()(found)[:3].argmax(1) == 1).all()
+    assert torch.equal(found[3:], x[3:])

@@ -51,6 +51,14 @@ WRONG = [
     (["evaluation.n=0"], "evaluation.n=0"),
     (["attack.pgd.steps=many"], "attack.pgd.steps='many'"),
     (["+attack@attack.mine=nothing"], "'attack/nothing'"),
+    (
+        ["threat=l2", "+attack@attack.noise=noise"],
+        "attack.noise: LinfRepeatedAdditiveUniformNoiseAttack works in",
+    ),
+    (
+        ["+attack.mine={_target_: foolbox.attacks.L2FMNAttack}"],
+        "attack.mine: foolbox's L2FMNAttack is not to be used",
+    ),
     (["training=none"], "weights=null"),
     (["weights=nowhere.pth"], "weights=nowhere.pth"),
     (["weights=hostile.pth"], "weights=hostile.pth: refused"),

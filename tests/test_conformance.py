@@ -40,7 +40,8 @@ def trained(dataset: Dataset, epochs: int, path: Path) -> tuple[nn.Module, Tenso
     )
     train, val = split_training(images, dataset.train_n, 0.1, 0, CPU)
     fit(model, NaturalTraining(epochs=epochs), TrainingBatches(train, 64, 0, False, 0), val,
-        partial(torch.optim.SGD, lr=0.05, momentum=0.9), partial(torch.optim.lr_scheduler.ConstantLR, factor=1.0),
+        partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+        partial(torch.optim.lr_scheduler.ConstantLR, factor=1.0),
         Constant(), Fabric(accelerator="cpu"), path, lambda _: None)  # fmt: skip
     model.eval().requires_grad_(False)
     test = first_test_images(images, 500, CPU)

@@ -52,7 +52,7 @@ def build_parts(plan: Plan) -> Parts:
         if name == CLEAN:
             raise UserError(f"attack.{CLEAN}: the record of clean images has this name; expected another")
         if type(attack).__module__.startswith("foolbox."):
-            suite[name] = FoolboxAttack(attack, threat)
+            suite[name] = call(cfg, f"attack.{name}", FoolboxAttack, attack, threat)
         elif not callable(attack):
             raise UserError(f"attack.{name}: {attack!r} cannot be called; expected an attack")
 

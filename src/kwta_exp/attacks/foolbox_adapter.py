@@ -9,6 +9,24 @@ from torch import Tensor, nn
 from kwta_exp.attacks.threat import Threat
 from kwta_exp.randomness import isolated
 
+BROKEN = {
+    "L2FMNAttack": "it never projects, so what it calls adversarial lies where it likes",
+    "LInfFMNAttack": "it never projects, so what it calls adversarial lies where it likes",
+    "L1FMNAttack": "it never projects, so what it calls adversarial lies where it likes",
+    "L0FMNAttack": "it never projects, so what it calls adversarial lies where it likes",
+    "PointwiseAttack": "it fails when asked for its smallest change",
+    **dict.fromkeys(
+        (
+            "L0BrendelBethgeAttack",
+            "L1BrendelBethgeAttack",
+            "L2BrendelBethgeAttack",
+            "LinfinityBrendelBethgeAttack",
+        ),
+        "it compiles for minutes and needs numba, which is not installed",
+    ),
+}
+"""Attacks of foolbox 3.3.4 that do not do what they say, or not here."""
+
 
 class FoolboxAttack:
     """Runs a ``foolbox.attacks.*`` object against a threat.
@@ -24,13 +42,19 @@ class FoolboxAttack:
     foolbox draws from global generators. They are seeded from the images' keys for the call and put
     back after, so outcomes depend on nothing but the batch.
 
+    A decision-based attack must begin at an image that is misclassified, and foolbox gives up on a whole
+    batch where one has none. So starting points are looked for first, and images without one are returned
+    as they are.
+
     Raises:
-        ValueError: if an attack with a fixed epsilon belongs to another norm.
+        ValueError: if an attack with a fixed epsilon belongs to another norm, or is known to be broken.
     """
 
     def __init__(self, attack: Any, threat: Threat) -> None:
         from foolbox.attacks.base import MinimizationAttack  # slow to import, and few runs need it
 
+        if reason := BROKEN.get(type(attack).__name__):
+            raise ValueError(f"foolbox's {type(attack).__name__} is not to be used: {reason}")
         self.attack = attack
         self.threat = threat
         self.minimum_norm = isinstance(attack, MinimizationAttack)
@@ -49,8 +73,25 @@ class FoolboxAttack:
 
         foolbox_model = PyTorchModel(model, bounds=(0, 1), device=x.device)
         with torch.enable_grad(), isolated(int(keys.sum())):
-            if self.minimum_norm:
+            if hasattr(self.attack, "init_attack"):
+                found = self._from_starting_points(foolbox_model, x, y)
+            elif self.minimum_norm:
                 found, _, _ = self.attack(foolbox_model, x, y, epsilons=None)
             else:
                 _, found, _ = self.attack(foolbox_model, x, y, epsilons=self.threat.eps)
         return self.threat.project(torch.as_tensor(found).detach(), x)
+
+    def _from_starting_points(self, foolbox_model: Any, x: Tensor, y: Tensor) -> Tensor:
+        """Run a decision-based attack on the images that have a misclassified image to begin at."""
+        from foolbox.attacks.blended_noise import LinearSearchBlendedUniformNoiseAttack
+
+        first = self.attack.init_attack or LinearSearchBlendedUniformNoiseAttack(steps=50)
+        starts = torch.as_tensor(first.run(foolbox_model, x, y))
+        with torch.no_grad():
+            able = torch.as_tensor(foolbox_model(starts)).argmax(1) != y
+        found = x.clone()
+        if able.any():
+            found[able], _, _ = self.attack(
+                foolbox_model, x[able], y[able], starting_points=starts[able], epsilons=None
+            )
+        return found
