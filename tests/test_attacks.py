@@ -380,6 +380,7 @@ def test_an_image_without_a_starting_point_does_not_stop_the_others() -> None:
 
     attack = foolbox.attacks.BoundaryAttack(steps=50, source_step=0.1)
     attack.init_attack = NoStart()  # type: ignore[assignment]
-    found = FoolboxAttack(attack, Threat(norm="linf", eps=0.3))(Half(), x, y, torch.arange(6))
-    assert (Half()(found)[:3].argmax(1) == 1).all()
+    half = Half().eval()
+    found = FoolboxAttack(attack, Threat(norm="linf", eps=0.3))(half, x, y, torch.arange(6))
+    assert (half(found)[:3].argmax(1) == 1).all()
     assert torch.equal(found[3:], x[3:])
