@@ -58,6 +58,16 @@ def test_the_page_is_computed_from_the_records(tmp_path: Path) -> None:
     assert "3 runs, on cpu, torch 2; commit 0123456789." in text
 
 
+def test_a_single_run_is_shown_attack_by_attack(tmp_path: Path) -> None:
+    collect("one", [run_folder(tmp_path, "d-m-kwta0.1-natural", 3, 0.9, 0.5, 0.2)], tmp_path)
+    (tmp_path / "one.md").write_text("")
+    text = page(tmp_path)
+    assert "| d-m-kwta0.1-natural, seed 3, n = 100: masked | accuracy left | passes |" in text
+    assert "| pgd | 50.0 | 3 |" in text
+    assert "| **worst case** | **20.0** |  |" in text
+    assert "*1 run, on cpu" in text
+
+
 def test_two_arms_are_compared_seed_by_seed(tmp_path: Path) -> None:
     for seed, (first, second) in enumerate([(0.90, 0.88), (0.91, 0.90), (0.89, 0.86)]):
         run_folder(tmp_path, "d-m-kwta0.2to0.05-natural", seed, first)

@@ -91,13 +91,14 @@ def _study(records: Sequence[Record]) -> list[str]:
     for record in records:
         by_name[record["name"]].append(record)
     attacked = any(record["worst_case"] for record in records)
-    parts = [_table(by_name, attacked)]
+    parts = [_attacks(records[0]) if len(records) == 1 and attacked else _table(by_name, attacked)]
     differences = _differences_from_relu(by_name) if attacked else _paired_differences(by_name)
     if differences:
         parts.append("\n".join(differences))
     machines = sorted({f"{record['device']}, torch {record['torch']}" for record in records})
     commits = sorted({_short(str(record["commit"])) for record in records})
-    parts.append(f"*{len(records)} runs, on {'; '.join(machines)}; commit {', '.join(commits)}.*")
+    count = f"{len(records)} run{'s' if len(records) > 1 else ''}"
+    parts.append(f"*{count}, on {'; '.join(machines)}; commit {', '.join(commits)}.*")
     return parts
 
 
@@ -128,6 +129,19 @@ def _table(by_name: Mapping[str, Sequence[Record]], attacked: bool) -> str:
         row.append(f"{statistics.median(r['images_per_second'] for r in runs):,.0f}")
         rows.append(row)
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _attacks(record: Record) -> str:
+    """One run, attack by attack: what it leaves, and what it asks of the network."""
+    clean, worst = record["clean"], record["worst_case"]
+    rows = [["none (clean)", f"{100 * clean['accuracy']:.1f}", ""]]
+    for name, attack in record["attacks"].items():
+        passes = attack["forwards"] + attack["backwards"]
+        rows.append([name, f"{100 * attack['robust_accuracy']:.1f}", f"{passes:,}"])
+    rows.append(["**worst case**", f"**{100 * worst['robust_accuracy']:.1f}**", ""])
+    title = f"{record['name']}, seed {record['seed']}, n = {clean['n']}: {record['verdict']}"
+    lines = [[title, "accuracy left", "passes"], ["---", "---:", "---:"], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
