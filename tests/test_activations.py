@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from kwta_exp.activations import KWTA, LWTA, kwta, lwta
-from kwta_exp.activations.selection import kth_largest
+from kwta_exp.activations.selection import LONG_ROW, kth_largest
 
 SHAPES = [(5, 12), (3, 4, 6), (2, 3, 5, 4), (2, 3, 2, 4, 3)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -179,3 +179,22 @@ def test_lwta_keeps_the_largest_of_each_group() -> None:
     expected = torch.where(groups == groups.amax(2, keepdim=True), groups, 0).view_as(planes)
     assert torch.equal(lwta(planes, 3), expected)
     assert lwta(torch.tensor([[1.0, math.nan]]), 2).isnan().tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", [100, LONG_ROW, LONG_ROW + 37])
+def test_selection_is_a_sort_in_short_and_long_rows(length: int, dtype: torch.dtype, threads: int) -> None:
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(length)
+    rows = torch.randn(7, length, generator=generator).to(dtype)
+    rows[1] = rows[1].round()  # ties
+    rows[2, ::2] = -rows[2, ::2].abs()
+    rows[3, :5], rows[3, 5:9] = math.inf, -math.inf
+    rows[4, ::3], rows[4, 1::3] = 0.0, -0.0
+    rows[5, :4] = math.nan
+    rows[5, 4:8] = -torch.tensor(math.nan, dtype=dtype)  # a NaN with its sign bit set
+    rows[6] = torch.finfo(dtype).tiny / 2  # subnormal
+    for k in (1, 2, 7, 50, 99, length):
+        expected = rows.double().sort(dim=1, descending=True).values[:, k - 1 : k].to(dtype)
+        torch.testing.assert_close(kth_largest(rows, k), expected, rtol=0, atol=0, equal_nan=True)

@@ -13,6 +13,7 @@ from kwta_exp.checkpoint import load_into, read_state, read_weights, save_state,
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.records import Record
 from kwta_exp.run_folder import read_results
+from kwta_exp.storage import trained_ratio
 
 
 class Hostile:
@@ -117,3 +118,18 @@ def test_nan_is_no_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         storage.write_json(tmp_path / "a.json", {"a": float("nan")})
     assert not (tmp_path / "a.json").exists()
+
+
+@pytest.mark.parametrize("text", ["abc", "0", "1.5", "nan"])
+def test_a_ratio_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    save_weights(tmp_path / "w.safetensors", {"a": torch.zeros(1)}, {"sparsity_ratio": text})
+    with pytest.raises(UserError, match="its sparsity_ratio is"):
+        trained_ratio(tmp_path / "w.safetensors")
+
+
+def test_a_ratio_travels_in_the_header_alone(tmp_path: Path) -> None:
+    save_weights(tmp_path / "w.safetensors", {"a": torch.zeros(1)}, {"sparsity_ratio": "0.25"})
+    save_weights(tmp_path / "without.safetensors", {"a": torch.zeros(1)}, {})
+    assert trained_ratio(tmp_path / "w.safetensors") == 0.25
+    assert trained_ratio(tmp_path / "without.safetensors") is None
+    assert trained_ratio(tmp_path / "w.pth") is None

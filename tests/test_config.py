@@ -164,6 +164,8 @@ def test_a_users_own_code_is_part_of_the_identity(tmp_path: Path, monkeypatch: p
     assert first.keys() == local_code(node).keys() == {"own_layers"}
     assert first != local_code(node)
     assert local_code({"_target_": "torch.nn.GELU", "b": {"_target_": "numpy.array"}}) == {}
+    attack = {"_target_": "kwta_exp.attacks.SurrogatePGD", "gates": {"torch.nn.ReLU": "own_layers.A"}}
+    assert local_code({"training": {"attack": attack}}).keys() == {"own_layers"}
 
 
 def test_a_judged_run_lends_its_groups(composed: Callable[..., DictConfig], tmp_path: Path) -> None:

@@ -163,3 +163,154 @@ def test_any_network_by_its_factory() -> None:
     assert isinstance(Converted(sparse, network, **facts)[2], KWTA)  # type: ignore[index]
     with pytest.raises(UserError, match="nothing to convert in Sequential"):
         Converted(sparse, network, **facts, kinds=["gelu"])
+
+
+def same_after_conversion(model: nn.Module, x: Tensor) -> bool:
+    """Whether putting ReLUs in place of ReLUs changes nothing, in training and in evaluation."""
+    converted = copy.deepcopy(model)
+    convert(converted, nn.ReLU, ["relu"])
+    return all(
+        torch.equal(model.train(mode)(x.clone()), converted.train(mode)(x.clone())) for mode in (True, False)
+    )
+
+
+class Reused(nn.Module):
+    """Uses a member of its container directly too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x) + self.features[1](x)
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(x)
+
+
+class Intruder(nn.Module):
+    """Calls a child's activation past the child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = Inner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c.relu(x - 1) + self.c(x)
+
+
+class Occupied(nn.Module):
+    """Has a layer of the name that a new activation would get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.activation_0 = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.activation_0(x))
+
+
+class TrainOnly(nn.Module):
+    """Calls its first activation in training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.r1, self.r2 = nn.ReLU(), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = self.r1(x - 0.5)
+        return self.r2(x)
+
+
+@pytest.mark.parametrize("make", [Reused, Intruder, Occupied, TrainOnly])
+def test_odd_uses_of_an_activation_survive(make: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = make()
+    assert same_after_conversion(model, torch.randn(5, 4))
+    assert set(dict(model.named_parameters())) == set(dict(make().named_parameters()))
+
+
+def test_places_are_the_same_in_training_and_evaluation() -> None:
+    model, made = TrainOnly(), iter(("r1's", "r2's"))
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.name = next(made)
+
+        def forward(self, x: Tensor) -> Tensor:
+            ran.append(self.name)
+            return x
+
+    convert(model, Named)
+    for mode, expected in ((True, ["r1's", "r2's"]), (False, ["r2's"])):
+        ran: list[str] = []
+        model.train(mode)(torch.zeros(1))
+        assert ran == expected
+
+
+def test_an_activation_that_stands_twice_in_a_row_of_layers_is_two() -> None:
+    relu = nn.ReLU()
+    model = nn.Sequential(nn.Linear(2, 2), relu, nn.Linear(2, 2), relu)
+    assert len(convert(model, sparse).replaced) == 2
+    assert model[1] is not model[3]
+
+
+class Modal(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = x * 2
+        return F.relu(x)
+
+
+class Noisy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + torch.randn(4)) if self.training else F.relu(x)
+
+
+class Remembering(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = F.relu(x)
+        return self.seen
+
+
+def test_code_that_a_trace_would_falsify_is_left_alone_and_listed() -> None:
+    state = torch.get_rng_state()
+    for model, reason in ((Modal(), "changes a mode"), (Noisy(), "draws random numbers")):
+        conversion = convert(model, sparse)
+        assert conversion.replaced == []
+        assert reason in conversion.unreached[0]
+        assert "forward" not in vars(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    remembering = Remembering()
+    convert(remembering, nn.ReLU)
+    assert not hasattr(remembering, "seen")  # no stand-in of the trace is left behind
+    patched = Inner()
+    patched.forward = lambda x: x + 1  # type: ignore[method-assign]
+    assert "replaced already" in convert(patched, sparse).unreached[0]
+    once = nn.Sequential(Occupied())
+    convert(once, sparse)
+    again = convert(once, nn.ReLU, ["gelu"])
+    assert again.replaced == []
+    assert "replaced already" in again.unreached[0]
+
+
+def test_in_place_changes_of_what_came_from_outside_are_listed() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.relu = nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(x)
+
+    assert convert(Block(), sparse).doubtful == ["relu_0"]
+    assert convert(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(2, 2)), sparse).doubtful == ["0"]
+    assert convert(torchvision.models.resnet18(), sparse).doubtful == []

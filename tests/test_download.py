@@ -1,6 +1,7 @@
 """Weights by URL: nothing is read that has no checksum or another one."""
 
 import hashlib
+import http.client
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,18 @@ def test_what_cannot_be_had_is_said(tmp_path: Path) -> None:
         fetch("ftp://example.org/a.pth", "0" * 64, tmp_path)
     assert is_url("https://example.org/a.pth")
     assert not is_url("C:/a.pth")
+
+
+def test_a_cut_connection_and_a_bad_url_are_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="cannot be fetched"):
+        fetch("https://exa mple.org/net.pth", "0" * 64, tmp_path)
+
+    def cut(*args: object, **kwargs: object) -> None:
+        raise http.client.IncompleteRead(b"half")
+
+    monkeypatch.setattr("urllib.request.urlopen", cut)
+    with pytest.raises(UserError, match="cannot be fetched"):
+        fetch("https://example.org/net.pth", "0" * 64, tmp_path)
+    assert list(tmp_path.iterdir()) == []

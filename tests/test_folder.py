@@ -80,6 +80,31 @@ def test_the_fingerprint_follows_names_and_sizes(root: Path) -> None:
     assert dataset(root).fingerprint() != before
 
 
+def test_other_pixels_of_the_same_size_are_another_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(grey: int) -> str:
+        for part in ("train", "val"):
+            (tmp_path / part / "a").mkdir(parents=True, exist_ok=True)
+            for i in range(2):
+                Image.fromarray(np.full((8, 8, 3), grey, np.uint8)).save(tmp_path / part / "a" / f"{i}.bmp")
+        return dataset(tmp_path).fingerprint()
+
+    assert write(10) != write(20)
+    monkeypatch.setattr("kwta_exp.data.folder.READ_WHOLE", 10)  # as if it were too large to read
+    assert write(10) == write(20)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_one_message_from_any_process(root: Path, workers: int) -> None:
+    for path in (root / "train").rglob("*.png"):
+        path.write_bytes(b"torn")
+    train, _ = split_training(dataset(root, workers).load(), None, 0.2, 0, CPU)
+    with pytest.raises(UserError, match=r"^dataset\.root: .*cannot be read as an image") as caught:
+        next(TrainingBatches(train, 4, 0, True, seed=0).epoch(0))
+    assert "Traceback" not in str(caught.value)
+
+
 def test_mistakes_are_named(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"dataset\.root=nowhere: no folder nowhere/train"):
         dataset(Path("nowhere")).fingerprint()

@@ -12,7 +12,7 @@ import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from kwta_exp.config import ConfigError, apply_scale, build, plain, settings
 from kwta_exp.errors import UserError
@@ -159,6 +159,9 @@ def test_weights_are_judged_at_the_ratio_they_were_trained_to(tiny: Tiny, tmp_pa
         assert judged["attacks"]["pgd"]["robust_accuracy"] == trained["attacks"]["pgd"]["robust_accuracy"]
     other = tiny("training=none", f"weights={folder}", "activation.ratio=0.9")
     assert other["run"]["name"] == "tiny-digits-cnn-kwta0.9-none"
+    assert other["attacks"]["pgd"] != trained["attacks"]["pgd"]  # and 0.9 it was
+    dense = tiny("training=none", f"weights={folder / 'checkpoints' / 'best.safetensors'}", "activation=relu")
+    assert dense["run"]["activation"] == "relu"
     # And fine-tuning starts at the schedule's own ratio.
     tuned = tiny("sparsity=incremental", "activation.ratio=0.3", f"weights={folder}")
     assert tuned["run"]["name"] == "tiny-digits-cnn-kwta0.3to0.08-natural"
@@ -246,3 +249,93 @@ def test_two_runs_are_compared_from_their_rows(tiny: Tiny, tmp_path: Path) -> No
     results = json.loads(next((tmp_path / "out").glob("*relu*/s0-*/results.json")).read_text())
     assert relu.standing.mean() == results["worst_case"]["robust_accuracy"]
     assert relu.clean.mean() == results["clean"]["accuracy"]
+
+
+EVIL = "{_target_: pathlib.Path.touch, _args_: [{_target_: pathlib.Path, _args_: [%s]}]}"
+
+
+@pytest.mark.parametrize("how", ["resolver", "elsewhere", "group", "data"])
+def test_a_received_folder_resolves_nothing_of_its_own(tiny: Tiny, tmp_path: Path, how: str) -> None:
+    """An interpolation may make a target out of a text, after the targets were looked at."""
+    tiny("model=mlp")
+    (folder,) = (tmp_path / "out").glob("*/s0-*")
+    proof = tmp_path / "code-ran"
+    config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=False)
+    assert isinstance(config, dict)
+    evil = OmegaConf.to_container(OmegaConf.create(EVIL % proof))
+    made = "${oc.create:" + EVIL % proof + "}"
+    if how == "resolver":
+        config["model"]["hidden"] = made
+    elif how == "elsewhere":
+        config["model"]["hidden"], config["evil"] = "${evil}", evil
+    elif how == "group":
+        config["model"], config["evil"] = "${evil}", evil
+    else:
+        config["paths"]["data"] = made
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    for overrides in (
+        ["training=none", f"weights={folder}"],
+        ["+attack@attack.transfer=transfer", f"attack.transfer.source={folder}", "model=cnn"],
+    ):
+        with pytest.raises(ConfigError, match=r"not resolved on a folder's word|not one that a run of this"):
+            tiny(*overrides)
+    with pytest.raises(UserError, match=r"not resolved on a folder's word|not one that a run of this"):
+        verify(folder)
+    assert not proof.exists()
+
+
+def test_weights_of_a_full_run_keep_their_size_at_scale_tiny(tiny: Tiny, tmp_path: Path) -> None:
+    small = ["model=mlp", "model.hidden=[24]"]
+    tiny(*small, "scale=full", "training.epochs=1", "suite=none", "evaluation.n=8")
+    (folder,) = (tmp_path / "out").glob("digits*/s0-*")
+    assert tiny("training=none", f"weights={folder}")["run"]["scale"] == "tiny"
+    assert tiny(*small, f"weights={folder}")["run"]["scale"] == "tiny"
+
+
+def test_the_published_attack_gives_way_to_a_short_one_of_another_name(tiny: Tiny) -> None:
+    found = tiny("suite=none", "+attack@attack.nes=nes", "model=mlp")["attacks"]["nes"]
+    assert 0 < found["forwards"] <= 64 * (3 * 8 + 4)
+
+
+def test_synthetic_images_keep_their_shape(tiny: Tiny) -> None:
+    assert tiny("dataset=synthetic", "model=densenet")["clean"]["n"] == 64
+
+
+def test_the_inner_attack_is_any_attack(tiny: Tiny, tmp_path: Path) -> None:
+    assert tiny("training=pgd", "attack@training.attack=mim", "model=mlp")["run"]["training"] == "pgd"
+    deepfool = ["model=mlp", "training=fast", "attack@training.probe=hopskipjump", "training.epochs=1"]
+    assert tiny(*deepfool)["run"]["training"] == "fast"
+    (source,) = (tmp_path / "out").glob("*-pgd/s0-*")
+    transferred = ["training=pgd", "attack@training.attack=transfer", f"training.attack.source={source}"]
+    assert tiny(*transferred, "model=mlp")["run"]["training"] == "pgd"
+    with pytest.raises(ConfigError, match=r"training\.probe: SurrogatePGD cannot attack this network"):
+        tiny("training=free", "attack@training.probe=surrogate_inner", "activation=relu")
+
+
+def test_a_clipped_training_that_diverges_says_so(tiny: Tiny) -> None:
+    with pytest.raises(ConfigError, match="training diverged in epoch 1"):
+        tiny("model=mlp", "training.clip_norm=1", "optimizer.lr=1e20")
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("scale.caps.steps=abc", r"scale\.caps\.steps='abc': expected a valid integer"),
+    ("scale.caps=null", r"scale\.caps=None"),
+    ("attack.pgd=null", r"attack\.pgd: nothing to build"),
+])  # fmt: skip
+def test_odd_nulls_and_texts_are_one_message(tiny: Tiny, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny(override)
+
+
+def test_a_schedule_that_does_not_arrive_is_refused(composed: Callable[..., DictConfig], tiny: Tiny) -> None:
+    with pytest.raises(
+        ConfigError, match=r"sparsity\.final=0\.1: is not reached, the last of 30 epochs has 0\.13"
+    ):
+        tiny("scale=full", "activation.ratio=0.2", "sparsity=incremental", "sparsity.final=0.1")
+
+
+def test_a_checksum_holds_for_a_run_folder_too(tiny: Tiny, tmp_path: Path) -> None:
+    tiny("model=mlp")
+    (folder,) = (tmp_path / "out").glob("*/s0-*")
+    with pytest.raises(ConfigError, match=r"weights_sha256=0{64}"):
+        tiny("training=none", f"weights={folder}", f"weights_sha256={'0' * 64}")

@@ -79,6 +79,19 @@ def test_two_arms_are_compared_seed_by_seed(tmp_path: Path) -> None:
     assert f"{said} (95% t interval over 3 seeds: -0.48 to +4.48). Zero lies inside" in page(tmp_path)
 
 
+def test_what_cannot_be_tabled_is_said(tmp_path: Path) -> None:
+    judged = run_folder(tmp_path, "d-m-relu-none", 0, 0.9, 0.5)
+    (judged / "metrics.jsonl").unlink()
+    trained = run_folder(tmp_path, "d-m-relu-pgd", 0, 0.9, 0.5)
+    collect("x", [judged, trained], tmp_path)
+    with pytest.raises(UserError, match=r"x\.json: has no x\.md beside it"):
+        page(tmp_path)
+    (tmp_path / "x.md").write_text("")
+    assert "| n/a |" in page(tmp_path)
+    with pytest.raises(UserError, match="some of the runs were attacked and some not"):
+        collect("y", [trained, run_folder(tmp_path, "d-m-lwta2-pgd", 0, 0.9)], tmp_path)
+
+
 def test_unfinished_and_tiny_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no results there"):
         collect("x", [tmp_path], tmp_path)

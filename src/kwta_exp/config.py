@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -183,18 +184,34 @@ SCALED = ("dataset", "evaluation", "recipe", "model", "training", "attack")
 """Where a scale's caps hold."""
 
 
-def apply_scale(cfg: DictConfig) -> str:
+class Scale(BaseModel):
+    """``conf/scale/*.yaml``: the largest number for each name, and what to build instead of what."""
+
+    model_config = STRICT
+    name: str
+    caps: dict[str, Natural]
+    instead: dict[str, dict[str, Any]]
+
+
+def apply_scale(cfg: DictConfig, nodes: Sequence[str] = SCALED) -> str:
     """Bring every number that ``scale.caps`` names down to its cap, and say the scale's name.
 
-    A name is capped wherever it stands in the nodes of :data:`SCALED`, in lists too; null, where it is
-    the value, stands for more than the cap.
+    A name is capped wherever it stands in ``nodes``, in lists too; null, where it is the value, stands for
+    more than the cap. A target that ``scale.instead`` names is replaced.
     """
-    scale = plain(cfg, "scale")
-    for node in SCALED:
-        content = OmegaConf.select(cfg, node)
-        if OmegaConf.is_config(content):
-            _cap(cfg, node, content, scale["caps"])
-    return str(scale["name"])
+    content = plain(cfg, "scale")
+    try:
+        scale = Scale(**content)
+    except ValidationError as error:
+        raise UserError(explain_validation(error, "scale", content)) from error
+    for name, attack in plain(cfg, "attack").items() if scale.instead else ():
+        if isinstance(attack, dict) and (other := scale.instead.get(attack.get("_target_", ""))):
+            OmegaConf.update(cfg, f"attack.{name}", {**attack, **other}, force_add=True)
+    for node in nodes:
+        found = OmegaConf.select(cfg, node)
+        if OmegaConf.is_config(found):
+            _cap(cfg, node, found, scale.caps)
+    return scale.name
 
 
 def _cap(cfg: DictConfig, at: str, content: Any, caps: Mapping[str, int]) -> None:
@@ -282,23 +299,67 @@ def adopt_run(cfg: DictConfig, chosen: dict[str, str], run: Path, given: Sequenc
             OmegaConf.update(cfg, key, value, force_add=True)
 
 
+DATA = "${oc.env:KWTA_EXP_DATA,data}"
+"""What ``paths.data`` is in ``conf/config.yaml``."""
+
+_PLAIN_INTERPOLATION = re.compile(r"\$\{(activation|paths\.data)\}[\w./-]*")
+"""The interpolations that a group of a run folder may hold: a resolver could make anything of a text."""
+
+
 def recorded_config(run: Path) -> DictConfig:
-    """The configuration that a run folder holds; nothing of it is built before :func:`check_trust`."""
-    return _mapping(run / "config.yaml")
+    """What a run folder says of its :data:`ADOPTED` groups and of where its data lay, and nothing else of it.
+
+    Nothing is resolved, and nothing may be built before :func:`check_trust`.
+    """
+    content = OmegaConf.to_container(_mapping(run / "config.yaml"), resolve=False)
+    assert isinstance(content, dict)
+    paths = content.get("paths")
+    data = paths.get("data") if isinstance(paths, dict) else None
+    if data == DATA or not isinstance(data, str):
+        data = os.environ.get("KWTA_EXP_DATA", "data")
+    kept = {group: content[group] for group in ADOPTED if group in content}
+    if "${" in data or any(not isinstance(value, dict) for value in kept.values()):
+        raise UserError(f"weights={run}: its config.yaml is not one that a run of this project writes")
+    return OmegaConf.create({"paths": {"data": data}, **kept})
 
 
 def check_trust(source: DictConfig, group: str, run: Path) -> None:
     """Refuse to build what a run folder names and this project does not have.
 
+    Args:
+        source: from :func:`recorded_config`.
+        group: one of :data:`ADOPTED`.
+        run: the folder, for the message.
+
     Raises:
         UserError: naming it.
     """
-    for target in targets(OmegaConf.to_container(source[group])):
+    content = OmegaConf.to_container(source, resolve=False)
+    assert isinstance(content, dict)
+    for text in _texts(content[group]):
+        if "${" in text and not _PLAIN_INTERPOLATION.fullmatch(text):
+            raise UserError(
+                f"weights={run}: its {group} holds {text!r}, which is not resolved on a folder's word"
+            )
+    for target in targets(content[group]):
         if target not in TRUSTED:
             raise UserError(
                 f"weights={run}: its {group} is a {target}, which is not this project's and is not"
                 f" built on a folder's word; expected {group}=... on the command line"
             )
+
+
+def _texts(content: Any) -> Iterator[str]:
+    """Every text in a plain configuration, keys too."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            yield str(key)
+            yield from _texts(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _texts(value)
+    elif isinstance(content, str):
+        yield content
 
 
 def targets(content: Any) -> Iterator[str]:
@@ -319,7 +380,7 @@ def local_code(content: Any) -> dict[str, str]:
     A user's own class decides results as much as any value does, and it has no version.
     """
     digests = {}
-    for target in targets(content):
+    for target in (*targets(content), *_gates(content)):
         module = target
         while "." in module:
             module = module.rpartition(".")[0]
@@ -337,6 +398,18 @@ def local_code(content: Any) -> dict[str, str]:
                 digests[module] = sha256_of_file(Path(origin))
                 break
     return digests
+
+
+def _gates(content: Any) -> Iterator[str]:
+    """Every class and function named in a ``gates`` mapping (of the surrogate attack)."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            if key == "gates" and isinstance(value, Mapping):
+                yield from map(str, (*value.keys(), *value.values()))
+            yield from _gates(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _gates(value)
 
 
 def _mapping(path: Path) -> DictConfig:

@@ -1,7 +1,7 @@
 """Fetching one file from a URL, trusted by its checksum alone."""
 
+import http.client
 import logging
-import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -41,7 +41,7 @@ def fetch(url: str, sha256: str | None, folder: Path) -> Path:
         log.info("fetching %s", url)
         with urllib.request.urlopen(url, timeout=60) as response:
             write_bytes(fetched, response.read())
-    except (OSError, urllib.error.URLError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise UserError(f"weights={url}: cannot be fetched ({error})") from error
     found = sha256_of_file(fetched)
     if sha256 is None:

@@ -9,7 +9,7 @@ from kwta_exp import environment
 from kwta_exp.config import Config, is_multirun, overrides, user_errors, yaml_of
 from kwta_exp.plan import Plan
 from kwta_exp.run_folder import opened
-from kwta_exp.storage import read_metadata, write_json, write_text
+from kwta_exp.storage import trained_ratio, write_json, write_text
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -70,8 +70,8 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
         network, weights = parts.network, plan.judged_weights
         assert weights is not None
         load_into(network, read_weights(weights), str(weights))
-        if ratio := read_metadata(weights).get("sparsity_ratio"):
-            set_ratio(network, float(ratio))
+        if plan.trains and (ratio := trained_ratio(weights)):  # else the configuration has it
+            set_ratio(network, ratio)
         network.to(memory_format=torch.contiguous_format).to(device=fabric.device)
 
         images = first_test_images(parts.images, options.evaluation.n, fabric.device)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from kwta_exp.evaluation.evaluator import CLEAN
 from kwta_exp.models.factory import with_facts
 from kwta_exp.plan import Plan, source_run
 from kwta_exp.randomness import key
-from kwta_exp.storage import read_metadata
+from kwta_exp.storage import trained_ratio
 from kwta_exp.training import Training
 from kwta_exp.training.sparsity import Sparsity, scheduled, set_ratio
 
@@ -51,12 +51,13 @@ def build_parts(plan: Plan) -> Parts:
     for name, attack in suite.items():
         if name == CLEAN:
             raise UserError(f"attack.{CLEAN}: the record of clean images has this name; expected another")
-        if type(attack).__module__.startswith("foolbox."):
-            suite[name] = call(cfg, f"attack.{name}", FoolboxAttack, attack, threat)
-        elif not callable(attack):
-            raise UserError(f"attack.{name}: {attack!r} cannot be called; expected an attack")
+        suite[name] = _as_attack(cfg, f"attack.{name}", attack, threat)
 
     training = build(cfg, "training") if plan.trains else None
+    inner = [name for name in ("attack", "probe") if hasattr(training, name)]
+    if training is not None and inner:
+        usable = {name: _as_attack(cfg, f"training.{name}", getattr(training, name), threat) for name in inner}
+        training = replace(training, **usable)
     images = plan.dataset.load()
     factory = build(cfg, "model")
     with torch.random.fork_rng(devices=[]):
@@ -65,11 +66,13 @@ def build_parts(plan: Plan) -> Parts:
     if plan.weights:
         load_into(network, read_weights(plan.weights), str(plan.weights))
     _try_out(network, cfg, images)
-    if training is not None and hasattr(attack := getattr(training, "attack", None), "require"):
-        _require(attack, network)
-    for name, attack in suite.items():
+    attacks = {f"attack.{name}": attack for name, attack in suite.items()}
+    for name in inner:
+        attacks[f"training.{name}"] = getattr(training, name)
+        _require(f"training.{name}", getattr(training, name), network)
+    for at, attack in attacks.items():
         if isinstance(attack, Transfer):
-            attack.connect(_source_of(name, attack, plan, images, network))
+            attack.connect(_source_of(at, attack, plan, images, network))
 
     optimizer = lr_schedule = sparsity = None
     if training is not None:
@@ -78,6 +81,12 @@ def build_parts(plan: Plan) -> Parts:
             raise UserError(
                 f"sparsity={plan.chosen['sparsity']}: the network has no k-WTA layer with a ratio to schedule;"
                 " expected activation=kwta, or sparsity=constant"
+            )
+        final, reached = getattr(sparsity, "final", None), sparsity.ratio(training.epochs - 1, training.epochs)
+        if final is not None and abs(final - reached) > 1e-9 and plan.scale == "full":
+            raise UserError(
+                f"sparsity.final={final:g}: is not reached, the last of {training.epochs} epochs has"
+                f" {reached:g}; expected more epochs, larger steps or another final ratio"
             )
         optimizer, lr_schedule = build(cfg, "optimizer"), build(cfg, "lr_schedule")
         trial = call(cfg, "optimizer", optimizer, [torch.nn.Parameter(torch.zeros(1))])
@@ -88,23 +97,35 @@ def build_parts(plan: Plan) -> Parts:
     return Parts(training, sparsity, optimizer, lr_schedule, threat, suite, images, network)
 
 
-def _require(attack: Any, network: nn.Module) -> None:
+def _as_attack(cfg: Config, at: str, attack: Any, threat: Threat) -> Attack:
+    """What the configuration built at ``at``, fit to be called as an attack of this project."""
+    if type(attack).__module__.startswith("foolbox."):
+        wrapped: Attack = call(cfg, at, FoolboxAttack, attack, threat)
+        return wrapped
+    if not callable(attack):
+        raise UserError(f"{at}: {attack!r} cannot be called; expected an attack")
+    if isinstance(attack, Transfer):
+        attack.attack = _as_attack(cfg, f"{at}.attack", attack.attack, threat)
+    usable: Attack = attack
+    return usable
+
+
+def _require(at: str, attack: Any, network: nn.Module) -> None:
     """An attack that training rests on must have a hold on the network."""
     try:
-        attack.require(network)
+        if hasattr(attack, "require"):
+            attack.require(network)
     except NotApplicableError as error:
-        raise UserError(
-            f"training.attack: {type(attack).__name__} cannot attack this network: {error}"
-        ) from error
+        raise UserError(f"{at}: {type(attack).__name__} cannot attack this network: {error}") from error
 
 
-def _source_of(name: str, attack: Transfer, plan: Plan, images: Images, network: nn.Module) -> nn.Module:
+def _source_of(at: str, attack: Transfer, plan: Plan, images: Images, network: nn.Module) -> nn.Module:
     """The network that a transferred attack is made on."""
     if attack.source is None:
         if plan.scale == "full":
-            raise UserError(f"attack.{name}.source=null: expected the run folder of a network to attack")
+            raise UserError(f"{at}.source=null: expected the run folder of a network to attack")
         return copy.deepcopy(network)  # to try the command out
-    return network_of_run(attack.source, f"attack.{name}.source", images)
+    return network_of_run(attack.source, f"{at}.source", images)
 
 
 def network_of_run(run: str, key: str, images: Images) -> nn.Module:
@@ -117,8 +138,8 @@ def network_of_run(run: str, key: str, images: Images) -> nn.Module:
     factory = build(cfg, "model")
     network: nn.Module = call(cfg, "model", factory, **with_facts(factory, _facts(images)))
     load_into(network, read_weights(weights), str(weights))
-    if ratio := read_metadata(weights).get("sparsity_ratio"):
-        set_ratio(network, float(ratio))
+    if (ratio := trained_ratio(weights)) and scheduled(network):
+        set_ratio(network, ratio)
     return network
 
 

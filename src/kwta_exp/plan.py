@@ -8,6 +8,7 @@ from typing import Any
 
 from kwta_exp import environment
 from kwta_exp.config import (
+    SCALED,
     Config,
     Settings,
     adopt_ratio,
@@ -29,7 +30,7 @@ from kwta_exp.download import fetch, is_url
 from kwta_exp.errors import UserError
 from kwta_exp.run_folder import RunFolder, compare_commits, read_results, readable
 from kwta_exp.runtime import Runtime
-from kwta_exp.storage import read_metadata, sha256_of_file
+from kwta_exp.storage import sha256_of_file, trained_ratio
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +51,12 @@ class Plan:
 
     @classmethod
     def of(cls, cfg: Config) -> "Plan":
-        chosen, scale = choices(), apply_scale(cfg)
-        options = settings(cfg)
+        chosen, options = choices(), settings(cfg)
         weights = _weights_file(options.weights, options.weights_sha256, Path(options.paths.data))
+        # A checkpoint decides the size of the network; only a tiny run's is a tiny one.
+        sized = [node for node in SCALED if node != "model" or weights is None or _is_tiny(weights)]
+        scale = apply_scale(cfg, sized)
+        options = settings(cfg)
         trains = chosen["training"] != "none"
         if not trains:
             if weights is None:
@@ -62,16 +66,16 @@ class Plan:
                 )
             if source := _source_run(weights):
                 adopt_run(cfg, chosen, source, overrides())
-                apply_scale(cfg)
-            if ratio := read_metadata(weights).get("sparsity_ratio"):
-                adopt_ratio(cfg, float(ratio), overrides())
+                apply_scale(cfg, sized)
+            if ratio := trained_ratio(weights):
+                adopt_ratio(cfg, ratio, overrides())
 
         runtime, dataset = build(cfg, "runtime"), build(cfg, "dataset")
         if scale != "full" and not dataset.present():
             dataset = stand_in(dataset)
             log.info("scale=%s: %s is absent; %s stands in for it", scale, chosen["dataset"], dataset)
         nodes = ("model", "training", "optimizer", "lr_schedule", "sparsity") if trains else ("model",)
-        elsewhere = ("root", "path", "download")  # where the data lie decides nothing
+        elsewhere = ("root", "path", "download", "workers")  # where the data lie, who reads them
         decisive = {node: plain(cfg, node) for node in nodes}
         identity = {
             "seed": options.seed,
@@ -101,7 +105,9 @@ class Plan:
         """Everything that decides the outcome of each image, beside the run's own identity."""
         attacks = plain(self.cfg, "attack")
         for name, attack in attacks.items():
-            if attack.get("source") is not None:  # of a transferred attack: what counts is its weights
+            if (
+                isinstance(attack, dict) and attack.get("source") is not None
+            ):  # of a transferred attack: what counts is its weights
                 attack["source"] = sha256_of_file(source_run(attack["source"], f"attack.{name}.source")[0])
         return {
             "attacks": list(attacks.items()),  # their order counts
@@ -162,7 +168,7 @@ def _weights_file(weights: str | None, sha256: str | None, data: Path) -> Path |
             raise UserError(
                 f"weights={weights}: no finished training there; expected a run folder with {folder.last}"
             )
-        return folder.best
+        path = folder.best
     if not path.is_file():
         raise UserError(f"weights={weights}: no such file or folder; expected a checkpoint or a run folder")
     if sha256 is not None and sha256_of_file(path) != sha256:
@@ -179,6 +185,12 @@ def source_run(run: str, key: str) -> tuple[Path, Config]:
     for group in ("activation", "model"):
         check_trust(cfg, group, folder.path)
     return folder.best, cfg
+
+
+def _is_tiny(weights: Path) -> bool:
+    """Whether a checkpoint is of a run at another scale than full."""
+    source = _source_run(weights)
+    return source is not None and source.parent.name.startswith("tiny-")
 
 
 def _source_run(weights: Path) -> Path | None:

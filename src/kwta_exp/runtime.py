@@ -27,8 +27,8 @@ class Runtime:
         devices: processes, one a device. One, for now.
         precision: Fabric's name: ``"32-true"`` or ``"bf16-mixed"``. It rules training; evaluation is
             always in float32. (``"16-mixed"`` would lose the small gradients that attacks live on.)
-        channels_last: train with images and convolutions in channels-last order, often faster. Evaluation
-            always uses the plain one.
+        channels_last: train with convolutions, and so all that flows between them, in channels-last order;
+            often faster. Evaluation always uses the plain one.
         threads: CPU threads; ``None`` takes one for each core the process may use.
     """
 

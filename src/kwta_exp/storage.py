@@ -88,6 +88,24 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise UserError(f"weights={path}: not a whole safetensors file ({error})") from error
 
 
+def trained_ratio(path: Path) -> float | None:
+    """The sparsity ratio that a schedule had brought these weights to, if one had.
+
+    Raises:
+        UserError: if what stands there is no ratio.
+    """
+    text = read_metadata(path).get("sparsity_ratio")
+    if text is None:
+        return None
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = 0.0
+    if not 0 < ratio <= 1:
+        raise UserError(f"weights={path}: its sparsity_ratio is {text!r}; expected a number in (0, 1]")
+    return ratio
+
+
 def image_digests(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.bytes_]:
     """The first 16 hex digits of each image's SHA-256, from uint8 ``(N, C, H, W)``."""
     return np.array(

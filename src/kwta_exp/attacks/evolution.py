@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kwta_exp.attacks.losses import margin
 from kwta_exp.attacks.threat import Threat
-from kwta_exp.fields import STRICT, Count, Eps, Norm, Positive
+from kwta_exp.fields import STRICT, Count, Eps, Norm, Positive, Several
 from kwta_exp.randomness import fold, normal
 
 
@@ -39,7 +39,7 @@ class EvolutionStrategies:
     samples: Count = 400
     sigma: Positive = 8 / 255
     step_size: Eps = 0.01
-    chunk: Count = 1000
+    chunk: Several = 1000
 
     def __post_init__(self) -> None:
         if any(samples % 2 for _, samples in self.schedule):
@@ -100,7 +100,7 @@ class NES:
 
     norm: Norm
     eps: Eps
-    chunk: Count = 1000
+    chunk: Several = 1000
 
     def __post_init__(self) -> None:
         if self.norm != "linf":

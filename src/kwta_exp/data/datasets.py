@@ -126,23 +126,21 @@ class Synthetic(Dataset):
 
     Args:
         channels: of each image.
-        height: of each image.
-        width: of each image.
+        image_size: side of the square images.
         num_classes: labels go round through them.
         train: training images.
         test: test images.
     """
 
     channels: Count = 3
-    height: Count = 32
-    width: Count = 32
+    image_size: Count = 32
     num_classes: Several = 10
     train: Several = 256
     test: Count = 64
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return self.channels, self.height, self.width
+        return self.channels, self.image_size, self.image_size
 
     @property
     def classes(self) -> int:
@@ -166,9 +164,9 @@ class Synthetic(Dataset):
 
 def stand_in(dataset: Dataset) -> Synthetic:
     """Synthetic images of the shape and classes of ``dataset``, augmented as it is."""
-    channels, height, width = dataset.shape
+    channels, image_size, _ = dataset.shape
     return Synthetic(
-        channels=channels, height=height, width=width, num_classes=dataset.classes,
+        channels=channels, image_size=image_size, num_classes=dataset.classes,
         train=max(256, 2 * dataset.classes), test=max(64, dataset.classes),
         crop_padding=dataset.crop_padding, flip=dataset.flip, train_n=dataset.train_n,
         val_fraction=dataset.val_fraction,

@@ -11,13 +11,16 @@ from pydantic import dataclasses
 from kwta_exp.data.base import Dataset, Images, Int64
 from kwta_exp.errors import UserError
 from kwta_exp.fields import STRICT, Count, Natural
-from kwta_exp.storage import sha256_of_json
+from kwta_exp.storage import sha256_of_file, sha256_of_json
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm"})
+
+READ_WHOLE = 2**32
+"""Datasets of up to so many bytes are told apart by their content."""
 
 RESIZE_OVER_CROP = 256 / 224
 """Judged images are resized to this multiple of the crop's side first (Krizhevsky et al. 2012)."""
@@ -51,13 +54,19 @@ class ImageFolder(Dataset):
         return all((Path(self.root) / part).is_dir() for part in ("train", "val"))
 
     def fingerprint(self) -> str:
-        """Hex SHA-256 of every file's path below ``root`` and size (reading terabytes would take hours)."""
+        """Hex SHA-256 of every file's path below ``root`` and its content, or, where there are more than
+        :data:`READ_WHOLE` bytes in all, its size (reading terabytes would take hours).
+        """
         listing = {part: _listing(Path(self.root), part) for part in ("train", "val")}
         sizes = {
             part: [(str(path.relative_to(self.root)), path.stat().st_size) for path in paths]
             for part, (paths, _, _) in listing.items()
         }
-        return sha256_of_json([sizes, self.image_size])
+        listed = [entry for part in sizes.values() for entry in part]
+        if sum(size for _, size in listed) > READ_WHOLE:
+            return sha256_of_json([sizes, self.image_size])
+        content = {name: sha256_of_file(Path(self.root) / name) for name, _ in listed}
+        return sha256_of_json([content, self.image_size])
 
     def load(self) -> Images:
         (train, y_train, classes), (test, y_test, judged) = (
@@ -139,14 +148,17 @@ class FolderPixels:
             list(zip(chunk.tolist(), own.tolist() if own is not None else [None] * len(chunk), strict=True))
             for chunk, own in zip(chunks, keys if keys is not None else [None] * len(chunks), strict=True)
         ]
-        loader: DataLoader[Tensor] = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             _Reader(self),  # type: ignore[arg-type]
             batch_sampler=wanted,
             num_workers=self.workers,
+            collate_fn=_collate,
             generator=torch.Generator(),  # or it draws from the global one
             pin_memory="cuda" in str(self.device),
         )
         for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
             yield batch.to(self.device, non_blocking=True)
 
 
@@ -156,10 +168,22 @@ class _Reader:
 
     pixels: FolderPixels
 
-    def __getitem__(self, wanted: tuple[int, int | None]) -> "Tensor":
+    def __getitem__(self, wanted: tuple[int, int | None]) -> "Tensor | UserError":
         place, key = wanted
         path = self.pixels.files[place]
-        return _judged(path, self.pixels.size) if key is None else _augmented(path, self.pixels, key)
+        try:
+            return _judged(path, self.pixels.size) if key is None else _augmented(path, self.pixels, key)
+        except UserError as error:
+            return error  # raised in the main process, as one message
+
+
+def _collate(items: "list[Tensor | UserError]") -> "Tensor | UserError":
+    import torch
+
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+    return torch.stack(items)  # type: ignore[arg-type]
 
 
 def _open(path: Path) -> Any:
@@ -185,10 +209,9 @@ def _augmented(path: Path, pixels: FolderPixels, key: int) -> "Tensor":
     from torchvision.transforms import RandomResizedCrop
     from torchvision.transforms import functional as transforms
 
-    from kwta_exp.randomness import isolated
-
     image = _open(path)
-    with isolated(key):  # torchvision draws from torch's global generator
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator; no CUDA in a worker
+        torch.manual_seed(key)
         place = RandomResizedCrop.get_params(image, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3])
         mirrored = pixels.flip and torch.rand(()).item() < 0.5
     image = transforms.resized_crop(image, *place, size=[pixels.size, pixels.size])

@@ -1,7 +1,8 @@
 """Networks written out in full, each taking the factory of its activation; and any other, converted."""
 
 from kwta_exp.models.cnn import CNN
-from kwta_exp.models.convert import Converted, Torchvision, convert
+from kwta_exp.models.convert import convert
+from kwta_exp.models.converted import Converted, Torchvision
 from kwta_exp.models.densenet import DenseNet
 from kwta_exp.models.mlp import MLP
 from kwta_exp.models.resnet import ResNet

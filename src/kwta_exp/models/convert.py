@@ -7,9 +7,12 @@ code, calling a new module instead, takes the place of the old.
 """
 
 import functools
-import logging
+import inspect
+import itertools
+import random
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,11 +21,8 @@ import torch.nn.functional as F
 from pydantic import validate_call
 from torch import fx, nn
 
-from kwta_exp.errors import UserError
-from kwta_exp.fields import STRICT, Count
-from kwta_exp.models.factory import ActivationFactory, with_facts
-
-log = logging.getLogger(__name__)
+from kwta_exp.fields import STRICT
+from kwta_exp.models.factory import ActivationFactory
 
 Kind = Literal["relu", "relu6", "gelu", "silu", "hardswish"]
 
@@ -45,6 +45,15 @@ _FUNCTIONS: dict[Callable[..., Any], Kind] = {
 }
 _METHODS: dict[str, Kind] = {"relu": "relu", "relu_": "relu"}
 
+_OTHER_MODULES = (
+    nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.Mish, nn.Softplus, nn.Tanh, nn.Sigmoid,
+    nn.Hardtanh, nn.Hardsigmoid, nn.LogSigmoid, nn.Softsign, nn.Threshold, nn.GLU,
+)  # fmt: skip
+_OTHER_FUNCTIONS = {
+    F.leaky_relu, F.prelu, F.rrelu, F.elu, F.selu, F.celu, F.mish, F.softplus, F.tanh, F.sigmoid, F.hardtanh,
+    F.hardsigmoid, F.logsigmoid, F.softsign, F.threshold, F.glu, torch.tanh, torch.sigmoid, torch.selu,
+}  # fmt: skip
+
 _OPAQUE: dict[type[nn.Module], Callable[[Any], bool]] = {
     nn.TransformerEncoderLayer: lambda layer: True,
     nn.TransformerDecoderLayer: lambda layer: True,
@@ -63,16 +72,20 @@ class Conversion:
         unreached: modules whose activations, if any, stay: their code cannot be traced, or they are
             torch's own and closed. Each with the reason.
         left: activations of other kinds that were seen and left, by name, with their number.
+        doubtful: places that changed in place a tensor handed to them from outside, and no longer do.
     """
 
     replaced: list[str] = field(default_factory=list)
     unreached: list[str] = field(default_factory=list)
     left: Counter[str] = field(default_factory=Counter)
+    doubtful: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         text = f"{len(self.replaced)} activations replaced"
         if self.left:
             text += "; left as they are: " + ", ".join(f"{n} {name}" for name, n in sorted(self.left.items()))
+        if self.doubtful:
+            text += "; worked in place on a tensor from outside, and no longer do: " + ", ".join(self.doubtful)
         if self.unreached:
             text += "; not reached: " + ", ".join(self.unreached)
         return text
@@ -84,8 +97,10 @@ def convert(model: nn.Module, activation: ActivationFactory, kinds: list[Kind] |
 
     Parameters and buffers keep their names, so checkpoints of the unconverted network still load. A
     module that is called in several places (torchvision's ResNet blocks have one ReLU for all) is
-    replaced by an activation of its own in each. Code that changes its input in place
-    (``inplace=True``) and goes on using it keeps doing what it did.
+    replaced by an activation of its own in each. The new activations change nothing in place. Within one
+    ``forward`` code that goes on using what an in-place activation changed keeps doing what it did; where
+    the changed tensor came from outside, whoever else uses it sees it unchanged now, and the place is listed
+    as doubtful.
 
     Args:
         model: any network. A ``forward`` that asks ``self.training`` is traced in both modes.
@@ -98,39 +113,53 @@ def convert(model: nn.Module, activation: ActivationFactory, kinds: list[Kind] |
     """
     wanted = frozenset(kinds or ("relu", "gelu", "silu"))
     conversion = Conversion()
+    obsolete: list[tuple[nn.Module, str]] = []
     for path, module in list(model.named_modules()):
-        if any(isinstance(module, kind) and holds(module) for kind, holds in _OPAQUE.items()):
-            conversion.unreached.append(
-                f"{path or 'the model'} ({type(module).__name__} of torch, which is closed)"
-            )
-        elif isinstance(module, torch.jit.ScriptModule):
-            conversion.unreached.append(f"{path or 'the model'} (compiled by TorchScript)")
-        elif type(module).forward in _CONTAINERS:
+        if reason := _closed(module):
+            conversion.unreached.append(f"{path or 'the model'} ({type(module).__name__} {reason})")
+        elif type(module).forward is nn.Sequential.forward:
             _convert_children(path, module, activation, wanted, conversion)
         elif not type(module).__module__.startswith("torch.nn."):
-            _convert_code(path, module, activation, wanted, conversion)
+            obsolete += _convert_code(path, module, activation, wanted, conversion)
     if type(model) in _MODULES:
         conversion.unreached.append("the model (is itself one activation)")
+    if not conversion.unreached:  # else code that could not be read may still use them
+        for owner, name in obsolete:
+            delattr(owner, name)
     return conversion
 
 
-_CONTAINERS = (
-    nn.Sequential.forward, nn.ModuleList.forward, nn.ModuleDict.forward,
-)  # fmt: skip
-"""Forwards that call each child once, or none."""
+def _closed(module: nn.Module) -> str | None:
+    """Why a module's code cannot be looked into, if it cannot."""
+    if any(isinstance(module, kind) and holds(module) for kind, holds in _OPAQUE.items()):
+        return "of torch, which is closed"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "compiled by TorchScript"
+    if "forward" in vars(module):
+        return "whose forward was replaced already"
+    if type(module).__module__.startswith("torch."):
+        return None
+    try:
+        source = inspect.getsource(type(module).forward)
+    except (OSError, TypeError):
+        return None
+    if re.search(r"^\s*with\b|set_grad_enabled", source, flags=re.MULTILINE):
+        return "whose forward changes a mode of torch, which a trace would lose"
+    return None
 
 
 def _convert_children(
     path: str, module: nn.Module, activation: ActivationFactory, wanted: frozenset[str], conversion: Conversion
 ) -> None:
-    """Swap the activations of a container."""
-    if type(module).forward is not nn.Sequential.forward:
-        return  # whoever owns the list calls its members, and is traced
-    for name, child in list(module.named_children()):
-        if (kind := _MODULES.get(type(child))) in wanted:
+    """Swap the activations of a container; one that stands there twice is two."""
+    for position, (name, child) in enumerate(list(module._modules.items())):
+        kind = _MODULES.get(type(child)) if child is not None else None
+        if kind is not None and kind in wanted:
             setattr(module, name, activation())
             conversion.replaced.append(f"{_join(path, name)}: {type(child).__name__}")
-        elif kind:
+            if position == 0 and getattr(child, "inplace", False):
+                conversion.doubtful.append(_join(path, name))
+        elif kind or isinstance(child, _OTHER_MODULES):
             conversion.left[type(child).__name__] += 1
 
 
@@ -143,57 +172,108 @@ class _OwnCode(fx.Tracer):
 
 def _convert_code(
     path: str, module: nn.Module, activation: ActivationFactory, wanted: frozenset[str], conversion: Conversion
-) -> None:
-    """Trace a module's forward in both modes and, where it calls activations, put the traced code there."""
-    mode = module.training
+) -> list[tuple[nn.Module, str]]:
+    """Trace a module's forward in both modes and, where it calls activations, put the traced code there.
+
+    Returns:
+        Its own children that nothing calls any longer.
+    """
+    graphs = _traced(path, module, conversion)
+    # A place is known by what it calls and the how-manieth such call it is, in training and in evaluation.
+    sites: dict[bool, dict[tuple[str, int], tuple[fx.Node, str]]] = {}
+    for training, graph in graphs.items():
+        sites[training] = {}
+        seen: Counter[str] = Counter()
+        for node in graph.nodes:
+            kind, label = _activation_of(module, node)
+            if kind in wanted:
+                called = f"{node.op} {node.target}"
+                sites[training][called, seen[called]] = node, label
+                seen[called] += 1
+            elif label and (kind or _is_other(module, node)):
+                conversion.left[label] += training
+    everywhere: dict[tuple[str, int], tuple[fx.Node, str]] = {}
+    for place, site in itertools.chain.from_iterable(found.items() for found in sites.values()):
+        everywhere.setdefault(place, site)
+    if not everywhere:
+        return []
+
+    names: dict[tuple[str, int], str] = {}
+    for number, (place, (node, label)) in enumerate(everywhere.items()):
+        stem = str(node.target).replace(".", "_") if node.op == "call_module" else "activation"
+        names[place] = next(name for name in _numbered(stem, number) if not hasattr(module, name))
+        module.add_module(names[place], activation())
+        where = str(node.target) if node.op == "call_module" else names[place]
+        conversion.replaced.append(f"{_join(path, where)}: {label}")
+
+    obsolete = {str(node.target) for node, _ in everywhere.values() if node.op == "call_module"}
+    for training, graph in graphs.items():
+        for place, (node, _) in sites[training].items():
+            in_place = _changes_input(module, node)
+            given = node.args[0] if node.args else node.kwargs["input"]
+            if in_place and training and _is_of_others(given):
+                conversion.doubtful.append(_join(path, names[place]))
+            _put(graph, node, names[place], in_place)
+        graph.lint()
+        obsolete -= {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    _install(module, graphs)
+    return [(module, name) for name in obsolete if "." not in name]
+
+
+_VIEWS = frozenset({
+    "view", "view_as", "reshape", "flatten", "unflatten", "transpose", "permute", "chunk", "split", "unbind",
+    "getitem", "squeeze", "unsqueeze", "expand", "narrow", "select", "movedim", "t",
+})  # fmt: skip
+
+
+def _is_of_others(given: Any) -> bool:
+    """Whether a tensor comes from outside a forward, or may be a view of another."""
+    if given.op in ("placeholder", "get_attr"):
+        return True
+    return given.op != "call_module" and getattr(given.target, "__name__", given.target) in _VIEWS
+
+
+def _numbered(stem: str, number: int) -> Iterator[str]:
+    yield f"{stem}_{number}"
+    yield from (f"{stem}_{number}_{again}" for again in itertools.count(1))
+
+
+def _traced(path: str, module: nn.Module, conversion: Conversion) -> dict[bool, fx.Graph]:
+    """The code of a module's forward in training and, where it differs, in evaluation.
+
+    None where it cannot be had, which is then said. Code that draws random numbers or makes tensors of its
+    own as it runs is such: a trace would keep what came out the first time.
+    """
+    attributes, mode = dict(vars(module)), module.training
+    inner = {name: dict(vars(module)[name]) for name in ("_modules", "_parameters", "_buffers")}
+    before = torch.get_rng_state(), random.getstate()
     graphs: dict[bool, fx.Graph] = {}
+    reason = ""
     try:
         for training in (True, False):
             module.training = training
             graphs[training] = _OwnCode().trace(module)
     except Exception as error:  # user code traced with stand-ins fails in any way whatever
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        conversion.unreached.append(
-            f"{path or 'the model'} ({type(module).__name__} cannot be traced: {reason})"
-        )
-        return
-    finally:
-        module.training = mode
+    if not torch.equal(before[0], torch.get_rng_state()) or before[1] != random.getstate():
+        reason = reason or "it draws random numbers"
+    if any(str(node.target).startswith("_tensor_constant") for g in graphs.values() for node in g.nodes):
+        reason = reason or "it makes tensors of its own"
+    torch.set_rng_state(before[0])
+    random.setstate(before[1])
+    vars(module).clear()
+    vars(module).update(attributes)
+    for name, content in inner.items():
+        vars(module)[name].clear()
+        vars(module)[name].update(content)
+    module.training = mode
 
-    if str(graphs[True].python_code("self").src) == str(graphs[False].python_code("self").src):
-        graphs = {True: graphs[True]}
-
-    new_names: dict[int, str] = {}
-    sites: dict[bool, list[tuple[fx.Node, str]]] = {}
-    for training, graph in graphs.items():
-        sites[training] = []
-        for node in graph.nodes:
-            kind, label = _activation_of(module, node)
-            if kind in wanted:
-                sites[training].append((node, label))
-            elif kind:
-                conversion.left[label] += training
-    most = max(sites, key=lambda training: len(sites[training]))
-    for number, (node, label) in enumerate(sites[most]):
-        where = f"{node.target}" if node.op == "call_module" else f"activation_{number}"
-        new_names[number] = f"{str(where).replace('.', '_')}_{number}" if node.op == "call_module" else where
-        module.add_module(new_names[number], activation())
-        conversion.replaced.append(f"{_join(path, str(where))}: {label}")
-    if not sites[most]:
-        return
-
-    replaced = {str(node.target) for found in sites.values() for node, _ in found if node.op == "call_module"}
-    for training, graph in graphs.items():
-        for number, (node, _) in enumerate(sites[training]):
-            _put(graph, node, new_names[number], _changes_input(module, node))
-        graph.lint()
-    still_used = {
-        str(node.target) for graph in graphs.values() for node in graph.nodes if node.op == "call_module"
-    }
-    for name in replaced - still_used:
-        parent, _, leaf = name.rpartition(".")
-        delattr(module.get_submodule(parent), leaf)
-    _install(module, graphs)
+    if reason:
+        where = path or "the model"
+        conversion.unreached.append(f"{where} ({type(module).__name__} cannot be traced: {reason})")
+        return {}
+    code = [str(graph.python_code("self").src) for graph in graphs.values()]
+    return graphs if code[0] != code[1] else {True: graphs[True]}
 
 
 def _activation_of(module: nn.Module, node: fx.Node) -> tuple[Kind | None, str]:
@@ -206,6 +286,15 @@ def _activation_of(module: nn.Module, node: fx.Node) -> tuple[Kind | None, str]:
     if node.op == "call_method":
         return _METHODS.get(str(node.target)), f".{node.target}()"
     return None, ""
+
+
+def _is_other(module: nn.Module, node: fx.Node) -> bool:
+    """Whether a node calls an activation of a kind that is never replaced."""
+    if node.op == "call_module":
+        return isinstance(module.get_submodule(str(node.target)), _OTHER_MODULES)
+    if node.op == "call_function":
+        return node.target in _OTHER_FUNCTIONS
+    return node.op == "call_method" and node.target in ("tanh", "sigmoid")
 
 
 def _changes_input(module: nn.Module, node: fx.Node) -> bool:
@@ -257,87 +346,3 @@ class _Forward:
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
-
-
-@validate_call(config=STRICT)
-def Converted(  # noqa: N802 - stands where a network's class would
-    activation: ActivationFactory,
-    network: Callable[..., nn.Module],
-    num_classes: Count,
-    in_channels: Count,
-    image_size: tuple[Count, Count],
-    kinds: list[Kind] | None = None,
-) -> nn.Module:
-    """Any network with its activations replaced; see :func:`convert`.
-
-    Args:
-        activation: makes the new activations.
-        network: makes the network; called with those of the next three that its signature asks for.
-        num_classes: number of logits.
-        in_channels: channels of the input.
-        image_size: (height, width) of the input.
-        kinds: which activations to replace.
-
-    Raises:
-        UserError: if there was none to replace.
-    """
-    facts = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
-    return _converted(network(**with_facts(network, facts)), activation, kinds)
-
-
-@validate_call(config=STRICT)
-def Torchvision(  # noqa: N802 - stands where a network's class would
-    activation: ActivationFactory,
-    name: str,
-    num_classes: Count,
-    in_channels: Count,
-    image_size: tuple[Count, Count],
-    kinds: list[Kind] | None = None,
-) -> nn.Module:
-    """A classification network of torchvision, untrained, with its activations replaced.
-
-    Args:
-        activation: makes the new activations.
-        name: torchvision's, such as ``"resnet50"``, ``"densenet121"`` or ``"vit_b_16"``.
-        num_classes: number of logits.
-        in_channels: channels of the input; the first convolution is made anew where they are not 3.
-        image_size: (height, width) of the input; vision transformers are built for it.
-        kinds: which activations to replace; see :func:`convert`.
-
-    Raises:
-        UserError: for a name torchvision does not have, or if there was no activation to replace.
-    """
-    import torchvision.models as zoo
-
-    available = zoo.list_models(zoo)
-    if name not in available:
-        raise UserError(
-            f"model.name={name!r}: torchvision has no such network; expected one of {', '.join(available)}"
-        )
-    options: dict[str, Any] = {"num_classes": num_classes}
-    if name.startswith("vit_"):
-        if image_size[0] != image_size[1]:
-            raise UserError(f"model.name={name!r}: takes square images; the data's are {image_size}")
-        options["image_size"] = image_size[0]
-    if name in ("googlenet", "inception_v3"):
-        options |= {"aux_logits": False, "init_weights": True}
-    network = zoo.get_model(name, weights=None, **options)
-    if in_channels != 3:
-        _first_convolution_for(network, in_channels)
-    return _converted(network, activation, kinds)
-
-
-def _first_convolution_for(network: nn.Module, in_channels: int) -> None:
-    path, old = next((p, m) for p, m in network.named_modules() if isinstance(m, nn.Conv2d))
-    parent, _, leaf = path.rpartition(".")
-    options = {name: getattr(old, name) for name in ("kernel_size", "stride", "padding", "dilation")}
-    new = nn.Conv2d(in_channels, old.out_channels, **options, bias=old.bias is not None)
-    setattr(network.get_submodule(parent), leaf, new)
-
-
-def _converted(network: nn.Module, activation: ActivationFactory, kinds: list[Kind] | None) -> nn.Module:
-    conversion = convert(network, activation, kinds)
-    if not conversion.replaced:
-        raise UserError(f"model: nothing to convert in {type(network).__name__}: {conversion}")
-    log.info("%s: %s", type(network).__name__, conversion)
-    return network

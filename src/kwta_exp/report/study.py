@@ -31,7 +31,9 @@ def collect(name: str, folders: Iterable[Path], records: Path = RECORDS) -> Path
     Raises:
         UserError: for a folder without results, or one of a reduced scale.
     """
-    found = sorted((_record(folder) for folder in folders), key=lambda record: _key(record))
+    found = sorted((_record(folder) for folder in folders), key=_key)
+    if len({record["worst_case"] is None for record in found}) > 1:
+        raise UserError(f"{name}: some of the runs were attacked and some not; expected one study")
     path = records / f"{name}.json"
     write_json(path, {"records": found})
     return path
@@ -82,6 +84,10 @@ def page(records: Path = RECORDS) -> str:
     ]
     for path in sorted(records.glob("*.json")):
         found: list[Record] = json.loads(path.read_text())["records"]
+        if not path.with_suffix(".md").is_file():
+            raise UserError(
+                f"{path}: has no {path.with_suffix('.md').name} beside it; expected the study's text"
+            )
         parts += [path.with_suffix(".md").read_text().strip(), *_study(found)]
     return "\n\n".join(parts) + "\n"
 
@@ -126,7 +132,8 @@ def _table(by_name: Mapping[str, Sequence[Record]], attacked: bool) -> str:
         if attacked:
             row.append(_spread([r["worst_case"]["robust_accuracy"] for r in runs]))
             row.append(", ".join(sorted({r["verdict"] for r in runs})))
-        row.append(f"{statistics.median(r['images_per_second'] for r in runs):,.0f}")
+        speeds = [r["images_per_second"] for r in runs if r["images_per_second"] is not None]
+        row.append(f"{statistics.median(speeds):,.0f}" if speeds else "n/a")
         rows.append(row)
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -156,9 +163,9 @@ def _differences_from_relu(by_name: Mapping[str, Sequence[Record]]) -> list[str]
     """For each run beside one that differs in having ReLU: what PGD says of the two, and what is so."""
     lines = []
     for name, runs in by_name.items():
-        dataset, model, activation, training = name.split("-")
+        dataset, model, activation, training = name.rsplit("-", 3)
         relu = by_name.get(f"{dataset}-{model}-relu-{training}")
-        if activation == "relu" or not relu:
+        if activation == "relu" or not relu or not all("pgd" in run["attacks"] for run in (*runs, *relu)):
             continue
 
         def gap(path: Sequence[str], runs: Sequence[Record] = runs, relu: Sequence[Record] = relu) -> str:
@@ -189,6 +196,8 @@ def _paired_differences(by_name: Mapping[str, Sequence[Record]]) -> list[str]:
         return []
     first, second = ({run["seed"]: run["clean"]["accuracy"] for run in by_name[name]} for name in names)
     seeds = sorted(first.keys() & second.keys())
+    if len(seeds) < 2:
+        return []
     differences = [100 * (first[seed] - second[seed]) for seed in seeds]
     mean = statistics.mean(differences)
     half = t.ppf(0.975, len(seeds) - 1) * statistics.stdev(differences) / len(seeds) ** 0.5

@@ -50,27 +50,31 @@ class Fitted:
 
 @dataclass
 class _Running:
-    """Sums over the batches of an epoch, kept on the device so that no step waits for them."""
+    """Sums over the batches of an epoch, kept on the device so that no step waits for them.
+
+    ``judged`` counts an image once for each step taken on it, ``images`` once.
+    """
 
     loss: Tensor
     correct: Tensor
+    judged: int
     images: int
     seconds: float
 
     @classmethod
     def zero(cls, device: torch.device) -> "_Running":
-        return cls(torch.zeros((), device=device), torch.zeros((), device=device), 0, 0.0)
+        return cls(torch.zeros((), device=device), torch.zeros((), device=device), 0, 0, 0.0)
 
     def add(self, loss: Tensor, right_N: Tensor) -> None:
         """Count a step's mean loss and which of its images were classified correctly."""
         self.loss += loss * len(right_N)
         self.correct += right_N.sum()
-        self.images += len(right_N)
+        self.judged += len(right_N)
 
     def means(self) -> EpochRecord:
         return {
-            "loss": self.loss.item() / self.images,
-            "accuracy": self.correct.item() / self.images,
+            "loss": self.loss.item() / self.judged,
+            "accuracy": self.correct.item() / self.judged,
             "images_per_second": self.images / self.seconds,
         }
 
@@ -227,6 +231,7 @@ class _Session:
             # Dropout and the like draw from torch's own generator.
             torch.manual_seed(key(self.batches.seed, "step", self.epoch, self.step))
             self._learn(batch)
+            self.running.images += len(batch.y)
             self.step += 1
 
             progress.advance()
@@ -252,7 +257,10 @@ class _Session:
             self.fabric.backward(loss)
             if self.training.clip_norm is not None:
                 self.fabric.clip_gradients(
-                    self.wrapped, self.wrapped_optimizer, max_norm=self.training.clip_norm
+                    self.wrapped,
+                    self.wrapped_optimizer,
+                    max_norm=self.training.clip_norm,
+                    error_if_nonfinite=False,  # the end of the epoch says it better
                 )
             self.wrapped_optimizer.step()
             if self.average:
@@ -326,7 +334,7 @@ def _score(record: EpochRecord) -> float:
 def _show(progress: Progress, running: _Running, epoch: int, epochs: int, seconds: float) -> None:
     progress.show(
         epoch=f"{epoch + 1}/{epochs}",
-        loss=f"{running.loss.item() / running.images:.3f}",
-        accuracy=f"{running.correct.item() / running.images:.1%}",
+        loss=f"{running.loss.item() / running.judged:.3f}",
+        accuracy=f"{running.correct.item() / running.judged:.1%}",
         speed=f"{running.images / seconds:,.0f} images/s",
     )
