@@ -135,7 +135,8 @@ def test_each_objective_trains_attacks_and_reports(tiny: Tiny, training: str, tm
 def test_every_preset_runs_end_to_end_at_scale_tiny(tiny: Tiny, preset: str) -> None:
     results = tiny(f"experiment={preset}")
     assert results["run"]["scale"] == "tiny"
-    assert results["clean"]["n"] == 64
+    assert 50 <= results["clean"]["n"] <= 64
+    assert not results["attacks"] or results["attacks"]["pgd"]["forwards"] > 0
 
 
 def test_training_against_the_adaptive_attack(tiny: Tiny) -> None:
