@@ -10,6 +10,10 @@ from kwta_exp.errors import UserError
 from kwta_exp.report.study import collect, page
 from tests.conftest import ROOT
 
+COMMAND = (
+    "python run.py experiment=study/x paths.outputs=/home/me/out weights=/home/me/out/run/s0-1 threat.eps=8/255"
+)
+
 
 def run_folder(
     outputs: Path, name: str, seed: int, clean: float, pgd: float | None = None, worst: float = 0.0,
@@ -21,7 +25,7 @@ def run_folder(
     run = {
         "name": name,
         "seed": seed,
-        "command": "c",
+        "command": COMMAND,
         "commit": "0123456789abcdef",
         "weights_sha256": "w",
         "scale": scale,
@@ -52,6 +56,8 @@ def test_the_page_is_computed_from_the_records(tmp_path: Path) -> None:
     (records / "first.md").write_text("## A study\n")
     text = page(records)
     assert "## A study" in text
+    (command,) = {record["command"] for record in json.loads((records / "first.json").read_text())["records"]}
+    assert command == "python run.py experiment=study/x weights=s0-1 threat.eps=8/255"
     spread = "85.0 (80.0 to 90.0) | 55.0 (50.0 to 60.0) | 55.0 (50.0 to 60.0)"
     assert f"| d-m-relu-pgd | 2 | 100 | {spread} | masked | 20 |" in text
     assert "- kwta0.1, pgd, against ReLU: -15.0 points clean, +20.0 under PGD, -35.0 in the worst case." in text

@@ -9,6 +9,7 @@ that goes before a study's table. Every number of the page is computed from the 
 
 import argparse
 import json
+import shlex
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,9 +49,10 @@ def _record(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: run at scale={results['run']['scale']}; that is no result")
     epochs = [json.loads(line) for line in run.metrics.read_text().splitlines()] if run.metrics.exists() else []
     environment = json.loads(run.environment.read_text())
-    about = ("name", "seed", "command", "commit", "weights_sha256")
+    about = ("name", "seed", "commit", "weights_sha256")
     return {
         **{key: results["run"][key] for key in about},
+        "command": _portable(results["run"]["command"]),
         "threat": results["threat"],
         "clean": results["clean"],
         "attacks": {
@@ -67,6 +69,17 @@ def _record(folder: Path) -> dict[str, Any]:
         "device": environment["device"],
         "torch": environment["packages"]["torch"],
     }
+
+
+def _portable(command: str) -> str:
+    """A command line without the places of one machine: its paths are left out, files keep their names."""
+    words = []
+    for word in shlex.split(command):
+        key, equals, value = word.partition("=")
+        if key.startswith("paths."):
+            continue
+        words.append(f"{key}={Path(value).name}" if equals and key in ("weights", "dataset.path") else word)
+    return shlex.join(words)
 
 
 def _key(record: Record) -> tuple[str, int]:
