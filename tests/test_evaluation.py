@@ -199,12 +199,35 @@ def test_records_of_other_images_are_refused(tmp_path: Path) -> None:
 
 
 def test_costs_are_counted_whoever_asks() -> None:
-    model = Counted(random_net())
     x = torch.rand(5, 1, 2, 2)
-    PGD(norm="linf", eps=1e-6, steps=4)(model, x, model.network(x).argmax(1), torch.arange(5))
+    network = random_net()
+    model = Counted(network, x, network(x).argmax(1), THREAT)
+    PGD(norm="linf", eps=1e-6, steps=4)(model, x, network(x).argmax(1), torch.arange(5))
     assert (model.forwards, model.backwards) == (25, 20)
+    assert model.queries.tolist() == [5] * 5
+    assert model.steps.tolist() == [4] * 5
     model(x[:2].requires_grad_()).sum().backward()
     assert (model.forwards, model.backwards) == (27, 22)
+    assert model.queries.tolist() == [6, 6, 5, 5, 5]
+
+
+@pytest.mark.parametrize("norm_name", ["linf", "l2"])
+def test_passes_are_booked_on_their_image_until_it_is_fooled(norm_name: Any) -> None:
+    x = torch.tensor([0.2, 0.45, 0.9])[:, None, None, None].expand(-1, 1, 2, 2).clone()
+    threat = Threat(norm=norm_name, eps=0.1 if norm_name == "linf" else 0.2)
+    model = Counted(Threshold(), x, torch.tensor([0, 0, 1]), threat)
+    model(x)
+    model(torch.cat([x[2:], x[1:2], x[1:2] + 0.15]))  # dropped, disordered, repeated; an error outside the ball
+    assert model.queries.tolist() == [1, 3, 2]
+    fooling = (x[1:2] + 0.08).requires_grad_()
+    model(fooling).sum().backward()  # a gradient that comes after the success is not of its price
+    assert model.queries.tolist() == [1, 4, 2]
+    assert model.steps.tolist() == [0, 0, 0]
+    model(x.clone().requires_grad_()).sum().backward()
+    assert model.queries.tolist() == [2, 4, 3]
+    assert model.steps.tolist() == [1, 0, 1]
+    model(x[:0])
+    assert (model.forwards, model.backwards) == (10, 4)
 
 
 @pytest.mark.parametrize("attack", [lambda m, x, y, k: x[:1], lambda m, x, y, k: None, lambda m, x: x])

@@ -145,7 +145,7 @@ def _attack_chunk(
     """Add the rows of one chunk to ``record`` and return its adversarial images."""
     x, y = to_float(images.x[chunk]), images.y[chunk]
     keys = fold(key(seed, "attack", name), images.index[chunk])
-    counted = Counted(judge.network)
+    counted = Counted(judge.network, x, y, threat)
     started = time.monotonic()
     try:
         with isolated(int(keys.sum())):  # whatever draws from global generators does so reproducibly
@@ -169,6 +169,9 @@ def _attack_chunk(
         rows["fooled"] = fooled.cpu().numpy()
         rows["unconfirmed"] = (erred & ~fooled).cpu().numpy()
         rows["distance"] = threat.distance(x_adv, x).cpu().numpy()
+        rows["queries"] = counted.queries.cpu().numpy()
+        rows["steps"] = counted.steps.cpu().numpy()
+        rows["key"] = keys.cpu().numpy()
     record.append(rows, counted.forwards, counted.backwards, time.monotonic() - started)
     return x_adv
 

@@ -25,7 +25,9 @@ class Record:
     Columns: ``index`` (of the test image in its dataset), ``digest`` (first 16 hex digits of the
     uint8 image's SHA-256), ``label``, ``prediction``, ``margin`` (true logit minus the best other
     one: negative is an error), and for attacks ``fooled``, ``unconfirmed`` (an error that was not made
-    again, so the image counts as standing) and ``distance`` (in the threat's norm).
+    again, so the image counts as standing), ``distance`` (in the threat's norm), ``queries`` and ``steps``
+    (forward and backward passes until fooled; see :class:`~kwta_exp.evaluation.counting.Counted`) and ``key``
+    (the seed of its random stream).
     """
 
     path: Path
