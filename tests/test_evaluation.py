@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from kwta_exp.attacks import PGD, NotApplicableError, Threat
 from kwta_exp.data.batches import Split
 from kwta_exp.errors import UserError
-from kwta_exp.evaluation import evaluate, plain_gradient_attacks, summarise
+from kwta_exp.evaluation import Diagnosis, Roles, evaluate, summarise
 from kwta_exp.evaluation.counting import Counted
 from kwta_exp.evaluation.records import Record
-from kwta_exp.evaluation.verdict import verdict
 from kwta_exp.report.terminal import results_table
 
 THREAT = Threat(norm="linf", eps=0.1)
@@ -44,8 +43,10 @@ def shift(by: float) -> Any:
 def judge(folder: Path, split: Split, suite: dict[str, Any], model: nn.Module | None = None, **kw: Any) -> Any:
     settings = {"threat": THREAT, "seed": 0, "batch_size": 2, "folder": folder, **kw}
     clean, records, inapplicable = evaluate(model or Threshold(), split, suite, **settings)
-    plain, diagnostic_n = plain_gradient_attacks(suite), kw.get("diagnostic_n")
-    results = summarise(RUN, settings["threat"], clean, records, inapplicable, {}, plain, diagnostic_n)
+    results = summarise(
+        RUN, settings["threat"], clean, records, inapplicable, {}, Roles.of(suite), Diagnosis(),
+        kw.get("diagnostic_n"),
+    )  # fmt: skip
     return clean, records, results
 
 
@@ -255,53 +256,6 @@ def test_an_attack_without_a_hold_is_recorded_not_scored(tmp_path: Path) -> None
     assert list(records) == list(results["attacks"]) == ["down"]
     assert results["inapplicable"] == {"sideways": "nothing to hold on to"}
     assert "not applicable" in results_table(results)
-
-
-def test_masked_is_what_plain_pgd_misses_for_certain() -> None:
-    """80 of 100 survive plain PGD; other attacks take some of them."""
-    plainly = np.arange(100) < 20
-
-    def judged(others: int, has_plain: bool = True) -> Any:
-        return verdict(["pgd", "other"], plainly, np.arange(100) < 20 + others, has_plain)
-
-    # 10 of 100 have a Wilson interval from 5.5%; 9 of 100 from 4.8%.
-    assert [judged(n)["verdict"] for n in (0, 9, 10, 80)] == ["untested", "untested", "masked", "masked"]
-    assert judged(30)["flags"][0]["value"] == 0.3
-    assert judged(30, has_plain=False)["verdict"] == "untested"
-    assert verdict([], plainly & False, plainly & False, False)["verdict"] == "untested"
-
-
-def test_only_a_thorough_pgd_on_the_cross_entropy_is_the_claim() -> None:
-    suite = {
-        "pgd": PGD(norm="linf", eps=0.1, steps=20),
-        "weak": PGD(norm="linf", eps=0.1, steps=19),
-        "margin": PGD(norm="linf", eps=0.1, steps=40, loss="margin"),
-        "mine": shift(0.1),
-    }
-    assert plain_gradient_attacks(suite) == ["pgd"]
-
-
-def test_a_net_that_lies_to_gradients_comes_out_masked_and_an_honest_one_does_not(tmp_path: Path) -> None:
-    """Quantised inputs have no gradient; noise finds what PGD cannot."""
-
-    class Quantised(Threshold):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward((x * 51).round() / 51 + 0 * x)
-
-    def noise(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
-        best = x.clone()
-        for shade in (-0.09, 0.09):
-            wrong = model(x + shade).argmax(1) != y
-            best[wrong] = (x + shade)[wrong]
-        return best
-
-    split = images(*np.linspace(0.42, 0.47, 15), *np.linspace(0.53, 0.58, 15))
-    suite = {"pgd": PGD(norm="linf", eps=0.1, steps=20, random_start=False), "noise": noise}
-    verdicts = {
-        net: judge(tmp_path / type(net).__name__, split, suite, net)[2]["masking"]["verdict"]
-        for net in (Quantised(), Threshold())
-    }
-    assert list(verdicts.values()) == ["masked", "untested"]
 
 
 def test_records_append_whole_chunks(tmp_path: Path) -> None:

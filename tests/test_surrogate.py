@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kwta_exp.activations import KWTA, LWTA
 from kwta_exp.attacks import PGD, NotApplicableError, SurrogatePGD, Threat
-from kwta_exp.attacks.surrogate import GATES, soft_backward
+from kwta_exp.attacks.surrogate import GATES, softened
 from kwta_exp.data.batches import first_test_images, to_float
 from kwta_exp.data.datasets import Digits
 from kwta_exp.models import CNN, MLP
@@ -45,7 +45,7 @@ def test_forward_is_exact_and_backward_is_the_gate(module: nn.Module) -> None:
     x = torch.randn(3, 4, 5, 2, dtype=torch.float64, generator=generator).requires_grad_()
     weight = torch.randn(3, 4, 5, 2, dtype=torch.float64, generator=generator)
 
-    with soft_backward([(module, GATES[type(module)])], 0.3):
+    with softened([(module, GATES[type(module)])], 0.3):
         out = module(x)
         (found,) = torch.autograd.grad((out * weight).sum(), x)
     (expected,) = torch.autograd.grad((soft(module, x, 0.3) * weight).sum(), x)
@@ -58,7 +58,7 @@ def test_forward_is_exact_and_backward_is_the_gate(module: nn.Module) -> None:
 
 def test_a_cold_gate_is_the_plain_gradient() -> None:
     module, x = KWTA(0.3), torch.randn(2, 50, dtype=torch.float64, requires_grad=True)
-    with soft_backward([(module, GATES[KWTA])], 1e-9):
+    with softened([(module, GATES[KWTA])], 1e-9):
         (found,) = torch.autograd.grad(module(x).sum(), x)
     (plain,) = torch.autograd.grad(module(x).sum(), x)
     off_threshold = x != x.detach().sort(1, descending=True).values[:, 14:15]

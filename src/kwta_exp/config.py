@@ -55,6 +55,9 @@ class Evaluation(BaseModel):
     diagnostic_n: Count | None
     batch_size: Count
     save_images: bool
+    checks_n: Natural
+    budget: Count | None
+    processes: Count
 
 
 class Settings(BaseModel):

@@ -59,7 +59,7 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
 
     from kwta_exp.checkpoint import load_into, read_weights
     from kwta_exp.data.batches import first_test_images
-    from kwta_exp.evaluation import evaluate, plain_gradient_attacks, summarise
+    from kwta_exp.evaluation import Diagnosis, Roles, diagnose, evaluate, summarise
     from kwta_exp.report.terminal import results_table
     from kwta_exp.training.sparsity import set_ratio
 
@@ -83,19 +83,25 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
                 "environment": environment.describe(plan.command, str(fabric.device), plan.runtime.identity()),
             },
         )
-        asked = options.evaluation
+        asked, roles = options.evaluation, Roles.of(parts.suite)
         clean, attacks, inapplicable = evaluate(
             network, images, parts.suite, parts.threat, options.seed, asked.batch_size, folder,
-            asked.diagnostic_n, asked.save_images,
+            asked.diagnostic_n, asked.save_images, asked.processes, asked.budget,
         )  # fmt: skip
+        diagnosis = Diagnosis()
+        if asked.checks_n and attacks:
+            diagnosis = diagnose(
+                network, images, parts.suite, clean, attacks, roles, parts.threat, options.seed,
+                asked.batch_size, folder, asked.checks_n, asked.diagnostic_n, asked.processes,
+            )  # fmt: skip
 
         details = {
             name: attack.details(network) for name, attack in parts.suite.items() if hasattr(attack, "details")
         }
-        card, plain_names = plan.identity_card(weights), plain_gradient_attacks(parts.suite)
         results = summarise(
-            card, parts.threat, clean, attacks, inapplicable, details, plain_names, asked.diagnostic_n
-        )
+            plan.identity_card(weights), parts.threat, clean, attacks, inapplicable, details, roles,
+            diagnosis, asked.diagnostic_n,
+        )  # fmt: skip
         write_json(plan.folder.results, results)
         write_json(folder / "results.json", results)  # the last: it says that all is done
         log.info("%s\n\nEverything is in %s", results_table(results), plan.folder.path)

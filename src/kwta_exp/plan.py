@@ -116,6 +116,8 @@ class Plan:
             "n": self.options.evaluation.n,
             "diagnostic_n": self.options.evaluation.diagnostic_n,
             "save_images": self.options.evaluation.save_images,
+            "checks_n": self.options.evaluation.checks_n,
+            "budget": self.options.evaluation.budget,
             "batch_size": self.options.evaluation.batch_size,
             "weights": sha256_of_file(weights),
         }

@@ -8,11 +8,13 @@ record is believed.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from kwta_exp.attacks import Threat
 from kwta_exp.config import build, check_trust
@@ -37,26 +39,28 @@ def verify(folder: Path) -> list[str]:
     _, cfg = source_run(str(folder), "RUN_FOLDER")
     check_trust(cfg, "dataset", folder)
     data = build(cfg, "dataset").load()
-    judge = Judge(network_of_run(str(folder), "RUN_FOLDER", data).eval().requires_grad_(False))
+    network = network_of_run(str(folder), "RUN_FOLDER", data).eval().requires_grad_(False)
 
     evaluations = sorted(path.parent for path in folder.glob("evaluation/*/images"))
     if not evaluations:
         raise UserError(f"{folder}: no images were kept; expected a run with evaluation.save_images=true")
-    return [_verify_one(evaluation, judge, data) for evaluation in evaluations]
+    return [_verify_one(evaluation, network, data) for evaluation in evaluations]
 
 
-def _verify_one(evaluation: Path, judge: Judge, data: Images) -> str:
+def _verify_one(evaluation: Path, network: nn.Module, data: Images) -> str:
     results = read_results(evaluation / "results.json")
     if results is None or results["worst_case"] is None:
         raise UserError(f"{evaluation}: not finished; the command that made it continues")
     threat = Threat(**results["threat"])
+    identity = json.loads((evaluation / "evaluation.json").read_text())["identity"]
+    judge = Judge(network, batch_size=identity["batch_size"])
     images = first_test_images(data, results["clean"]["n"], torch.device("cpu"))
     position = {index: place for place, index in enumerate(images.index.tolist())}
 
     clean = torch.cat(
         [
             ~errs(judge.logits(to_float(images.x[at])), images.y[at])
-            for at in torch.arange(len(images)).split(250)
+            for at in torch.arange(len(images)).split(judge.batch_size)
         ]
     )
     standing = clean.clone()

@@ -7,7 +7,7 @@ from kwta_exp.attacks.evolution import NES, EvolutionStrategies
 from kwta_exp.attacks.foolbox_adapter import FoolboxAttack
 from kwta_exp.attacks.pgd import PGD
 from kwta_exp.attacks.smoothed import SmoothedPGD
-from kwta_exp.attacks.surrogate import SurrogatePGD
+from kwta_exp.attacks.surrogate import SmoothTwin, SurrogatePGD
 from kwta_exp.attacks.threat import Threat
 from kwta_exp.attacks.transfer import Transfer
 
@@ -20,6 +20,7 @@ __all__ = [
     "EvolutionStrategies",
     "FoolboxAttack",
     "NotApplicableError",
+    "SmoothTwin",
     "SmoothedPGD",
     "Square",
     "SurrogatePGD",

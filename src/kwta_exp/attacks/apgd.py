@@ -10,7 +10,7 @@ import torch
 from pydantic import dataclasses
 from torch import Tensor, nn
 
-from kwta_exp.attacks.losses import LossName, attack_loss, targeted_dlr
+from kwta_exp.attacks.losses import LossName, attack_loss, targeted_dlr, wrong_classes
 from kwta_exp.attacks.pgd import Best, input_gradient
 from kwta_exp.attacks.standing import Try, best_of
 from kwta_exp.attacks.threat import Threat
@@ -50,7 +50,12 @@ class APGD:
 
     def _tries(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Iterator[Try]:
         threat = Threat(norm=self.norm, eps=self.eps)
-        ranking = self._wrong_classes(model, x, y) if self.targets else None
+        ranking = wrong_classes(model, x, y) if self.targets else None
+        if ranking is not None and ranking.shape[1] < 3:
+            raise ValueError(
+                f"targets={self.targets}: the targeted DLR loss needs 4 classes or more,"
+                f" not {ranking.shape[1] + 1}"
+            )
 
         def run(number: int, target: int | None) -> Try:
             def attempt(at: Tensor) -> Tensor:
@@ -70,20 +75,11 @@ class APGD:
                 yield run(number, target)
                 number += 1
 
-    def _wrong_classes(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """All classes but the true one, likeliest first, ``(N, K - 1)``.
-
-        Raises:
-            ValueError: if there are too few for the targeted loss.
-        """
-        with torch.no_grad():
-            logits = model(x)
-        if logits.shape[1] < 4:
-            raise ValueError(
-                f"targets={self.targets}: the targeted DLR loss needs 4 classes or more, not {logits.shape[1]}"
-            )
-        ranking: Tensor = logits.scatter(1, y[:, None], float("-inf")).argsort(1, descending=True)[:, :-1]
-        return ranking
+    def passes(self, classes: int) -> tuple[int, int]:
+        """The most passes, forward and backward, for one image."""
+        runs = self.restarts * (min(self.targets, classes - 1) or 1)
+        each = self.steps + 1
+        return runs * (each + 1 + (self.loss == "kl")) + (self.targets > 0), runs * each
 
 
 def ascend(

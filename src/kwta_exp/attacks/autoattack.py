@@ -13,6 +13,7 @@ import torch
 from pydantic import dataclasses
 from torch import Tensor, nn
 
+from kwta_exp.attacks.base import frozen
 from kwta_exp.fields import STRICT, Count, Eps, Norm
 from kwta_exp.randomness import isolated
 
@@ -47,7 +48,7 @@ class AutoAttack:
         import pyautoattack
 
         seed = int(keys.sum()) % 2**31
-        with isolated(seed), _quiet():
+        with isolated(seed), frozen(model), _quiet():
             ensemble: Any = pyautoattack.AutoAttack(
                 model, norm=_NORMS[self.norm], eps=self.eps, version=self.version, seed=seed, device=x.device
             )
@@ -58,11 +59,24 @@ class AutoAttack:
                 part.n_iter = self.steps
                 if hasattr(part, "n_target_classes"):
                     part.n_target_classes = min(part.n_target_classes, wrong_classes)
-            if wrong_classes < 3:  # the targeted DLR loss needs four classes
-                ensemble.attacks_to_run = [name for name in ensemble.attacks_to_run if name != "apgd-t"]
+            needed = {"apgd-dlr": 2, "apgd-t": 3}  # wrong classes, for the DLR loss and the targeted one
+            ensemble.attacks_to_run = [
+                name for name in ensemble.attacks_to_run if needed.get(name, 0) <= wrong_classes
+            ]
             found, _ = ensemble.run_standard_evaluation(x.clone(), y, batch_size=len(x))
         result: Tensor = found.detach()
         return result
+
+    def passes(self, classes: int) -> tuple[int, int]:
+        """The most passes, forward and backward, for one image, as counted on images that withstand."""
+        run, targets = self.steps + 3, min(9, classes - 1)
+        towards = targets if classes >= 4 else 0  # runs of targeted APGD
+        losses = 2 if classes >= 3 else 1  # of untargeted APGD
+        if self.version == "rand":
+            return 20 * losses * run, 20 * losses * run  # each gradient is a mean of 20
+        untargeted, fab = (5 * losses, 5) if self.version == "plus" else (1, 0)
+        forwards = untargeted + towards + 2 * targets + 2 * fab
+        return forwards * run + self.queries + 20, (untargeted + towards + targets + fab * classes) * run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -95,6 +109,10 @@ class Square:
             )  # fmt: skip
             found: Tensor = search.perturb(x.clone(), y)
         return found.detach()
+
+    def passes(self, classes: int) -> tuple[int, int]:
+        """The most passes, forward and backward, for one image."""
+        return self.restarts * (self.queries + 3) + 1, 0
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """What an attack is, to whoever calls one."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -7,6 +9,19 @@ from torch import Tensor, nn
 
 class NotApplicableError(Exception):
     """Raised by an attack that has no hold on a model; says why. It is recorded, not scored."""
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """For code of others that calls ``backward()``: no gradient reaches the weights."""
+    free = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in free:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in free:
+            parameter.requires_grad_(True)
 
 
 @runtime_checkable
@@ -29,5 +44,9 @@ class Attack(Protocol):
 
         Returns:
             A tensor shaped like ``x``.
+
+        An attack may also have ``passes(classes) -> (forward, backward)``, the most passes it takes for an
+        image of so many classes that withstands, for the forecast; and ``details(model)``, what it wishes
+        to say in ``results.json``.
         """
         ...

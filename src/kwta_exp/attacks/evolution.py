@@ -69,6 +69,10 @@ class EvolutionStrategies:
                 step += 1
         return x_adv
 
+    def passes(self, classes: int) -> tuple[int, int]:
+        """The most passes, forward and backward, for one image."""
+        return sum(steps * (samples + 1) for steps, samples in self.schedule), 0
+
     def _estimate(self, model: nn.Module, x: Tensor, y: Tensor, key: Tensor, samples: int) -> Tensor:
         """The gradient of the margin at one image ``(1, C, H, W)``, up to a factor."""
         total = torch.zeros_like(x)
@@ -108,7 +112,15 @@ class NES:
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         """Adversarial images inside the ball and [0, 1]; see :class:`~kwta_exp.attacks.Attack`."""
-        return _Published(norm=self.norm, eps=self.eps, chunk=self.chunk)(model, x, y, keys)
+        return self._published(model, x, y, keys)
+
+    def passes(self, classes: int) -> tuple[int, int]:
+        """The most passes, forward and backward, for one image."""
+        return self._published.passes(classes)
+
+    @property
+    def _published(self) -> EvolutionStrategies:
+        return _Published(norm=self.norm, eps=self.eps, chunk=self.chunk)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)

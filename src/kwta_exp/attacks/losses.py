@@ -47,6 +47,26 @@ def targeted_dlr(y_N: Tensor, target_N: Tensor) -> Callable[[Tensor], Tensor]:
     return loss
 
 
+def targeted_loss(name: LossName, y_N: Tensor, target_N: Tensor) -> Callable[[Tensor], Tensor]:
+    """The loss called ``name`` towards the class ``target_N``, as a function of logits.
+
+    ``"ce"`` is ``log softmax(z)_t``, ``"margin"`` is ``z_t - z_y``, ``"dlr"`` is :func:`targeted_dlr`.
+    """
+    if name == "dlr":
+        return targeted_dlr(y_N, target_N)
+    if name == "margin":
+        return lambda z: (z.gather(1, target_N[:, None]) - z.gather(1, y_N[:, None]))[:, 0]
+    return lambda z: -cross_entropy(z, target_N)
+
+
+def wrong_classes(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """All classes but the true one, likeliest at ``x`` first, ``(N, K - 1)``."""
+    with torch.no_grad():
+        logits = model(x)
+    ranking: Tensor = logits.scatter(1, y[:, None], float("-inf")).argsort(1, descending=True)[:, :-1]
+    return ranking
+
+
 def divergence(logits_NK: Tensor, reference_NK: Tensor) -> Tensor:
     """``KL(p || q)`` of the softmax of ``reference_NK`` (p) and of ``logits_NK`` (q), shape ``(N,)``."""
     q, p = logits_NK.log_softmax(1), reference_NK.log_softmax(1)

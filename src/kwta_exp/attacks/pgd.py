@@ -12,9 +12,9 @@ import torch
 from pydantic import dataclasses
 from torch import Tensor, nn
 
-from kwta_exp.attacks.losses import LossName, attack_loss, margin
+from kwta_exp.attacks.losses import LossName, attack_loss, margin, targeted_loss, wrong_classes
 from kwta_exp.attacks.threat import Threat
-from kwta_exp.fields import STRICT, Count, Eps, NonNegative, Norm, Positive
+from kwta_exp.fields import STRICT, Count, Eps, Natural, NonNegative, Norm, Positive
 from kwta_exp.randomness import fold, normal
 
 
@@ -35,6 +35,8 @@ class PGD:
         momentum: step along ``g <- momentum * g + gradient / |gradient|_1`` (Dong et al., "Boosting
             Adversarial Attacks with Momentum", CVPR 2018, equation 6); 1 there, 0 for none.
         loss: ``"ce"``, ``"margin"``, ``"dlr"``, or ``"kl"``, the divergence from the prediction at the image.
+        targets: run towards each of so many likeliest wrong classes, with the loss that raises that class;
+            not for ``"kl"``. 0 for none.
         keep_best: return the iterate with the largest margin of error instead of the last, stop once
             every image is fooled, and spend one more forward pass. Off for training, as is usual.
     """
@@ -48,11 +50,14 @@ class PGD:
     restarts: Count = 1
     momentum: NonNegative = 0.0
     loss: LossName = "ce"
+    targets: Natural = 0
     keep_best: bool = True
 
     def __post_init__(self) -> None:
         if self.restarts > 1 and not (self.random_start and self.keep_best):
             raise ValueError(f"restarts={self.restarts} needs random_start=true and keep_best=true")
+        if self.targets and (self.loss == "kl" or not self.keep_best):
+            raise ValueError(f"targets={self.targets} needs keep_best=true and a loss other than kl")
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         """Adversarial images inside the ball and [0, 1]; see :class:`~kwta_exp.attacks.Attack`."""
@@ -60,15 +65,16 @@ class PGD:
         step_size = self.step_size
         if step_size is None:
             step_size = self.relative_step_size * self.eps / self.steps
-        loss = attack_loss(self.loss, model, x, y)
+        losses = self._losses(model, x, y)
         best = Best(x)
 
-        for restart in range(self.restarts):
+        for run in range(len(losses) * self.restarts):
+            loss = losses[run % len(losses)]
             x_adv = x
             if self.random_start == "normal":
-                x_adv = threat.project(x + 0.001 * normal(fold(restart, keys), x.shape[1:]), x)
+                x_adv = threat.project(x + 0.001 * normal(fold(run, keys), x.shape[1:]), x)
             elif self.random_start:
-                x_adv = threat.random_point(x, fold(restart, keys))
+                x_adv = threat.random_point(x, fold(run, keys))
 
             velocity = torch.zeros_like(x)
             for _ in range(self.steps):
@@ -88,6 +94,19 @@ class PGD:
                     return best.x
 
         return best.x
+
+    def passes(self, classes: int) -> tuple[int, int]:
+        """The most passes, forward and backward, for one image."""
+        runs = self.restarts * (min(self.targets, classes - 1) or 1)
+        asked_once = self.loss == "kl" or self.targets > 0
+        return runs * (self.steps + self.keep_best) + asked_once, runs * self.steps
+
+    def _losses(self, model: nn.Module, x: Tensor, y: Tensor) -> list[Callable[[Tensor], Tensor]]:
+        """What is raised, one for each target if there are any."""
+        if not self.targets:
+            return [attack_loss(self.loss, model, x, y)]
+        ranking = wrong_classes(model, x, y)
+        return [targeted_loss(self.loss, y, target) for target in ranking.T[: self.targets]]
 
 
 def input_gradient(

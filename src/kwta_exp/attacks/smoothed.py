@@ -58,3 +58,7 @@ class SmoothedPGD:
         with torch.no_grad():
             best.update(x_adv, model(x_adv), y)
         return best.x
+
+    def passes(self, classes: int) -> tuple[int, int]:
+        """The most passes, forward and backward, for one image."""
+        return self.steps * (self.samples + 1) + 1 + (self.loss == "kl"), self.steps * self.samples

@@ -9,10 +9,10 @@ threshold, so the gradient also tells which losers are about to win.
 """
 
 import pkgutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import dataclasses
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from kwta_exp.activations import KWTA, LWTA
 from kwta_exp.activations.kwta import kwta_threshold
+from kwta_exp.attacks.apgd import APGD
 from kwta_exp.attacks.base import NotApplicableError
 from kwta_exp.attacks.losses import LossName
 from kwta_exp.attacks.pgd import PGD
@@ -67,7 +68,7 @@ GATES: dict[type[nn.Module], Gate] = {KWTA: soft_kwta, LWTA: soft_lwta}
 class SurrogatePGD:
     """PGD whose forward pass is the network's own and whose backward pass goes through soft gates.
 
-    Every restart is a PGD run with a random start of its own; restarts take turns through the
+    Every restart is a run with a random start of its own; restarts take turns through the
     temperatures. The iterate with the largest margin of error, under the exact network, is kept.
 
     Args:
@@ -75,6 +76,7 @@ class SurrogatePGD:
         eps: radius of the ball, in pixel units of [0, 1].
         steps: gradient steps of each restart.
         step_size: length of a step; ``None`` as for :class:`~kwta_exp.attacks.PGD`.
+        ascent: ``"pgd"``, or ``"apgd"``, which sets its own step size.
         restarts: independent runs.
         temperatures: widths of the soft gate, as multiples of the standard deviation of the values that
             compete. Small ones are truer to the network, large ones see further.
@@ -91,10 +93,21 @@ class SurrogatePGD:
     eps: Eps
     steps: Count = 40
     step_size: Eps | None = None
+    ascent: Literal["pgd", "apgd"] = "pgd"
     restarts: Count = 5
     temperatures: list[Positive] = field(default_factory=lambda: [0.1])
     loss: LossName = "ce"
     gates: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.ascent == "apgd" and self.step_size is not None:
+            raise ValueError(f"step_size={self.step_size}: ascent=apgd sets its own; expected null")
+
+    @property
+    def _descent(self) -> PGD | APGD:
+        if self.ascent == "apgd":
+            return APGD(norm=self.norm, eps=self.eps, steps=self.steps, loss=self.loss)
+        return PGD(norm=self.norm, eps=self.eps, steps=self.steps, step_size=self.step_size, loss=self.loss)
 
     def details(self, model: nn.Module) -> dict[str, int]:
         """What the attack found to work on, for the record."""
@@ -103,18 +116,23 @@ class SurrogatePGD:
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         """Adversarial images inside the ball and [0, 1]; see :class:`~kwta_exp.attacks.Attack`."""
         gated = self.require(model)
-        descent = PGD(norm=self.norm, eps=self.eps, steps=self.steps, step_size=self.step_size, loss=self.loss)
+        descent = self._descent
 
         def run(restart: int) -> Try:
             temperature = self.temperatures[restart % len(self.temperatures)]
 
             def attempt(at: Tensor) -> Tensor:
-                with soft_backward(gated, temperature):
+                with softened(gated, temperature):
                     return descent(model, x[at], y[at], fold(restart, keys[at]))
 
             return attempt
 
         return best_of(map(run, range(self.restarts)), model, x, y)
+
+    def passes(self, classes: int) -> tuple[int, int]:
+        """The most passes, forward and backward, for one image."""
+        forwards, backwards = self._descent.passes(classes)
+        return self.restarts * (forwards + 1), self.restarts * backwards
 
     def require(self, model: nn.Module) -> list[tuple[nn.Module, Gate]]:
         """The activations with a gate.
@@ -122,35 +140,100 @@ class SurrogatePGD:
         Raises:
             NotApplicableError: if there is none.
         """
-        if gated := self._gated(model):
-            return gated
-        raise NotApplicableError("no winner-take-all activation to put a soft gate in")
+        return _require_gates(model, self.gates)
 
     def _gated(self, model: nn.Module) -> list[tuple[nn.Module, Gate]]:
-        own = {
-            pkgutil.resolve_name(name): pkgutil.resolve_name(gate) for name, gate in (self.gates or {}).items()
-        }
-        gates = GATES | own
-        return [(module, gates[type(module)]) for module in model.modules() if type(module) in gates]
+        return gated_modules(model, self.gates)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
+class SmoothTwin:
+    """PGD on a twin of the network with soft gates going forward too; what it finds is tried on the network.
+
+    The twin is smooth, so its gradients are honest, and near the network, so its adversarial images often
+    are the network's (a transfer attack that needs no other network). Every restart takes all its steps and
+    the last iterate: what fools the twin only just seldom fools the network.
+
+    Args:
+        norm: ``"linf"`` or ``"l2"``.
+        eps: radius of the ball, in pixel units of [0, 1].
+        steps: gradient steps of each restart.
+        restarts: independent runs; they take turns through the temperatures.
+        temperatures: see :class:`SurrogatePGD`.
+        loss: ``"ce"``, ``"margin"`` or ``"dlr"``.
+        gates: see :class:`SurrogatePGD`.
+
+    Raises:
+        NotApplicableError: from a call, if the model has no module of a class with a gate.
+    """
+
+    norm: Norm
+    eps: Eps
+    steps: Count = 40
+    restarts: Count = 6
+    temperatures: list[Positive] = field(default_factory=lambda: [0.1, 0.05, 0.2])
+    loss: LossName = "ce"
+    gates: dict[str, str] | None = None
+
+    def details(self, model: nn.Module) -> dict[str, int]:
+        """What the attack found to work on, for the record."""
+        return {"activations_replaced": len(gated_modules(model, self.gates))}
+
+    def passes(self, classes: int) -> tuple[int, int]:
+        """The most passes, forward and backward, for one image; those through the twin count."""
+        return self.restarts * (self.steps + 1), self.restarts * self.steps
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+        """Adversarial images inside the ball and [0, 1]; see :class:`~kwta_exp.attacks.Attack`."""
+        gated = _require_gates(model, self.gates)
+        descent = PGD(norm=self.norm, eps=self.eps, steps=self.steps, loss=self.loss, keep_best=False)
+
+        def run(restart: int) -> Try:
+            temperature = self.temperatures[restart % len(self.temperatures)]
+
+            def attempt(at: Tensor) -> Tensor:
+                with softened(gated, temperature, exact_forward=False):
+                    return descent(model, x[at], y[at], fold(restart, keys[at]))
+
+            return attempt
+
+        return best_of(map(run, range(self.restarts)), model, x, y)
+
+
+def gated_modules(model: nn.Module, own: Mapping[str, str] | None) -> list[tuple[nn.Module, Gate]]:
+    """The modules of ``model`` whose class has a gate, here or in ``own`` (dotted path to dotted path)."""
+    resolve = pkgutil.resolve_name
+    gates = GATES | {resolve(name): resolve(gate) for name, gate in (own or {}).items()}
+    return [(module, gates[type(module)]) for module in model.modules() if type(module) in gates]
+
+
+def _require_gates(model: nn.Module, own: Mapping[str, str] | None) -> list[tuple[nn.Module, Gate]]:
+    if gated := gated_modules(model, own):
+        return gated
+    raise NotApplicableError("no winner-take-all activation to put a soft gate in")
 
 
 @contextmanager
-def soft_backward(gated: Sequence[tuple[nn.Module, Gate]], temperature: float) -> Iterator[None]:
-    """Let gradients of ``gated`` modules pass through their gates; what they return is unchanged."""
+def softened(
+    gated: Sequence[tuple[nn.Module, Gate]], temperature: float, exact_forward: bool = True
+) -> Iterator[None]:
+    """Let gradients of ``gated`` modules pass through their gates; what they return is unchanged, unless
+    ``exact_forward`` is off: then it is the gates' too.
+    """
 
     def hook_for(gate: Gate) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor | None]:
         inside = False
 
         def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
             nonlocal inside
-            if inside or not torch.is_grad_enabled():
+            if inside or (exact_forward and not torch.is_grad_enabled()):
                 return None
             inside = True  # a gate may call the module itself
             try:
                 soft = gate(module, inputs[0], temperature)
             finally:
                 inside = False
-            passed: Tensor = _StraightThrough.apply(output.detach(), soft)
+            passed: Tensor = _StraightThrough.apply(output.detach(), soft) if exact_forward else soft
             return passed
 
         return hook

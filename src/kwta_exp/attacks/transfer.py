@@ -44,6 +44,10 @@ class Transfer:
         self.network.to(x.device)
         return self.attack(self.network, x, y, keys)
 
+    def passes(self, classes: int) -> tuple[int, int]:
+        """None through the network that is judged."""
+        return 0, 0
+
     def details(self, model: nn.Module) -> dict[str, Any]:
         """Which network the images were made on, for the record."""
         return {"source": self.source}

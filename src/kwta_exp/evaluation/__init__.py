@@ -1,7 +1,8 @@
-"""Attacking a network and keeping the books: per image, per attack, and the worst case."""
+"""Attacking a network and keeping the books: each image, each attack, the worst case, and what to believe."""
 
+from kwta_exp.evaluation.diagnostics import Diagnosis, diagnose
 from kwta_exp.evaluation.evaluator import evaluate
 from kwta_exp.evaluation.results import summarise
-from kwta_exp.evaluation.verdict import plain_gradient_attacks
+from kwta_exp.evaluation.roles import Roles
 
-__all__ = ["evaluate", "plain_gradient_attacks", "summarise"]
+__all__ = ["Diagnosis", "Roles", "diagnose", "evaluate", "summarise"]

@@ -89,6 +89,10 @@ class Owners:
             self._last = alone if self._surely(images, alone) else self._distances(images).argmin(1)
         return self._last if len(images) else self._last[:0]
 
+    def only(self, keep: Tensor) -> "Owners":
+        """The owners where ``keep``, bool ``(N,)``, alone."""
+        return Owners(self.x[keep], self._threat)
+
     def _surely(self, images: Tensor, owner: Tensor) -> bool:
         return bool((self._threat.distance(images, self.x[owner]) < self._safe[owner]).all())
 

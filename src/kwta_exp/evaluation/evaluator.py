@@ -3,7 +3,7 @@
 import io
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from kwta_exp.attacks import Attack, NotApplicableError, Threat
-from kwta_exp.attacks.losses import margin
 from kwta_exp.data.batches import Split, to_float
-from kwta_exp.errors import UserError
-from kwta_exp.evaluation.counting import Counted
-from kwta_exp.evaluation.judge import Judge, errs, predicted
-from kwta_exp.evaluation.records import Column, Record
+from kwta_exp.evaluation.chunks import Task, Workers, rows_of
+from kwta_exp.evaluation.forecast import announce, within_budget
+from kwta_exp.evaluation.judge import Judge
+from kwta_exp.evaluation.records import Record
 from kwta_exp.progress import Progress
-from kwta_exp.randomness import fold, isolated, key
-from kwta_exp.storage import image_digests, write_bytes
+from kwta_exp.storage import write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +34,8 @@ def evaluate(
     folder: Path,
     diagnostic_n: int | None = None,
     save_images: bool = False,
+    processes: int = 1,
+    budget: int | None = None,
 ) -> tuple[Record, dict[str, Record], dict[str, str]]:
     """Judge ``network`` clean and under each attack, on the images it classifies correctly clean.
 
@@ -61,6 +61,9 @@ def evaluate(
         folder: where the records live.
         diagnostic_n: how many images every attack is run on; ``None`` for all.
         save_images: keep the adversarial images too, float32, in ``<folder>/images/<attack>-<chunk>.npz``.
+        processes: chunks attacked at once, each in a process of its own. It decides no outcome.
+        budget: passes, forward and backward, that the suite may cost by forecast; attacks that do not fit in
+            are left out and named. ``None``: no limit.
 
     Returns:
         The clean record, one record for each attack that applies to this network, and the reason for
@@ -69,16 +72,17 @@ def evaluate(
     Raises:
         UserError: if an attack fails or returns something other than images, naming the attack.
     """
-    judge = Judge(network.eval().requires_grad_(False))
+    judge = Judge(network.eval().requires_grad_(False), batch_size)
+    task = Task(judge.network, images, suite, threat, seed, batch_size)
 
-    with Progress("evaluating", len(images), "image") as progress:
+    with Workers(task, judge, processes) as workers, Progress("evaluating", len(images), "image") as progress:
         clean = Record.open(folder / f"{CLEAN}.npz", expected=images.index)
         everything = torch.arange(len(images), device=images.y.device)
         for chunk in _pending(everything, batch_size, clean, progress):
             progress.show(attack=CLEAN)
             started = time.monotonic()
             logits = judge.logits(to_float(images.x[chunk]))
-            clean.append(_rows(images, chunk, logits), len(chunk), 0, time.monotonic() - started)
+            clean.append(rows_of(images, chunk, logits), len(chunk), 0, time.monotonic() - started)
             clean.save()
             progress.advance(len(chunk))
 
@@ -86,27 +90,34 @@ def evaluate(
         survivors = right.copy()
         compared = np.arange(len(images)) < (len(images) if diagnostic_n is None else diagnostic_n)
         progress.extend(len(suite) * int(right.sum()))
+        sample = to_float(images.x[everything[:batch_size]])
+        inapplicable = within_budget(suite, int(right.sum()), judge.logits(sample[:1]).shape[1], budget)
+        announce(suite, inapplicable, judge, sample, int(right.sum()))
 
         records: dict[str, Record] = {}
-        inapplicable: dict[str, str] = {}
-        for name, attack in suite.items():
+        for name in suite:
             targets = np.flatnonzero(right & (compared | survivors))
             progress.advance(int(right.sum()) - len(targets))
+            if name in inapplicable:
+                progress.advance(len(targets))
+                continue
             places = torch.from_numpy(targets).to(images.y.device)
             record = Record.open(folder / f"{name}.npz", expected=images.index[places])
-            for chunk in _pending(places, batch_size, record, progress):
-                progress.show(attack=name, worst_case=f"{survivors.mean():.1%}")
-                try:
-                    x_adv = _attack_chunk(judge, images, chunk, name, attack, threat, seed, record)
-                except NotApplicableError as reason:
-                    inapplicable[name] = str(reason)
-                    break
-                if save_images:
-                    _save_images(folder / "images" / f"{name}-{int(chunk[0])}.npz", images.index[chunk], x_adv)
-                record.save()  # after the images: a row is there only when its image is
-                progress.advance(len(chunk))
-            if name in inapplicable:
-                log.info("%s is not applicable: %s", name, inapplicable[name])
+            chunks = _pending(places, batch_size, record, progress)
+            progress.show(attack=name, worst_case=f"{survivors.mean():.1%}")
+            try:
+                for chunk, outcome in zip(chunks, workers.outcomes(name, chunks), strict=True):
+                    if save_images:
+                        path = folder / "images" / f"{name}-{int(chunk[0])}.npz"
+                        _save_images(path, images.index[chunk], outcome.x_adv)
+                    record.append(outcome.rows, outcome.forwards, outcome.backwards, outcome.seconds)
+                    record.save()  # after the images: a row is there only when its image is
+                    survivors[chunk.cpu().numpy()[outcome.rows["fooled"]]] = False
+                    progress.advance(len(chunk))
+                    progress.show(attack=name, worst_case=f"{survivors.mean():.1%}")
+            except NotApplicableError as reason:
+                inapplicable[name] = str(reason)
+                log.info("%s is not applicable: %s", name, reason)
                 continue
             records[name] = record
             survivors[targets[record.columns["fooled"]] if len(record) else []] = False
@@ -115,74 +126,14 @@ def evaluate(
     return clean, records, inapplicable
 
 
-def _pending(positions: Tensor, batch_size: int, record: Record, progress: Progress) -> Iterator[Tensor]:
+def _pending(positions: Tensor, batch_size: int, record: Record, progress: Progress) -> Sequence[Tensor]:
     """The chunks that ``record`` lacks. It only ever holds whole ones."""
     done = len(record)
     progress.advance(done)
-    for chunk in positions.split(batch_size) if len(positions) else ():
-        if done >= len(chunk):
-            done -= len(chunk)
-        else:
-            yield chunk
+    return positions[done:].split(batch_size) if done < len(positions) else ()
 
 
 def _save_images(path: Path, index: Tensor, x_adv: Tensor) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, index=index.cpu().numpy(), x_adv=x_adv.cpu().numpy())
     write_bytes(path, buffer.getvalue())
-
-
-def _attack_chunk(
-    judge: Judge,
-    images: Split,
-    chunk: Tensor,
-    name: str,
-    attack: Attack,
-    threat: Threat,
-    seed: int,
-    record: Record,
-) -> Tensor:
-    """Add the rows of one chunk to ``record`` and return its adversarial images."""
-    x, y = to_float(images.x[chunk]), images.y[chunk]
-    keys = fold(key(seed, "attack", name), images.index[chunk])
-    counted = Counted(judge.network, x, y, threat)
-    started = time.monotonic()
-    try:
-        with isolated(int(keys.sum())):  # whatever draws from global generators does so reproducibly
-            returned = attack(counted, x.clone(), y, keys)
-        if not isinstance(returned, Tensor) or returned.shape != x.shape:
-            raise ValueError(
-                f"returned {getattr(returned, 'shape', type(returned).__name__)};"
-                f" expected images {tuple(x.shape)}"
-            )
-    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
-        raise UserError(f"attack.{name}: {type(error).__name__}: {error}") from error
-
-    with torch.no_grad():
-        x_adv = returned.detach().to(x)
-        x_adv = threat.project(torch.where(x_adv.isfinite(), x_adv, x), x)
-        logits = judge.logits(x_adv)
-        rows = _rows(images, chunk, logits)
-        erred = errs(logits, y)
-        fooled = erred.clone()
-        fooled[erred] = judge.errs_again(x_adv[erred], y[erred])
-        rows["fooled"] = fooled.cpu().numpy()
-        rows["unconfirmed"] = (erred & ~fooled).cpu().numpy()
-        rows["distance"] = threat.distance(x_adv, x).cpu().numpy()
-        rows["queries"] = counted.queries.cpu().numpy()
-        rows["steps"] = counted.steps.cpu().numpy()
-        rows["key"] = keys.cpu().numpy()
-    record.append(rows, counted.forwards, counted.backwards, time.monotonic() - started)
-    return x_adv
-
-
-def _rows(images: Split, chunk: Tensor, logits: Tensor) -> dict[str, Column]:
-    labels = images.y[chunk]
-    prediction = predicted(logits)
-    return {
-        "index": images.index[chunk].cpu().numpy(),
-        "digest": image_digests(images.x[chunk].cpu().numpy()),
-        "label": labels.cpu().numpy(),
-        "prediction": prediction.cpu().numpy(),
-        "margin": -margin(logits, labels).cpu().numpy(),
-    }

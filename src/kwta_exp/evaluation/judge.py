@@ -12,31 +12,45 @@ log = logging.getLogger(__name__)
 class Judge:
     """A network in float32, frozen and in eval mode, and a second opinion on its errors.
 
-    A winner-take-all network is discontinuous, so that rounding alone can flip a prediction. An error
-    counts if it is made in float32 in the batch at hand and again in float64, or else in float32 by the
-    image on its own.
+    A winner-take-all network is discontinuous, so that rounding alone can flip a prediction, and how a
+    library rounds depends on how many images it gets. So batches are padded to one size. An error counts
+    if it is made in float32 in such a batch and again in float64, or else in float32 by the image on its own.
+
+    Args:
+        network: images ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``.
+        batch_size: of the padded batches.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, batch_size: int) -> None:
         self.network = network
+        self.batch_size = batch_size
         self._double: nn.Module | None = None
         self._has_double = True
 
-    @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """Logits in float32, whatever precision the run trains in."""
+        return torch.cat([self._padded(some) for some in x.split(self.batch_size)])
+
+    @torch.no_grad()
+    def _padded(self, x: Tensor) -> Tensor:
+        missing = self.batch_size - len(x)
+        full = torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if missing and len(x) else x
+        return self._asked(full)[: len(x)]
+
+    @torch.no_grad()
+    def _asked(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             logits: Tensor = self.network(x)
         return logits
 
-    @torch.no_grad()
     def errs_again(self, x: Tensor, y: Tensor) -> Tensor:
         """Which of these images, all misclassified once, are misclassified again; bool ``(N,)``."""
         again = self._errs_in_double(x, y)
         for i in (~again).nonzero()[:, 0].tolist():
-            again[i] = errs(self.logits(x[i : i + 1]), y[i : i + 1])[0]
+            again[i] = errs(self._asked(x[i : i + 1]), y[i : i + 1])[0]
         return again
 
+    @torch.no_grad()
     def _errs_in_double(self, x: Tensor, y: Tensor) -> Tensor:
         if len(x) and self._has_double:
             try:

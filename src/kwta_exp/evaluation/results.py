@@ -7,7 +7,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kwta_exp.attacks import Threat
+from kwta_exp.evaluation.diagnostics import Diagnosis
 from kwta_exp.evaluation.records import Record
+from kwta_exp.evaluation.roles import Roles
 from kwta_exp.evaluation.verdict import verdict
 
 SCHEMA = 1
@@ -20,7 +22,8 @@ def summarise(
     attacks: Mapping[str, Record],
     inapplicable: Mapping[str, str],
     details: Mapping[str, Mapping[str, Any]],
-    plain: Collection[str],
+    roles: Roles,
+    diagnosis: Diagnosis,
     diagnostic_n: int | None = None,
 ) -> dict[str, Any]:
     """The content of ``results.json`` (documented in the README).
@@ -32,7 +35,8 @@ def summarise(
         attacks: one record each, in the suite's order.
         inapplicable: why the suite's other attacks had no hold on the network.
         details: what an attack wishes to say of what it found in the network.
-        plain: names of those that are thorough plain gradient attacks, for the verdict.
+        roles: what the suite's attacks are to the verdict.
+        diagnosis: what was measured beside them.
         diagnostic_n: how many of the images every attack was run on; ``None`` for all.
 
     An attack's own ``robust_accuracy`` is over those images, since of the others it saw only what stood;
@@ -46,13 +50,11 @@ def summarise(
     standing = right.copy()
     by: dict[str, float] = {}
     per_attack: dict[str, Any] = {}
-    fooled_plainly = np.zeros_like(right)
+    fooled_by: dict[str, npt.NDArray[np.bool_]] = {}
     for name, record in attacks.items():
-        fooled = _fooled(clean, record)
+        fooled = fooled_by[name] = _fooled(clean, record)
         by[name] = float(np.mean(standing & fooled))
         standing &= ~fooled
-        if name in plain:
-            fooled_plainly |= fooled
         per_attack[name] = {
             **_accuracy((right & ~fooled)[first], "robust_accuracy"),
             "cumulative": float(np.mean(standing)),
@@ -63,6 +65,11 @@ def summarise(
             "seconds": round(record.seconds, 3),
             **details.get(name, {}),
         }
+    compared = {name: fooled[first] for name, fooled in fooled_by.items()}
+    black_box = [name for name, record in attacks.items() if len(record) and not record.backwards]
+    asked = any(attacks[name].forwards for name in black_box)  # a transferred attack asks nothing
+    measured = {**_comparisons(compared, roles, black_box), **diagnosis.measured}
+    masking = verdict(measured, len(right[first]), bool(attacks), asked)
     return {
         "schema": SCHEMA,
         "run": dict(run),
@@ -71,8 +78,32 @@ def summarise(
         "attacks": per_attack,
         "worst_case": {**_accuracy(standing, "robust_accuracy"), "by": by} if attacks else None,
         "inapplicable": dict(inapplicable),
-        "masking": verdict(list(attacks), fooled_plainly[first], (right & ~standing)[first], bool(plain)),
+        "masking": {**masking, "checks_n": diagnosis.n, "planted": diagnosis.planted},
     }
+
+
+def _comparisons(
+    fooled_by: Mapping[str, npt.NDArray[np.bool_]], roles: Roles, black_box: Collection[str]
+) -> dict[str, float]:
+    """Shares of the images that some attacks fool and others do not, by the name of the check."""
+
+    def only(these: Collection[str], not_those: Collection[str]) -> float:
+        by_these, by_those = (
+            np.any([fooled_by[name] for name in names], axis=0) for names in (these, not_those)
+        )
+        return float((by_these & ~by_those).mean())
+
+    plain = [name for name in roles.plain if name in fooled_by]
+    single = [name for name in roles.single_step if name in fooled_by]
+    with_gradient = [name for name in fooled_by if name not in black_box]
+    found = {}
+    if plain:
+        found["gain_over_plain_pgd"] = only(list(fooled_by), plain)
+    if plain and single:
+        found["single_step_finds_more"] = only(single, plain)
+    if black_box and with_gradient:
+        found["black_box_finds_more"] = only(black_box, with_gradient)
+    return found
 
 
 def _fooled(clean: Record, record: Record) -> npt.NDArray[np.bool_]:

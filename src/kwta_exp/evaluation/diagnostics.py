@@ -1,0 +1,324 @@
+"""Measurements of whether gradients lead anywhere and whether an attack could have missed something.
+
+They look at what a network does, never at what it is made of. The checks are those of Athalye, Carlini and
+Wagner, "Obfuscated Gradients Give a False Sense of Security", ICML 2018, section 3.1, and Carlini et al., "On
+Evaluating Adversarial Robustness", arXiv 1902.06705, sections 3 to 5, with the binarization test
+(:mod:`kwta_exp.evaluation.binarization`). What the numbers mean for a claim is :mod:`.verdict`'s business.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from kwta_exp.attacks import PGD, Attack, NotApplicableError, Threat
+from kwta_exp.attacks.losses import cross_entropy, margin
+from kwta_exp.attacks.pgd import input_gradient
+from kwta_exp.data.batches import Split, to_float
+from kwta_exp.evaluation.binarization import plant
+from kwta_exp.evaluation.evaluator import evaluate
+from kwta_exp.evaluation.judge import errs
+from kwta_exp.evaluation.records import Record
+from kwta_exp.evaluation.roles import Roles
+from kwta_exp.randomness import fold, key, uniform
+
+log = logging.getLogger(__name__)
+
+DRAWS = 200
+"""Random points of each ball, half of them at its corners (or on its sphere)."""
+
+PATH = 64
+"""Pieces of the straight way from an image to the edge of its ball."""
+
+STEPS = 40
+"""Of the gradient ascent that is watched."""
+
+LARGE_EPS = 0.5
+"""In pixel units, a radius at which every image can be made grey: nothing is robust there."""
+
+NEAR_BEST = 0.05
+"""An attack so near to the most successful one in accuracy may stand in for it where it is cheaper."""
+
+RANDOM_LOGITS = 1e-3
+"""Relative difference of two answers to one question that rounding does not explain."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was measured.
+
+    Attributes:
+        n: images it was measured on: the first that are classified correctly.
+        measured: a share, 0 to 1, for each check; larger is worse.
+        planted: of the binarization test: how many problems, the share that each attack found and
+            that random points find. Empty where it was not made.
+    """
+
+    n: int = 0
+    measured: dict[str, float] = field(default_factory=dict)
+    planted: dict[str, Any] = field(default_factory=dict)
+
+
+def diagnose(
+    network: nn.Module,
+    images: Split,
+    suite: Mapping[str, Attack],
+    clean: Record,
+    records: Mapping[str, Record],
+    roles: Roles,
+    threat: Threat,
+    seed: int,
+    batch_size: int,
+    folder: Path,
+    checks_n: int,
+    diagnostic_n: int | None = None,
+    processes: int = 1,
+) -> Diagnosis:
+    """Every measurement, on the first ``checks_n`` images that ``network`` classifies correctly.
+
+    Args:
+        network: frozen, in eval mode.
+        images: those of the evaluation.
+        suite: its attacks.
+        clean: its clean record.
+        records: its records of attacks.
+        roles: what its attacks are to a verdict.
+        threat: its threat.
+        seed: its seed.
+        batch_size: images of a chunk.
+        folder: its folder; the planted examples and the repeated attack get folders of their own in it.
+        checks_n: how many images, at most.
+        diagnostic_n: of how many images the comparisons of attacks are; the repeated attack's too.
+        processes: as for :func:`~kwta_exp.evaluation.evaluate`.
+    """
+    right = clean.columns["prediction"] == clean.columns["label"]
+    standing = right & ~np.isin(clean.columns["index"], _fooled_by(records))
+    first = np.flatnonzero(right)[:checks_n]
+    if not len(first):
+        return Diagnosis()
+    chosen = _part(images, first)
+    x, y = to_float(chosen.x[torch.arange(len(first))]), chosen.y
+    keys = fold(key(seed, "checks"), chosen.index)
+    settings: dict[str, Any] = {"threat": threat, "batch_size": batch_size, "processes": processes}
+
+    log.info("checking for masked gradients on %d images", len(first))
+    pieces = [
+        _looked_at(network, *some, threat)
+        for some in zip(x.split(batch_size), y.split(batch_size), keys.split(batch_size), strict=True)
+    ]
+    each = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+    by_luck = each.pop("by_luck").cpu().numpy()
+    measured = {name: _mean(values) for name, values in each.items()}
+    measured["random_search_finds_more"] = float((by_luck & standing[first]).mean())
+
+    again = _most_successful(records, roles)
+    if again is not None:
+        log.info("repeating %s with other random numbers", again)
+        left = _part(images, np.flatnonzero(standing[:diagnostic_n]))
+        measured["repeating_finds_more"] = 0.0
+        if len(left):
+            _, repeated, _ = evaluate(
+                network,
+                left,
+                {again: suite[again]},
+                seed=key(seed, "again"),
+                folder=folder / "again",
+                **settings,
+            )
+            more = repeated[again].columns["fooled"].sum() if len(repeated[again]) else 0
+            measured["repeating_finds_more"] = float(more / len(right[:diagnostic_n]))
+
+    log.info("planting adversarial examples around %d images", len(first))
+    planted = plant(network, chosen, threat, seed, batch_size)
+    found: dict[str, Any] = {"tried": planted.tried, "problems": len(planted.images)}
+    if 2 * len(planted.images) >= planted.tried:
+        ordered = [*roles.plain, *(name for name in suite if name not in roles.plain)]
+        hunters: dict[str, Attack] = {name: _Hunter(suite[name]) for name in ordered if name in records}
+        _, hunts, _ = evaluate(
+            planted.network, planted.images, hunters, seed=key(seed, "hunt"), folder=folder / "planted",
+            diagnostic_n=0, **settings,
+        )  # fmt: skip
+        n = len(planted.images)
+        found["found"] = {
+            name: int(hunt.columns["fooled"].sum()) / n for name, hunt in hunts.items() if len(hunt)
+        }
+        found["by_chance"] = _by_chance(planted.network, planted.images, threat, seed, batch_size)
+        missed = 1 - sum(found["found"].values())  # each attack sees only what those before it left
+        measured["planted_missed"] = max(0.0, missed)
+        if plain := [found["found"].get(name, 0.0) for name in roles.plain if name in hunts]:
+            measured["planted_missed_by_plain_pgd"] = 1 - sum(plain)
+    return Diagnosis(len(first), measured, found)
+
+
+def _looked_at(network: nn.Module, x: Tensor, y: Tensor, keys: Tensor, threat: Threat) -> dict[str, Tensor]:
+    """One number for each image ``(N,)`` and measurement, NaN where it says nothing."""
+    return {
+        **_ascent(network, x, y, keys, threat),
+        "change_unseen_by_gradients": _unseen_change(network, x, y, keys, threat),
+        "stands_at_large_eps": _at_large_eps(network, x, y, keys, threat),
+        "outputs_are_probabilities": _probabilities(network, x),
+        "outputs_are_random": _random(network, x),
+        "by_luck": _by_luck(network, x, y, keys, threat),
+    }
+
+
+def _ascent(network: nn.Module, x: Tensor, y: Tensor, keys: Tensor, threat: Threat) -> dict[str, Tensor]:
+    """Watch plain PGD on the cross-entropy climb, as far as an image is not yet fooled.
+
+    ``gradients_are_zero`` and ``gradients_are_not_finite`` are shares of its steps. Of what the margin of error
+    gained from the start to its best, ``last_is_not_best`` is the share lost again at the end and
+    ``still_rising`` the share that the last quarter of the steps brought.
+    """
+    x_adv = threat.random_point(x, keys)
+    step_size = 2.5 * threat.eps / STEPS
+    margins, zero, broken = [], [], []
+    for _ in range(STEPS):
+        gradient, logits, _ = input_gradient(network, x_adv, lambda z: cross_entropy(z, y))
+        margins.append(margin(logits, y))
+        flat = gradient.flatten(1)
+        broken.append(~flat.isfinite().all(1))
+        zero.append((flat == 0).all(1))
+        x_adv = threat.project(x_adv + step_size * threat.steepest(gradient.nan_to_num(0, 0, 0)), x)
+    with torch.no_grad():
+        margins.append(margin(network(x_adv), y))
+
+    curve = torch.stack(margins).double()
+    climbing = (curve.cummax(0).values <= 0)[:-1].double()  # not fooled so far
+    steps = climbing.sum(0)
+    best = curve.cummax(0).values
+    gained = best[-1] - curve[0]
+    useful = (best[-1] <= 0) & (gained > 0)
+    nothing = torch.full_like(gained, float("nan"))
+    return {
+        "gradients_are_zero": torch.where(steps > 0, (torch.stack(zero) * climbing).sum(0) / steps, nothing),
+        "gradients_are_not_finite": torch.where(
+            steps > 0, (torch.stack(broken) * climbing).sum(0) / steps, nothing
+        ),
+        "last_is_not_best": torch.where(useful, (best[-1] - curve[-1]) / gained, nothing),
+        "still_rising": torch.where(useful, (best[-1] - best[3 * STEPS // 4]) / gained, nothing),
+    }
+
+
+def _unseen_change(network: nn.Module, x: Tensor, y: Tensor, keys: Tensor, threat: Threat) -> Tensor:
+    """The share of the margin's change along a straight way that its gradient does not account for.
+
+    On each of the pieces of the way to a random corner (or point of the sphere) the change is compared with the
+    mean gradient of both ends times the piece; 0 for a network that is linear on each piece, near 0 for any
+    that is smooth, and 1 where the gradient has nothing to do with what happens.
+    """
+    towards = threat.project(x + threat.eps * threat.steepest(uniform(fold(1, keys), x.shape[1:]) - 0.5), x)
+    piece = (towards - x) / PATH
+    before: tuple[Tensor, Tensor] | None = None
+    unseen = torch.zeros(len(x), dtype=torch.double, device=x.device)
+    total = torch.zeros_like(unseen)
+    for step in range(PATH + 1):
+        gradient, _, value = input_gradient(network, x + step * piece, lambda z: margin(z, y))
+        slope = (gradient * piece).flatten(1).double().sum(1)
+        if before is not None:
+            change = value.double() - before[0]
+            unseen += (change - (slope + before[1]) / 2).abs()
+            total += change.abs()
+        before = value.double(), slope
+    return (unseen / total.clamp_min(1e-12)).clamp(0, 1)
+
+
+def _at_large_eps(network: nn.Module, x: Tensor, y: Tensor, keys: Tensor, threat: Threat) -> Tensor:
+    """Which images plain PGD leaves standing where any can be made any other."""
+    eps = LARGE_EPS * (1.0 if threat.norm == "linf" else x[0].numel() ** 0.5)
+    found = PGD(norm=threat.norm, eps=eps, steps=STEPS)(network, x, y, keys)
+    with torch.no_grad():
+        return (~errs(network(found), y)).double()
+
+
+def _probabilities(network: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        outputs: Tensor = network(x)
+    return ((outputs >= 0).all(1) & ((outputs.sum(1) - 1).abs() < 1e-3)).double()
+
+
+def _random(network: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        one: Tensor = network(x)
+        other: Tensor = network(x)
+    size = one.abs().amax(1).clamp_min(1e-12)
+    return ((one - other).abs().amax(1) > RANDOM_LOGITS * size).double()
+
+
+def _by_luck(network: nn.Module, x: Tensor, y: Tensor, keys: Tensor, threat: Threat) -> Tensor:
+    """Which images a random point of the ball fools, bool ``(N,)``."""
+    fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    with torch.no_grad():
+        for draw in range(DRAWS):
+            fooled |= errs(network(_draw(x, fold(2 + draw, keys), threat, draw)), y)
+    return fooled
+
+
+def _draw(x: Tensor, keys: Tensor, threat: Threat, number: int) -> Tensor:
+    """A random point of each ball, or for odd numbers a corner (a point of the sphere)."""
+    if number % 2 == 0:
+        return threat.random_point(x, keys)
+    return threat.project(x + threat.eps * threat.steepest(uniform(keys, x.shape[1:]) - 0.5), x)
+
+
+def _by_chance(network: nn.Module, images: Split, threat: Threat, seed: int, batch_size: int) -> float:
+    x = to_float(images.x[torch.arange(len(images))])
+    keys = fold(key(seed, "chance"), images.index)
+    lucky = [
+        _by_luck(network, some, y, own, threat)
+        for some, y, own in zip(
+            x.split(batch_size), images.y.split(batch_size), keys.split(batch_size), strict=True
+        )
+    ]
+    return torch.cat(lucky).double().mean().item()
+
+
+@dataclass(frozen=True)
+class _Hunter:
+    """An attack that steps aside where two classes are too few for it."""
+
+    attack: Attack
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+        try:
+            return self.attack(model, x, y, keys)
+        except (ValueError, IndexError, RuntimeError) as error:
+            raise NotApplicableError(f"not for two classes: {error}") from error
+
+    def passes(self, classes: int) -> tuple[int, int] | None:
+        return self.attack.passes(classes) if hasattr(self.attack, "passes") else None
+
+
+def _most_successful(records: Mapping[str, Record], roles: Roles) -> str | None:
+    """The cheapest of the attacks that did best, among those that search at all."""
+    tried = {
+        name: record
+        for name, record in records.items()
+        if len(record) and record.forwards and name not in roles.single_step
+    }
+    if not tried:
+        return None
+    left = {name: 1 - record.columns["fooled"].mean() for name, record in tried.items()}
+    near = [name for name in tried if left[name] <= min(left.values()) + NEAR_BEST]
+    return min(near, key=lambda name: tried[name].forwards + tried[name].backwards)
+
+
+def _fooled_by(records: Mapping[str, Record]) -> npt.NDArray[Any]:
+    found = [record.columns["index"][record.columns["fooled"]] for record in records.values() if len(record)]
+    return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
+
+
+def _part(images: Split, places: npt.NDArray[np.intp]) -> Split:
+    at = torch.from_numpy(places).to(images.y.device)
+    return Split(images.x[at], images.y[at], images.index[at])
+
+
+def _mean(values: Tensor) -> float:
+    """The mean of what is not NaN; 0 where nothing says anything."""
+    kept = values[~values.isnan()]
+    return kept.mean().item() if len(kept) else 0.0

@@ -1,0 +1,326 @@
+"""Nobody is called sound who was not tested, and nobody masked who is honest."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kwta_exp.activations
+import kwta_exp.evaluation
+from kwta_exp.activations import KWTA
+from kwta_exp.attacks import APGD, PGD, Attack, EvolutionStrategies, Square, SurrogatePGD, Threat, Transfer
+from kwta_exp.data.batches import Split, to_float
+from kwta_exp.evaluation import Diagnosis, Roles, diagnose, evaluate, summarise
+from kwta_exp.evaluation.binarization import last_linear, plant, readout
+from kwta_exp.evaluation.diagnostics import _ascent, _unseen_change
+from kwta_exp.evaluation.verdict import CHECKS, WITH_INTERVAL, verdict
+from kwta_exp.randomness import fold
+
+EPS = 0.1
+THREAT = Threat(norm="linf", eps=EPS)
+PASSED = {"planted_missed": 0.0, "gain_over_plain_pgd": 0.0}
+
+
+def said(measured: dict[str, float], n: int = 100, attacked: bool = True, asked: bool = True) -> Any:
+    return verdict(measured, n, attacked, asked)
+
+
+def test_masked_is_what_plain_pgd_misses_for_certain() -> None:
+    # 10 of 100 have a Wilson interval from 5.5%; 9 of 100 from 4.8%.
+    found = [said({"gain_over_plain_pgd": share})["verdict"] for share in (0.0, 0.09, 0.10, 0.8)]
+    assert found == ["untested", "untested", "masked", "masked"]
+    flag = said({"gain_over_plain_pgd": 0.3})["flags"][0]
+    assert (flag["check"], flag["value"], flag["threshold"]) == ("gain_over_plain_pgd", 0.3, 0.05)
+    assert "30 of 100" in said({"gain_over_plain_pgd": 0.3})["explanation"]
+
+
+def test_sound_must_be_earned() -> None:
+    assert said(PASSED)["verdict"] == "sound"
+    assert said(PASSED, asked=False)["verdict"] == "untested"
+    assert said({"gain_over_plain_pgd": 0.0})["verdict"] == "untested"
+    assert said({}, attacked=False)["verdict"] == "untested"
+    assert said(PASSED | {"gain_over_plain_pgd": 0.5})["verdict"] == "masked"
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKS if name != "gain_over_plain_pgd"])
+def test_every_check_can_fail_and_says_so(name: str) -> None:
+    check = CHECKS[name]
+    fine, raised = said(PASSED | {name: check.threshold}), said(PASSED | {name: 0.9})
+    assert fine["flags"] == []
+    assert fine["verdict"] == "sound"
+    assert [flag["check"] for flag in raised["flags"]] == [name]
+    assert raised["flags"][0]["source"] == check.source
+    assert check.meaning in raised["explanation"]
+    assert raised["verdict"] == ("suspect" if check.bears_on == "worst case" else "sound")
+    also = said(PASSED | {name: 0.9, "gain_over_plain_pgd": 0.5})
+    assert also["verdict"] == "masked"
+    assert (check.meaning in also["explanation"]) == (check.bears_on == "worst case")
+
+
+def test_a_paired_share_counts_from_the_lower_end_of_its_interval() -> None:
+    assert set(CHECKS) >= WITH_INTERVAL
+    few = said(PASSED | {"black_box_finds_more": 0.05}, n=20)
+    many = said(PASSED | {"black_box_finds_more": 0.05}, n=2000)
+    assert (few["verdict"], many["verdict"]) == ("sound", "suspect")
+
+
+def test_only_a_thorough_pgd_on_the_cross_entropy_is_the_claim() -> None:
+    suite: dict[str, Any] = {
+        "pgd": PGD(norm="linf", eps=0.1, steps=20),
+        "weak": PGD(norm="linf", eps=0.1, steps=19),
+        "margin": PGD(norm="linf", eps=0.1, steps=40, loss="margin"),
+        "targeted": PGD(norm="linf", eps=0.1, steps=40, targets=3),
+        "fgsm": PGD(norm="linf", eps=0.1, steps=1),
+        "mine": lambda model, x, y, keys: x,
+    }
+    assert Roles.of(suite) == Roles(plain=("pgd",), single_step=("fgsm",))
+
+
+def test_nothing_here_names_an_activation() -> None:
+    folder = Path(kwta_exp.evaluation.__file__).parent
+    names = "|".join(["ReLU", "relu", "Sigmoid", "Tanh", "GELU", *kwta_exp.activations.__all__])
+    for path in folder.glob("*.py"):
+        assert not re.search(rf"\b({names})\b|kwta_exp\.activations", path.read_text()), path
+
+
+class Grey(nn.Module):
+    """Images to their pixels less a half, flat."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) - 0.5
+
+
+def honest(features: nn.Module | None = None) -> nn.Module:
+    """A random network on 6x6 images, in float32."""
+    torch.manual_seed(0)
+    hidden = nn.Sequential(nn.Linear(36, 64), features or nn.ReLU(), nn.Linear(64, 96), nn.ReLU())
+    model = nn.Sequential(Grey(), hidden, nn.Linear(96, 4))
+    for parameter in model.parameters():
+        parameter.data *= 2
+    return model.eval().requires_grad_(False)
+
+
+class Steps(nn.Module):
+    """Rounds the image to a few shades: a staircase, flat but for its jumps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * 20).round() / 20
+
+
+class Loud(nn.Module):
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.by
+
+
+class Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.1 * torch.randn_like(x)
+
+
+def labelled(model: nn.Module, n: int = 40) -> Split:
+    """Images near grey, with the model's own answers for labels."""
+    x = (torch.rand(n, 1, 6, 6, generator=torch.Generator().manual_seed(1)) * 255).to(torch.uint8)
+    return Split(x, model(to_float(x)).argmax(1), torch.arange(n))
+
+
+SUITE: dict[str, Attack] = {
+    "fgsm": PGD(norm="linf", eps=EPS, steps=1, step_size=EPS, random_start=False),
+    "pgd": PGD(norm="linf", eps=EPS, steps=20, restarts=2),
+    "apgd_t": APGD(norm="linf", eps=EPS, steps=20, targets=3),
+    "surrogate": SurrogatePGD(norm="linf", eps=EPS, steps=20, restarts=3),
+    "square": Square(norm="linf", eps=EPS, queries=400),
+    "es": EvolutionStrategies(norm="linf", eps=EPS, steps=20, samples=100, sigma=0.06, step_size=0.02),
+}
+
+
+def judged(model: nn.Module, folder: Path, suite: dict[str, Attack] = SUITE, n: int = 40, **kw: Any) -> Any:
+    images = labelled(model, n)
+    clean, records, left = evaluate(model, images, suite, THREAT, 0, 20, folder)
+    settings = {"batch_size": 20, "folder": folder, "checks_n": 16, **kw}
+    diagnosis = diagnose(model, images, suite, clean, records, Roles.of(suite), THREAT, 0, **settings)
+    return summarise({"name": "a"}, THREAT, clean, records, left, {}, Roles.of(suite), diagnosis)
+
+
+def test_an_honest_network_is_sound(tmp_path: Path) -> None:
+    masking = judged(honest(), tmp_path)["masking"]
+    assert (masking["verdict"], masking["flags"]) == ("sound", [])
+    assert {entry["check"] for entry in masking["passed"]} == set(CHECKS)
+    assert masking["checks_n"] == 16
+    assert masking["planted"]["problems"] == masking["planted"]["tried"] == 16
+    assert masking["planted"]["found"]["pgd"] == 1
+    assert masking["planted"]["by_chance"] < 1
+
+
+CULPRITS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
+    "a quantised input": (
+        lambda: nn.Sequential(Steps(), honest()),
+        {"gradients_are_zero", "change_unseen_by_gradients", "stands_at_large_eps"},
+    ),
+    "loud logits": (lambda: nn.Sequential(honest(), Loud(1000.0)), {"gradients_are_zero"}),
+    "winners": (lambda: honest(KWTA(ratio=0.2)), {"change_unseen_by_gradients", "planted_missed_by_plain_pgd"}),
+}
+
+
+@pytest.mark.parametrize("name", CULPRITS)
+def test_masked_gradients_are_seen_for_what_they_are(name: str, tmp_path: Path) -> None:
+    make, expected = CULPRITS[name]
+    masking = judged(make().eval().requires_grad_(False), tmp_path)["masking"]
+    raised = {flag["check"] for flag in masking["flags"]}
+    assert expected <= raised
+    if name != "winners":
+        assert masking["verdict"] == "masked"
+
+
+class Wrapped(nn.Module):
+    """The same network, by other names and a level deeper."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.something_else = nn.ModuleDict({"renamed": nn.Sequential(nn.Identity(), inner)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.something_else["renamed"](x)
+        return logits
+
+
+def test_names_and_wrappings_change_nothing(tmp_path: Path) -> None:
+    model = honest(KWTA(ratio=0.2))
+    bare, wrapped = judged(model, tmp_path / "a"), judged(Wrapped(model), tmp_path / "b")
+    assert bare["masking"] == wrapped["masking"]
+    assert bare["worst_case"] == wrapped["worst_case"]
+
+
+def test_random_and_normalised_outputs_are_noticed(tmp_path: Path) -> None:
+    random = judged(nn.Sequential(honest(), Noise()), tmp_path / "a", {"pgd": SUITE["pgd"]})["masking"]
+    assert "outputs_are_random" in {flag["check"] for flag in random["flags"]}
+    soft = judged(nn.Sequential(honest(), nn.Softmax(1)), tmp_path / "b", {"pgd": SUITE["pgd"]})["masking"]
+    assert "outputs_are_probabilities" in {flag["check"] for flag in soft["flags"]}
+
+
+def test_an_attack_that_never_moves_is_found_out(tmp_path: Path) -> None:
+    lazy: dict[str, Any] = {"lazy": lambda model, x, y, keys: x + 0 * model(x).sum()}
+    masking = judged(honest(), tmp_path, lazy)["masking"]
+    assert masking["verdict"] == "suspect"
+    raised = {flag["check"]: flag["value"] for flag in masking["flags"]}
+    assert raised["planted_missed"] == 1
+    assert raised["random_search_finds_more"] > 0
+
+
+def test_an_unlucky_attack_finds_more_when_repeated(tmp_path: Path) -> None:
+    """It tries one random corner."""
+
+    def dart(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+        model(x)
+        return THREAT.project(x + EPS * torch.randn(x.shape).sign(), x)
+
+    masking = judged(honest(), tmp_path, {"dart": dart})["masking"]
+    assert {flag["check"]: flag["value"] for flag in masking["flags"]}["repeating_finds_more"] > 0.02
+
+
+def test_a_transferred_attack_is_black_box_but_asks_nothing(tmp_path: Path) -> None:
+    transfer = Transfer(source="elsewhere", attack=SUITE["pgd"])
+    transfer.connect(honest())
+    model = nn.Sequential(Steps(), honest()).eval().requires_grad_(False)
+    masking = judged(model, tmp_path, {"pgd": SUITE["pgd"], "transfer": transfer})["masking"]
+    raised = {flag["check"] for flag in masking["flags"]}
+    assert {"black_box_finds_more", "gain_over_plain_pgd"} <= raised
+    plain = judged(honest(), tmp_path / "b", {"pgd": SUITE["pgd"], "transfer": transfer})["masking"]
+    assert plain["verdict"] == "untested"
+
+
+def test_measurements_are_what_they_say() -> None:
+    x = torch.rand(6, 1, 6, 6, generator=torch.Generator().manual_seed(3)) * 0.6 + 0.2
+    keys = fold(3, torch.arange(6))
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
+    y = linear(x).argmax(1)
+    assert _unseen_change(linear, x, y, keys, THREAT).max() < 0.02  # the margin's rival may change
+    stairs = nn.Sequential(Steps(), linear)
+    assert _unseen_change(stairs, x, y, keys, THREAT).min() == 1
+    watched = _ascent(stairs, x, stairs(x).argmax(1), keys, THREAT)
+    assert torch.equal(watched["gradients_are_zero"], torch.ones(6, dtype=torch.double))
+    assert not watched["gradients_are_not_finite"].any()
+    broken = nn.Sequential(linear, Rooted())
+    assert _ascent(broken, x, y, keys, THREAT)["gradients_are_not_finite"].nanmean() == 1
+
+
+class Rooted(nn.Module):
+    """Adds nothing going forward, and NaN to the gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (x - x.detach()).abs().sqrt().nan_to_num()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_what_was_planted_is_there(norm: Any) -> None:
+    model = honest()
+    threat = Threat(norm=norm, eps=0.1 if norm == "linf" else 0.5)
+    planted = plant(model, labelled(model, 8), threat, 0, 100)
+    x = to_float(planted.images.x)
+    assert len(x) == planted.tried == 8
+    assert planted.network(x).argmax(1).tolist() == [0] * 8
+    assert planted.network(planted.x_planted).argmax(1).tolist() == [1] * 8
+    assert planted.network(planted.x_planted.flip(0)).argmax(1).tolist() == [1] * 8  # in any order
+    distance = threat.distance(planted.x_planted, x)
+    assert (distance <= threat.eps + 1e-6).all()
+    assert (distance > 0.8 * threat.eps).all()
+    inside = threat.random_point(x, fold(9, torch.arange(8)))
+    assert planted.network(inside).argmax(1).sum() <= 1
+    # The lead at the image is the network's own.
+    own = model(x).topk(2).values
+    lead = planted.network(x)
+    torch.testing.assert_close(lead[:, 0] - lead[:, 1], own[:, 0] - own[:, 1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_readout_is_a_ridge_regression(wide: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = (8, 20) if wide else (60, 5)
+    features = torch.randn(rows, columns, generator=generator, dtype=torch.double)
+    features[-1] += 3
+    weight, threshold = readout(features, torch.tensor(2.0))
+    score = features @ weight - threshold
+    assert (score[:-1] < 0).all()
+    assert score[-1] > 0
+    assert score[0].item() == pytest.approx(-2)
+    # Of the strongest regularisation it is, up to scale, the least squares solution with that penalty.
+    root = torch.ones(rows, dtype=torch.double)
+    root[-1] = (rows - 1) ** 0.5
+    share = root**2 / (root**2).sum()
+    target = torch.full((rows,), -1.0, dtype=torch.double)
+    target[-1] = 1
+    centred = root[:, None] * (features - share @ features)
+    penalty = 100 * centred.square().sum() / columns * torch.eye(columns, dtype=torch.double)
+    expected = torch.linalg.solve(centred.T @ centred + penalty, centred.T @ (root * (target - share @ target)))
+    torch.testing.assert_close(weight / weight.norm(), expected / expected.norm())
+
+
+def test_the_readout_takes_the_place_of_the_last_layer_and_what_follows_it_stays() -> None:
+    model = nn.Sequential(honest(), Loud(7.0))
+    assert last_linear(model, torch.rand(1, 1, 6, 6)) is model[0][2]
+    split = nn.Sequential(Grey(), nn.Unflatten(1, (4, 9)), nn.Linear(9, 3), nn.Flatten())
+    assert last_linear(split, torch.rand(1, 1, 6, 6)) is None  # rows that are no images
+    without = nn.Sequential(nn.Conv2d(1, 4, 6), nn.Flatten())
+    assert last_linear(without, torch.rand(1, 1, 6, 6)) is None
+    planted = plant(without.eval().requires_grad_(False), labelled(without, 4), THREAT, 0, 100)
+    assert planted.tried == 4  # on logits, where it works at all
+
+
+def test_a_stopped_diagnosis_continues_to_the_same_numbers(tmp_path: Path) -> None:
+    once = judged(honest(), tmp_path / "a")["masking"]
+    for path in (tmp_path / "a" / "planted").glob("*.npz"):
+        path.unlink()
+    assert judged(honest(), tmp_path / "a")["masking"] == once
+    assert np.isfinite([entry["value"] for entry in once["passed"]]).all()
+
+
+def test_no_diagnosis_says_nothing() -> None:
+    assert Diagnosis().measured == {}
