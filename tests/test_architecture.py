@@ -17,7 +17,7 @@ LAYERS = [
     {"config"},
     {"plan"},
     {"parts"},
-    {"experiment", "verify"},
+    {"experiment", "verify", "transfer_matrix"},
 ]
 HYDRA_ALLOWED = {"config.py"}
 MODULES = sorted(SOURCE.rglob("*.py"))

@@ -17,6 +17,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.numpy import load_file
 
+from kwta_exp.errors import UserError
 from tests.conftest import ROOT, TINY, run_py
 from tests.test_checkpoint import Hostile
 
@@ -400,3 +401,79 @@ def test_ten_kills_change_nothing(tmp_path: Path) -> None:
     assert in_evaluation >= 3
     assert run_py(f"paths.outputs={outputs}", *command).returncode == 0
     assert outcome(outputs) == outcome(tmp_path / "calm")
+
+
+def rows_judged(outputs: Path) -> int:
+    total = 0
+    for path in outputs.glob("*/s*/evaluation/**/*.npz"):
+        with np.load(path) as file:
+            total += len(file["index"])
+    return total
+
+
+@pytest.mark.slow
+def test_five_kills_and_two_processes_change_no_outcome(tmp_path: Path) -> None:
+    """Kill -9 at five moments spread over one audit: attacks, checks and planted examples."""
+    trained = tmp_path / "trained"
+    assert run_py(f"paths.outputs={trained}", "suite=none", "training.epochs=15").returncode == 0
+    command = ["training=none", f"weights={only_folder(trained)}", "suite=strong", "evaluation.n=80",
+               "evaluation.checks_n=16", "evaluation.batch_size=8", "attack.autoattack.steps=10",
+               "attack.autoattack.queries=200", "attack.square.queries=200", "attack.es.steps=10",
+               "runtime=cpu", "runtime.threads=1"]  # fmt: skip
+    calm, killed, parallel = (tmp_path / name for name in ("calm", "killed", "parallel"))
+    assert run_py(f"paths.outputs={calm}", *command).returncode == 0
+    total = rows_judged(calm)
+
+    for number in range(5):
+        wanted = int((number + 0.5) / 5 * total)
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "run.py"), f"paths.outputs={killed}", *command],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while rows_judged(killed) < wanted:
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        print(f"killed at {rows_judged(killed)} of {total} rows")
+    assert run_py(f"paths.outputs={killed}", *command).returncode == 0
+    assert run_py(f"paths.outputs={parallel}", *command, "evaluation.processes=2").returncode == 0
+
+    def told(outputs: Path) -> tuple[dict[str, bytes], str]:
+        results = json.loads((only_folder(outputs) / "results.json").read_text())
+        for attack in results["attacks"].values():
+            del attack["seconds"]
+        rows = {}
+        for path in only_folder(outputs).glob("evaluation/**/*.npz"):
+            with np.load(path) as file:
+                rows |= {
+                    f"{path.parent.name}/{path.name}/{c}": file[c].tobytes()
+                    for c in file.files
+                    if c != "seconds"
+                }
+        return rows, json.dumps([results[part] for part in ("attacks", "worst_case", "masking")])
+
+    assert told(calm) == told(killed) == told(parallel)
+
+
+def test_the_transfer_matrix_tries_each_on_all(tmp_path: Path, finished: Path) -> None:
+    from kwta_exp.transfer_matrix import matrix, text
+
+    outputs = tmp_path / "relu"
+    assert (
+        run_py(f"paths.outputs={outputs}", *TINY[:5], *TINY[-2:], "activation=relu", "suite=none").returncode
+        == 0
+    )
+    folders = [only_folder(finished), only_folder(outputs)]
+    found = matrix(folders, "pgd", 30, 0.1, 0, tmp_path / "work")
+    (kwta, relu) = found["left"]
+    assert "kwta0.1" in kwta
+    assert "relu" in relu
+    assert found["left"][relu][relu] < found["left"][relu][kwta] <= found["left"][relu]["clean"]
+    assert matrix(folders, "pgd", 30, 0.1, 0, tmp_path / "work") == found
+    assert len(text(found).splitlines()) == 7
+    soft = matrix(folders, "surrogate", 30, 0.1, 0, tmp_path / "work")
+    assert relu not in soft["left"][kwta]  # nothing to soften there
+    assert "n/a" in text(soft)
+    with pytest.raises(UserError, match="given twice"):
+        matrix([folders[0], folders[0]], "pgd", 30, None, 0, tmp_path)

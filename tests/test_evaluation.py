@@ -1,5 +1,6 @@
 """The evaluator trusts nobody, counts per image, and survives being stopped."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import torch
 from scipy.stats import norm
 from torch import Tensor, nn
 
-from kwta_exp.attacks import PGD, NotApplicableError, Threat
-from kwta_exp.data.batches import Split
+from kwta_exp.activations import KWTA
+from kwta_exp.attacks import APGD, PGD, EvolutionStrategies, NotApplicableError, SmoothedPGD, Threat
+from kwta_exp.data.batches import Split, first_test_images, to_float
+from kwta_exp.data.datasets import Digits
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation import Diagnosis, Roles, evaluate, summarise
 from kwta_exp.evaluation.counting import Counted
+from kwta_exp.evaluation.judge import Judge
 from kwta_exp.evaluation.records import Record
 from kwta_exp.report.terminal import results_table
 
@@ -326,3 +330,145 @@ def test_adversarial_images_are_kept_before_their_rows(tmp_path: Path) -> None:
     with np.load(files[0]) as file:
         assert file["index"].tolist() == [100, 101]
         np.testing.assert_allclose(file["x_adv"], split.x[:2] / 255 + 0.1, atol=1e-6)
+
+
+class Hold(nn.Module):
+    """A network that needs its class sent along when another process is to ask it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = random_net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.inner(x)
+        return logits
+
+
+def nothing_to_hold_on(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+    raise NotApplicableError("nothing to hold on to")
+
+
+def grey(model: nn.Module, n: int) -> Split:
+    split = images(*torch.rand(n, generator=torch.Generator().manual_seed(0)).tolist(), labels=[0] * n)
+    return Split(split.x, model(split.x / 255).argmax(1), split.index)
+
+
+def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+    model = Hold()
+    split = grey(model, 11)
+    suite = {"a": PGD(norm="linf", eps=0.1, steps=3), "no": nothing_to_hold_on, "b": APGD(norm="linf", eps=0.1)}
+    _, one, alone = judge(tmp_path / "one", split, suite, model)
+    _, two, together = judge(tmp_path / "two", split, suite, model, processes=2)
+    for name in ("a", "b"):
+        for column, values in one[name].columns.items():
+            np.testing.assert_array_equal(values, two[name].columns[column])
+        assert one[name].forwards == two[name].forwards > 0
+    assert alone["inapplicable"] == together["inapplicable"] == {"no": "nothing to hold on to"}
+
+
+def test_what_no_process_can_be_sent_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluation\.processes: .* cannot be sent .* expected 1"):
+        judge(tmp_path, images(*[0.8] * 5), {"mine": lambda m, x, y, k: x}, processes=2)
+
+
+def failing(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+    os._exit(3)
+
+
+def test_a_process_that_dies_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluation\.processes=2: a process died"):
+        judge(tmp_path, grey(Hold(), 5), {"mine": failing}, Hold(), processes=2)
+
+
+def test_a_budget_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
+    suite = {
+        "small": PGD(norm="linf", eps=0.1, steps=3),  # 4 forward, 3 backward
+        "large": PGD(norm="linf", eps=0.1, steps=300),
+        "unknown": shift(0.0),
+        "last": PGD(norm="linf", eps=0.1, steps=2),  # 3 and 2
+    }
+    split = images(0.8, 0.2)
+    _, records, results = judge(tmp_path, split, suite, budget=2 * (7 + 5))
+    assert list(records) == ["small", "unknown", "last"]
+    assert results["inapplicable"]["large"].startswith("left out: up to 1,202 passes do not fit")
+    assert list(judge(tmp_path / "b", split, suite, budget=2 * (7 + 5) - 1)[1]) == ["small", "unknown"]
+
+
+def test_a_long_suite_is_announced_with_what_it_may_cost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = {"small": PGD(norm="linf", eps=0.1, steps=3), "mine": shift(0.0)}
+    with caplog.at_level("INFO"):
+        judge(tmp_path / "a", images(0.8, 0.2), suite)
+        assert "passes" not in caplog.text
+        monkeypatch.setattr("kwta_exp.evaluation.forecast.WORTH_SAYING", 0.0)
+        judge(tmp_path / "b", images(0.8, 0.2), suite)
+    assert "attacking 2 images: at most 8 forward and 6 backward passes" in caplog.text
+    assert "no forecast for mine" in caplog.text
+
+
+def test_judgement_is_always_by_full_batches() -> None:
+    sizes: list[int] = []
+
+    class Watched(Threshold):
+        def forward(self, x: Tensor) -> Tensor:
+            sizes.append(len(x))
+            return super().forward(x)
+
+    x = torch.rand(7, 1, 2, 2)
+    logits = Judge(Watched(), batch_size=3).logits(x)
+    assert sizes == [3, 3, 3]
+    torch.testing.assert_close(logits, Threshold()(x))
+
+
+class InDouble(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.inner(x.double())
+        return logits
+
+
+def trained_on_digits(activation: nn.Module) -> tuple[nn.Module, Split]:
+    data = Digits().load()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 100), activation, nn.Linear(100, 10))
+    x, y = to_float(torch.as_tensor(data.x_train)), torch.as_tensor(data.y_train)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model.eval().requires_grad_(False), first_test_images(data, 200, torch.device("cpu"))
+
+
+CHUNKED = {
+    "pgd": PGD(norm="linf", eps=0.1, steps=10, restarts=2),
+    "apgd": APGD(norm="linf", eps=0.1, steps=20),
+    "smoothed": SmoothedPGD(norm="linf", eps=0.1, steps=5, samples=3),
+    "es": EvolutionStrategies(norm="linf", eps=0.1, steps=5, samples=20),
+}
+
+
+def test_chunks_of_any_size_give_the_same_outcomes_in_float64(tmp_path: Path) -> None:
+    relu, split = trained_on_digits(nn.ReLU())
+    model = InDouble(relu)
+    found = [judge(tmp_path / str(size), split, CHUNKED, model, batch_size=size)[1] for size in (200, 64, 7)]
+    for name in CHUNKED:
+        assert 0 < found[0][name].columns["fooled"].sum() < len(found[0][name])
+        for other in found[1:]:
+            for column in ("index", "fooled", "prediction", "steps", "key"):
+                np.testing.assert_array_equal(other[name].columns[column], found[0][name].columns[column])
+            np.testing.assert_allclose(other[name].columns["distance"], found[0][name].columns["distance"])
+
+
+def test_chunks_of_any_size_agree_within_a_point_on_winners_in_float32(tmp_path: Path) -> None:
+    """Jumps amplify rounding, and rounding depends on the batch."""
+    model, split = trained_on_digits(KWTA(0.1))
+    worst = [
+        judge(tmp_path / str(size), split, CHUNKED, model, batch_size=size)[2]["worst_case"]["robust_accuracy"]
+        for size in (200, 64, 7)
+    ]
+    assert max(worst) - min(worst) <= 0.01

@@ -82,7 +82,7 @@ class EvolutionStrategies:
             queries = torch.cat([x + self.sigma * u, x - self.sigma * u])
             values = margin(model(queries), y.expand(len(queries)))
             ahead, behind = values.chunk(2)
-            total += torch.einsum("n,nchw->chw", ahead - behind, u)
+            total += torch.einsum("n,nchw->chw", (ahead - behind).to(u), u)
         return total
 
 

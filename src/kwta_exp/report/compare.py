@@ -9,8 +9,10 @@ correlated proportions or percentages", Psychometrika 1947; here the exact binom
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,12 +46,17 @@ class Outcomes:
         found = [path for path in folder.glob("evaluation/*") if read_results(path / "results.json") == results]
         if not found:
             raise UserError(f"{folder}: its results.json is not that of any of its evaluations")
-        clean = Record.open(found[0] / "clean.npz")
+        return cls.of_evaluation(found[0], results)
+
+    @classmethod
+    def of_evaluation(cls, folder: Path, results: Mapping[str, Any]) -> "Outcomes":
+        """Read the rows of the evaluation in ``folder``, whose ``results`` are known."""
+        clean = Record.open(folder / "clean.npz")
         right = clean.columns["prediction"] == clean.columns["label"]
         standing = right.copy()
         place = {index: number for number, index in enumerate(clean.columns["index"].tolist())}
         for name in results["attacks"]:
-            rows = Record.open(found[0] / f"{name}.npz").columns
+            rows = Record.open(folder / f"{name}.npz").columns
             for index, fooled in zip(rows.get("index", []), rows.get("fooled", []), strict=True):
                 standing[place[int(index)]] &= not fooled
         threat = results["threat"]["norm"], results["threat"]["eps"]
