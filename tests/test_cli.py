@@ -416,8 +416,8 @@ def test_five_kills_and_two_processes_change_no_outcome(tmp_path: Path) -> None:
     """Kill -9 at five moments spread over one audit: attacks, checks and planted examples."""
     trained = tmp_path / "trained"
     assert run_py(f"paths.outputs={trained}", "suite=none", "training.epochs=15").returncode == 0
-    command = ["training=none", f"weights={only_folder(trained)}", "suite=strong", "evaluation.n=80",
-               "evaluation.checks_n=16", "evaluation.batch_size=8", "attack.autoattack.steps=10",
+    command = ["training=none", f"weights={only_folder(trained)}", "suite=strong", "evaluation.n=40",
+               "evaluation.checks_n=8", "evaluation.batch_size=4", "attack.autoattack.steps=10",
                "attack.autoattack.queries=200", "attack.square.queries=200", "attack.es.steps=10",
                "runtime=cpu", "runtime.threads=1"]  # fmt: skip
     calm, killed, parallel = (tmp_path / name for name in ("calm", "killed", "parallel"))

@@ -324,3 +324,9 @@ def test_a_stopped_diagnosis_continues_to_the_same_numbers(tmp_path: Path) -> No
 
 def test_no_diagnosis_says_nothing() -> None:
     assert Diagnosis().measured == {}
+
+
+def test_the_page_lists_every_check() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "verdict.md").read_text()
+    listed = dict(re.findall(r"^\| `(\w+)` \| (worst case|plain gradients) \|", page, re.MULTILINE))
+    assert listed == {name: check.bears_on for name, check in CHECKS.items()}
