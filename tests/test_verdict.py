@@ -122,8 +122,12 @@ class Loud(nn.Module):
 
 
 class Noise(nn.Module):
+    def __init__(self, by: float = 0.1) -> None:
+        super().__init__()
+        self.by = by
+
     def forward(self, x: Tensor) -> Tensor:
-        return x + 0.1 * torch.randn_like(x)
+        return x + self.by * torch.randn_like(x)
 
 
 def labelled(model: nn.Module, n: int = 40) -> Split:
@@ -202,6 +206,9 @@ def test_names_and_wrappings_change_nothing(tmp_path: Path) -> None:
 def test_random_and_normalised_outputs_are_noticed(tmp_path: Path) -> None:
     random = judged(nn.Sequential(honest(), Noise()), tmp_path / "a", {"pgd": SUITE["pgd"]})["masking"]
     assert "outputs_are_random" in {flag["check"] for flag in random["flags"]}
+    mad = judged(nn.Sequential(Noise(3.0), honest()), tmp_path / "c", {"pgd": SUITE["pgd"]})["masking"]
+    assert mad["planted"] == {"tried": 13, "problems": 0}  # three were wrong when first asked; no test is made
+    assert mad["verdict"] != "sound"
     soft = judged(nn.Sequential(honest(), nn.Softmax(1)), tmp_path / "b", {"pgd": SUITE["pgd"]})["masking"]
     assert "outputs_are_probabilities" in {flag["check"] for flag in soft["flags"]}
 

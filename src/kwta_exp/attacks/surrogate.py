@@ -22,9 +22,10 @@ from kwta_exp.activations import KWTA, LWTA
 from kwta_exp.activations.kwta import kwta_threshold
 from kwta_exp.attacks.apgd import APGD
 from kwta_exp.attacks.base import NotApplicableError
-from kwta_exp.attacks.losses import LossName
-from kwta_exp.attacks.pgd import PGD
+from kwta_exp.attacks.losses import LossName, attack_loss
+from kwta_exp.attacks.pgd import PGD, Best, input_gradient
 from kwta_exp.attacks.standing import Try, best_of
+from kwta_exp.attacks.threat import Threat
 from kwta_exp.fields import STRICT, Count, Eps, Norm, Positive
 from kwta_exp.randomness import fold
 
@@ -63,23 +64,29 @@ def _spread(x: Tensor, first: int) -> Tensor:
 GATES: dict[type[nn.Module], Gate] = {KWTA: soft_kwta, LWTA: soft_lwta}
 """The discontinuous activations known here, and the smooth stand-in of each."""
 
+_MOMENTUM = 0.75
+_FIRST_STEP = 0.5  # of eps
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class SurrogatePGD:
     """PGD whose forward pass is the network's own and whose backward pass goes through soft gates.
 
-    Every restart is a run with a random start of its own; restarts take turns through the
-    temperatures. The iterate with the largest margin of error, under the exact network, is kept.
+    Every restart is a run with a random start of its own. The iterate with the largest margin of error, under
+    the exact network, is kept.
 
     Args:
         norm: ``"linf"`` or ``"l2"``.
         eps: radius of the ball, in pixel units of [0, 1].
         steps: gradient steps of each restart.
-        step_size: length of a step; ``None`` as for :class:`~kwta_exp.attacks.PGD`.
-        ascent: ``"pgd"``, or ``"apgd"``, which sets its own step size.
+        step_size: length of a step; ``None`` as for :class:`~kwta_exp.attacks.PGD`. For ``ascent="pgd"`` alone.
+        ascent: ``"pgd"``; ``"apgd"``, which sets its own step size; or ``"anneal"``, the strongest for its
+            price: steps along the gradients' momentum that shrink from eps / 2 to nothing while the gate
+            sharpens.
         restarts: independent runs.
         temperatures: widths of the soft gate, as multiples of the standard deviation of the values that
-            compete. Small ones are truer to the network, large ones see further.
+            compete. Small ones are truer to the network, large ones see further. Restarts take turns
+            through them; under ``"anneal"`` each goes from the largest to the smallest, geometrically.
         loss: ``"ce"`` or ``"margin"``.
         gates: for activations of your own: dotted path of the class to dotted path of its gate, a
             function ``(module, x, temperature)`` that returns a smooth stand-in for ``module(x)``.
@@ -93,18 +100,19 @@ class SurrogatePGD:
     eps: Eps
     steps: Count = 40
     step_size: Eps | None = None
-    ascent: Literal["pgd", "apgd"] = "pgd"
-    restarts: Count = 5
-    temperatures: list[Positive] = field(default_factory=lambda: [0.1])
-    loss: LossName = "ce"
+    ascent: Literal["anneal", "pgd", "apgd"] = "anneal"
+    restarts: Count = 6
+    temperatures: list[Positive] = field(default_factory=lambda: [0.1, 0.01])
+    loss: LossName = "margin"
     gates: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
-        if self.ascent == "apgd" and self.step_size is not None:
-            raise ValueError(f"step_size={self.step_size}: ascent=apgd sets its own; expected null")
+        if self.ascent != "pgd" and self.step_size is not None:
+            raise ValueError(f"step_size={self.step_size}: ascent={self.ascent} sets its own; expected null")
 
     @property
     def _descent(self) -> PGD | APGD:
+        """What ``"anneal"`` differs from in its steps and temperatures, not in its cost, is PGD."""
         if self.ascent == "apgd":
             return APGD(norm=self.norm, eps=self.eps, steps=self.steps, loss=self.loss)
         return PGD(norm=self.norm, eps=self.eps, steps=self.steps, step_size=self.step_size, loss=self.loss)
@@ -122,12 +130,38 @@ class SurrogatePGD:
             temperature = self.temperatures[restart % len(self.temperatures)]
 
             def attempt(at: Tensor) -> Tensor:
+                keys_of_run = fold(restart, keys[at])
+                if self.ascent == "anneal":
+                    return self._anneal(model, gated, x[at], y[at], keys_of_run)
                 with softened(gated, temperature):
-                    return descent(model, x[at], y[at], fold(restart, keys[at]))
+                    return descent(model, x[at], y[at], keys_of_run)
 
             return attempt
 
         return best_of(map(run, range(self.restarts)), model, x, y)
+
+    def _anneal(
+        self, model: nn.Module, gated: Sequence[tuple[nn.Module, Gate]], x: Tensor, y: Tensor, keys: Tensor
+    ) -> Tensor:
+        """One run of ``ascent="anneal"``; momentum as in Dong et al. 2018, equation 6, weaker and decaying."""
+        threat = Threat(norm=self.norm, eps=self.eps)
+        loss = attack_loss(self.loss, model, x, y)
+        warm, cold = max(self.temperatures), min(self.temperatures)
+        x_adv, best = threat.random_point(x, keys), Best(x)
+        velocity = torch.zeros_like(x)
+        for step in range(self.steps):
+            progress = step / self.steps
+            with softened(gated, warm * (cold / warm) ** progress):
+                gradient, logits, _ = input_gradient(model, x_adv, loss)
+            if best.update(x_adv, logits, y):
+                return best.x
+            scale = gradient.abs().mean(tuple(range(1, x.dim())), keepdim=True)
+            velocity = _MOMENTUM * velocity + gradient / scale.clamp_min(1e-30)
+            length = _FIRST_STEP * self.eps * (1 - progress)
+            x_adv = threat.project(x_adv + length * threat.steepest(velocity), x)
+        with torch.no_grad():
+            best.update(x_adv, model(x_adv), y)
+        return best.x
 
     def passes(self, classes: int) -> tuple[int, int]:
         """The most passes, forward and backward, for one image."""

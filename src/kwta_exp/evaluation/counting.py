@@ -76,8 +76,9 @@ class Owners:
         self.x = x
         self._threat = threat
         self._p = float("inf") if threat.norm == "linf" else 2.0
-        apart = self._distances(x)
-        self._safe = apart.fill_diagonal_(float("inf")).amin(1) / 2
+        self._safe = x.new_zeros(0)
+        if len(x):
+            self._safe = self._distances(x).fill_diagonal_(float("inf")).amin(1) / 2
         self._last = torch.arange(len(x), device=x.device)
 
     def __call__(self, images: Tensor) -> Tensor:
