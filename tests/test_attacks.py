@@ -435,6 +435,7 @@ def everything(threat: Threat) -> dict[str, Attack]:
     own["restarts"] = PGD(norm=threat.norm, eps=threat.eps, steps=7, restarts=3, loss="kl")
     own["apgd_kl"] = APGD(norm=threat.norm, eps=threat.eps, steps=7, restarts=2, loss="kl")
     own["surrogate"] = SurrogatePGD(norm=threat.norm, eps=threat.eps, steps=7, restarts=3)
+    own["surrogate_pgd"] = SurrogatePGD(norm=threat.norm, eps=threat.eps, steps=7, restarts=3, ascent="pgd")
     own["surrogate_apgd"] = SurrogatePGD(norm=threat.norm, eps=threat.eps, steps=7, restarts=3, ascent="apgd")
     own["twin"] = SmoothTwin(norm=threat.norm, eps=threat.eps, steps=7, restarts=3)
     for version in ("plus", "rand"):

@@ -1,13 +1,14 @@
 """The surrogate attack: exact forward, soft backward, and stronger than plain PGD where it matters."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from kwta_exp.activations import KWTA, LWTA
-from kwta_exp.attacks import PGD, NotApplicableError, SurrogatePGD, Threat
+from kwta_exp.attacks import PGD, NotApplicableError, SmoothTwin, SurrogatePGD, Threat
 from kwta_exp.attacks.surrogate import GATES, softened
 from kwta_exp.data.batches import first_test_images, to_float
 from kwta_exp.data.datasets import Digits
@@ -69,19 +70,20 @@ def test_hooks_are_gone_after_the_attack_and_after_an_error() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), KWTA(0.5), nn.Linear(8, 3)).eval()
     x, y = torch.rand(4, 1, 4, 4), torch.zeros(4, dtype=torch.long)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    SurrogatePGD(norm="linf", eps=0.1, steps=2)(model, x, y, torch.arange(4))
-    with pytest.raises(RuntimeError):
-        SurrogatePGD(norm="linf", eps=0.1, steps=2)(model, x[:, :, :2], y, torch.arange(4))
+    for attack in (SurrogatePGD(norm="linf", eps=0.1, steps=2), SmoothTwin(norm="linf", eps=0.1, steps=2)):
+        attack(model, x, y, torch.arange(4))
+        with pytest.raises(RuntimeError):
+            attack(model, x[:, :, :2], y, torch.arange(4))
     assert not model[2]._forward_hooks
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_where_there_is_nothing_to_soften_it_says_so(linear_model: nn.Module) -> None:
-    attack = SurrogatePGD(norm="linf", eps=0.1)
     x, y = torch.zeros(1, 3, 4, 4).double(), torch.zeros(1, dtype=torch.long)
-    with pytest.raises(NotApplicableError, match="no winner-take-all activation"):
-        attack(linear_model, x, y, y)
+    for attack in (SurrogatePGD(norm="linf", eps=0.1), SmoothTwin(norm="linf", eps=0.1)):
+        with pytest.raises(NotApplicableError, match="no winner-take-all activation"):
+            attack(linear_model, x, y, y)
 
 
 class Halved(nn.Module):
@@ -128,7 +130,7 @@ def test_it_breaks_what_plain_pgd_leaves_standing_on_a_kwta_net() -> None:
     images = first_test_images(Digits().load(), 200, CPU)
     x, keys = to_float(images.x), fold(key(0, "test"), images.index)
 
-    def standing(attack: PGD | SurrogatePGD) -> float:
+    def standing(attack: PGD | SurrogatePGD | SmoothTwin) -> float:
         x_adv = attack(model, x, images.y, keys)
         assert Threat(norm="linf", eps=0.1).distance(x_adv, x).max() <= 0.1 + 1e-6
         return (model(x_adv).argmax(1) == images.y).double().mean().item()
@@ -136,9 +138,15 @@ def test_it_breaks_what_plain_pgd_leaves_standing_on_a_kwta_net() -> None:
     assert (model(x).argmax(1) == images.y).double().mean() > 0.8
     effort = {"norm": "linf", "eps": 0.1, "steps": 30, "restarts": 3}
     plain = standing(PGD(**effort))
-    surrogate = standing(SurrogatePGD(**effort, temperatures=[0.1, 0.05, 0.2]))
-    print(f"plain PGD leaves {plain:.1%}, the surrogate {surrogate:.1%}")
-    assert surrogate < plain - 0.05
+    left = {
+        ascent: standing(SurrogatePGD(**effort, temperatures=temperatures, ascent=ascent))
+        for ascent, temperatures in {"pgd": [0.1, 0.05, 0.2], "apgd": [0.05], "anneal": [0.1, 0.01]}.items()
+    }
+    twin = standing(SmoothTwin(**effort))
+    print(f"plain PGD leaves {plain:.1%}, the surrogate {left}, the twin {twin:.1%}")
+    assert max(left.values()) < plain - 0.05
+    assert max(left["anneal"], left["apgd"]) < left["pgd"]
+    assert twin < 0.9 * (model(x).argmax(1) == images.y).double().mean()  # what is found on it transfers
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -149,8 +157,16 @@ def test_it_stays_in_the_ball_and_in_range(norm: str) -> None:
     model = MLP(partial(LWTA, group_size=2), hidden=[16], **facts).eval()
     x = torch.rand(8, 1, 4, 4).round()  # at the edges of [0, 1]
     y = model(x).argmax(1)
-    attack = SurrogatePGD(norm=norm, eps=0.3, steps=5, restarts=2)  # type: ignore[arg-type]
-    x_adv = attack(model, x, y, torch.arange(8))
-    assert threat.distance(x_adv, x).max() <= 0.3 + 1e-6
-    assert 0 <= x_adv.min() <= x_adv.max() <= 1
-    assert (model(x_adv).argmax(1) != y).any()
+    settings: Any = {"norm": norm, "eps": 0.3, "steps": 5, "restarts": 2}
+    surrogates = [SurrogatePGD(**settings, ascent=ascent) for ascent in ("anneal", "pgd", "apgd")]
+    for attack in (*surrogates, SmoothTwin(**settings)):
+        x_adv = attack(model, x, y, torch.arange(8))
+        assert threat.distance(x_adv, x).max() <= 0.3 + 1e-6
+        assert 0 <= x_adv.min() <= x_adv.max() <= 1
+        assert (model(x_adv).argmax(1) != y).any()
+
+
+def test_a_step_size_is_for_pgds_way_alone() -> None:
+    SurrogatePGD(norm="linf", eps=0.1, step_size=0.01, ascent="pgd")
+    with pytest.raises(ValueError, match="ascent=anneal sets its own; expected null"):
+        SurrogatePGD(norm="linf", eps=0.1, step_size=0.01)
