@@ -80,8 +80,8 @@ class SurrogatePGD:
         eps: radius of the ball, in pixel units of [0, 1].
         steps: gradient steps of each restart.
         step_size: length of a step; ``None`` as for :class:`~kwta_exp.attacks.PGD`. For ``ascent="pgd"`` alone.
-        ascent: ``"pgd"``; ``"apgd"``, which sets its own step size; or ``"anneal"``: steps along the gradients' momentum that shrink from eps / 2 to nothing while the gate
-            sharpens.
+        ascent: ``"pgd"``; ``"apgd"``, which sets its own step size; or ``"anneal"``: steps along the gradients'
+            momentum that shrink from eps / 2 to nothing while the gate sharpens.
         restarts: independent runs.
         temperatures: widths of the soft gate, as multiples of the standard deviation of the values that
             compete. Small ones are truer to the network, large ones see further. Restarts take turns
