@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kwta_exp.errors import UserError
+from kwta_exp.evaluation.records import Record
 from kwta_exp.report.study import collect, page
 from tests.conftest import ROOT
 
@@ -68,7 +70,7 @@ def test_a_single_run_is_shown_attack_by_attack(tmp_path: Path) -> None:
     collect("one", [run_folder(tmp_path, "d-m-kwta0.1-natural", 3, 0.9, 0.5, 0.2)], tmp_path)
     (tmp_path / "one.md").write_text("")
     text = page(tmp_path)
-    assert "| d-m-kwta0.1-natural, seed 3, n = 100: masked | accuracy left | passes |" in text
+    assert "| d-m-kwta0.1-natural, seed 3, linf eps 0.1, n = 100: masked | passes |" in text
     assert "| pgd | 50.0 | 3 |" in text
     assert "| **worst case** | **20.0** |  |" in text
     assert "*1 run, on cpu" in text
@@ -108,3 +110,29 @@ def test_unfinished_and_tiny_runs_are_refused(tmp_path: Path) -> None:
 
 def test_the_committed_page_is_what_the_command_makes() -> None:
     assert (ROOT / "docs" / "results.md").read_text() == page(ROOT / "docs" / "results")
+
+
+def test_what_the_surrogate_and_nes_cost_where_nes_has_to_work(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, "d-m-kwta0.1-none", 0, 0.9, 0.5, 0.2)
+    results = json.loads((folder / "results.json").read_text())
+    results["attacks"] = {
+        name: {"robust_accuracy": 0.5, "n": 3, "forwards": 9, "backwards": 0} for name in ("surrogate", "nes")
+    }
+    evaluation = folder / "evaluation" / "x"
+    evaluation.mkdir(parents=True)
+    for path in (folder, evaluation):
+        (path / "results.json").write_text(json.dumps(results))
+    index = np.arange(3)
+    for name, queries in {"surrogate": [10, 20, 30], "nes": [100, 22041, 1222100]}.items():
+        record = Record(evaluation / f"{name}.npz")
+        record.append({"index": index, "queries": np.array(queries), "steps": index}, 1, 1, 0.0)
+        record.save()
+    records = tmp_path / "records"
+    collect("first", [("digits, natural", folder)], records)
+    (records / "first.md").write_text("## A study")
+    (found,) = json.loads((records / "first.json").read_text())["records"]
+    assert found["late"] == {"images": 2, "passes": {"surrogate": 53, "nes": 1244144}}
+    text = page(records)
+    assert "- digits, natural: on the 2 images that withstand the first 40 steps" in text
+    assert "takes 1,244,144 passes and the surrogate 53, a 23,474th part." in text
+    assert "| digits, natural, seed 0, linf eps 0.1, n = 100: masked | passes |" in text

@@ -1,6 +1,6 @@
 """From run folders to small committed records, and from records to ``docs/results.md``.
 
-    python -m kwta_exp.report.study collect NAME RUN_FOLDER...      writes docs/results/NAME.json
+    python -m kwta_exp.report.study collect NAME [LABEL=]RUN_FOLDER...   writes docs/results/NAME.json
     python -m kwta_exp.report.study page                            writes docs/results.md from all of them
 
 A record holds what the tables need and where it came from, nothing more; ``docs/results/NAME.md`` is the text
@@ -16,7 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kwta_exp.errors import UserError
+from kwta_exp.evaluation.records import Record as Rows
 from kwta_exp.run_folder import RunFolder, read_results
 from kwta_exp.storage import write_json, write_text
 
@@ -26,13 +29,16 @@ PAGE = Path("docs/results.md")
 Record = Mapping[str, Any]
 
 
-def collect(name: str, folders: Iterable[Path], records: Path = RECORDS) -> Path:
+def collect(name: str, folders: Iterable[Path | tuple[str, Path]], records: Path = RECORDS) -> Path:
     """Write the records of finished runs to ``<records>/<name>.json``, in the order of their names.
+
+    A run may come with a label that takes its name's place: all audits are of training "none".
 
     Raises:
         UserError: for a folder without results, or one of a reduced scale.
     """
-    found = sorted((_record(folder) for folder in folders), key=_key)
+    labelled = [folder if isinstance(folder, tuple) else (None, folder) for folder in folders]
+    found = sorted((_record(folder, label) for label, folder in labelled), key=_key)
     if len({record["worst_case"] is None for record in found}) > 1:
         raise UserError(f"{name}: some of the runs were attacked and some not; expected one study")
     path = records / f"{name}.json"
@@ -40,7 +46,7 @@ def collect(name: str, folders: Iterable[Path], records: Path = RECORDS) -> Path
     return path
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def _record(folder: Path, label: str | None = None) -> dict[str, Any]:
     run = RunFolder(folder)
     results = read_results(run.results)
     if results is None:
@@ -50,8 +56,11 @@ def _record(folder: Path) -> dict[str, Any]:
     epochs = [json.loads(line) for line in run.metrics.read_text().splitlines()] if run.metrics.exists() else []
     environment = json.loads(run.environment.read_text())
     about = ("name", "seed", "commit", "weights_sha256")
+    late = _late(folder, results)
     return {
         **{key: results["run"][key] for key in about},
+        **({"name": label} if label else {}),
+        **({"late": late} if late else {}),
         "command": _portable(results["run"]["command"]),
         "threat": results["threat"],
         "clean": results["clean"],
@@ -69,6 +78,26 @@ def _record(folder: Path) -> dict[str, Any]:
         "device": environment["device"],
         "torch": environment["packages"]["torch"],
     }
+
+
+EARLY = 20 * 101 + 20 * 1001
+"""Passes of the first 40 steps of ``nes``, with their looks at the iterate."""
+
+
+def _late(folder: Path, results: Record) -> dict[str, Any] | None:
+    """What each attack spent on the images that withstand the first 40 steps of ``nes``, until they fell."""
+    here = [path for path in folder.glob("evaluation/*") if read_results(path / "results.json") == results]
+    if "nes" not in results["attacks"] or not here:
+        return None
+    rows = {name: Rows.open(here[0] / f"{name}.npz").columns for name in results["attacks"]}
+    if any("queries" not in columns for columns in rows.values()):
+        return None
+    hard = rows["nes"]["index"][rows["nes"]["queries"] > EARLY]
+    spent = {
+        name: int((columns["queries"] + columns["steps"])[np.isin(columns["index"], hard)].sum())
+        for name, columns in rows.items()
+    }
+    return {"images": len(hard), "passes": spent}
 
 
 def _portable(command: str) -> str:
@@ -111,8 +140,14 @@ def _study(records: Sequence[Record]) -> list[str]:
     for record in records:
         by_name[record["name"]].append(record)
     attacked = any(record["worst_case"] for record in records)
-    parts = [_attacks(records[0]) if len(records) == 1 and attacked else _table(by_name, attacked)]
-    differences = _differences_from_relu(by_name) if attacked else _paired_differences(by_name)
+    threats = {(record["threat"]["norm"], record["threat"]["eps"]) for record in records}
+    beside = attacked and (len(records) == 1 or len(threats) > 1)
+    parts = [_attacks(records) if beside else _table(by_name, attacked)]
+    if lines := [_price(record) for record in records if "late" in record]:
+        parts.append("\n".join(lines))
+    differences = (
+        [] if beside else _differences_from_relu(by_name) if attacked else _paired_differences(by_name)
+    )
     if differences:
         parts.append("\n".join(differences))
     machines = sorted({f"{record['device']}, torch {record['torch']}" for record in records})
@@ -153,17 +188,36 @@ def _table(by_name: Mapping[str, Sequence[Record]], attacked: bool) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _attacks(record: Record) -> str:
-    """One run, attack by attack: what it leaves, and what it asks of the network."""
-    clean, worst = record["clean"], record["worst_case"]
-    rows = [["none (clean)", f"{100 * clean['accuracy']:.1f}", ""]]
-    for name, attack in record["attacks"].items():
-        passes = attack["forwards"] + attack["backwards"]
-        rows.append([name, f"{100 * attack['robust_accuracy']:.1f}", f"{passes:,}"])
-    rows.append(["**worst case**", f"**{100 * worst['robust_accuracy']:.1f}**", ""])
-    title = f"{record['name']}, seed {record['seed']}, n = {clean['n']}: {record['verdict']}"
-    lines = [[title, "accuracy left", "passes"], ["---", "---:", "---:"], *rows]
+def _attacks(records: Sequence[Record]) -> str:
+    """Runs beside each other, attack by attack: what each leaves, and what it asks of the network."""
+    names = list(dict.fromkeys(name for record in records for name in record["attacks"]))
+    titles = [
+        f"{r['name']}, seed {r['seed']}, {r['threat']['norm']} eps {r['threat']['eps']:.3g},"
+        f" n = {r['clean']['n']}: {r['verdict']}"
+        for r in records
+    ]
+    heads = ["accuracy left, and passes", *(cell for title in titles for cell in (title, "passes"))]
+    rows = [["none (clean)", *(cell for r in records for cell in (f"{100 * r['clean']['accuracy']:.1f}", ""))]]
+    for name in names:
+        rows.append([name])
+        for record in records:
+            attack = record["attacks"].get(name)
+            passes = attack and f"{attack['forwards'] + attack['backwards']:,}"
+            rows[-1] += [f"{100 * attack['robust_accuracy']:.1f}", passes] if attack else ["n/a", ""]
+    worst = (f"**{100 * record['worst_case']['robust_accuracy']:.1f}**" for record in records)
+    rows.append(["**worst case**", *(cell for each in worst for cell in (each, ""))])
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _price(record: Record) -> str:
+    """What the surrogate and the published attack cost where the latter has to work."""
+    late = record["late"]
+    mine, theirs = (late["passes"].get(name, 0) for name in ("surrogate", "nes"))
+    return (
+        f"- {record['name']}: on the {late['images']} images that withstand the first 40 steps of `nes`, it"
+        f" takes {theirs:,} passes and the surrogate {mine:,}, a {theirs // max(mine, 1):,}th part."
+    )
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -222,13 +276,18 @@ def _paired_differences(by_name: Mapping[str, Sequence[Record]]) -> list[str]:
     ]
 
 
+def _labelled(given: str) -> Path | tuple[str, Path]:
+    label, equals, folder = given.rpartition("=")
+    return (label, Path(folder)) if equals else Path(folder)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     collecting = commands.add_parser("collect", help="write docs/results/NAME.json from run folders")
     collecting.add_argument("name")
-    collecting.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
+    collecting.add_argument("folders", nargs="+", type=_labelled, metavar="[LABEL=]RUN_FOLDER")
     commands.add_parser("page", help="write docs/results.md from all records")
     given = parser.parse_args()
     try:
