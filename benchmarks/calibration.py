@@ -170,7 +170,7 @@ TRYING: list[Specimen] = [
     Specimen("pooled relu", "sound", pooled(nn.ReLU)),
     Specimen("pooled relu AT", "sound", pooled(nn.ReLU), adversarial=True),
     Specimen("mlp gelu AT", "sound", mlp(nn.GELU), adversarial=True),
-    Specimen("resnet18 k-WTA 0.2", "masked", resnet(partial(KWTA, ratio=0.2))),
+    Specimen("mlp k-WTA 0.2", "masked", mlp(partial(KWTA, ratio=0.2))),
     Specimen("pooled k-WTA 0.1", "masked", pooled(partial(KWTA, ratio=0.1))),
     Specimen("mlp k-WTA 0.05", "masked", mlp(partial(KWTA, ratio=0.05))),
     Specimen("pooled relu AT, quantised input", "masked", pooled(nn.ReLU), adversarial=True, before=Quantised),
