@@ -151,7 +151,7 @@ SETTING: list[Specimen] = [
     Specimen("cnn relu AT", "sound", convnet(nn.ReLU), adversarial=True),
     Specimen("mlp relu", "sound", mlp(nn.ReLU)),
     Specimen("mlp relu AT", "sound", mlp(nn.ReLU), adversarial=True),
-    Specimen("cnn silu", "sound", convnet(nn.SiLU)),
+    Specimen("mlp silu", "sound", mlp(nn.SiLU)),
     Specimen("cnn tanh", "sound", convnet(nn.Tanh)),
     Specimen("cnn k-WTA 0.1", "masked", convnet(partial(KWTA, ratio=0.1))),
     Specimen("cnn k-WTA 0.2", "masked", convnet(partial(KWTA, ratio=0.2))),

@@ -337,3 +337,9 @@ def test_the_page_lists_every_check() -> None:
     page = (Path(__file__).parent.parent / "docs" / "verdict.md").read_text()
     listed = dict(re.findall(r"^\| `(\w+)` \| (worst case|plain gradients) \|", page, re.MULTILINE))
     assert listed == {name: check.bears_on for name, check in CHECKS.items()}
+
+
+def test_a_handful_of_problems_is_no_test(tmp_path: Path) -> None:
+    few = judged(honest(), tmp_path, {"pgd": SUITE["pgd"], "square": SUITE["square"]}, checks_n=7)["masking"]
+    assert few["planted"] == {"tried": 7, "problems": 7}
+    assert few["verdict"] == "untested"

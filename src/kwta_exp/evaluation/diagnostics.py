@@ -42,6 +42,9 @@ STEPS = 40
 LARGE_EPS = 0.5
 """In pixel units, a radius at which every image can be made grey: nothing is robust there."""
 
+LEAST_PROBLEMS = 8
+"""Planted examples without which the binarization test says nothing."""
+
 HUNT_PASSES = 50_000
 """An attack that may take more passes for an image does not look for planted examples: ``nes``, above all."""
 
@@ -140,7 +143,7 @@ def diagnose(
     log.info("planting adversarial examples around %d images", len(first))
     planted = plant(network, chosen, threat, seed, batch_size)
     found: dict[str, Any] = {"tried": planted.tried, "problems": len(planted.images)}
-    if 2 * len(planted.images) >= planted.tried:
+    if len(planted.images) >= max(LEAST_PROBLEMS, planted.tried / 2):
         ordered = [*roles.plain, *(name for name in suite if name not in roles.plain)]
         hunters: dict[str, Attack] = {
             name: _Hunter(suite[name])
