@@ -32,6 +32,11 @@ from kwta_exp.randomness import fold, key
 
 THREATS = [Threat(norm="linf", eps=0.1), Threat(norm="l2", eps=0.6)]
 
+NOISE = {
+    "linf": foolbox.attacks.LinfRepeatedAdditiveUniformNoiseAttack,
+    "l2": foolbox.attacks.L2RepeatedAdditiveGaussianNoiseAttack,
+}
+
 DEEPFOOL = {"linf": foolbox.attacks.LinfDeepFoolAttack, "l2": foolbox.attacks.L2DeepFoolAttack}
 
 
@@ -76,6 +81,7 @@ MAKERS: dict[str, Callable[[Threat], Attack]] = {
         foolbox.attacks.HopSkipJumpAttack(steps=8, max_gradient_eval_steps=200, constraint=t.norm), t
     ),
     "deepfool": lambda t: FoolboxAttack(DEEPFOOL[t.norm](steps=20), t),
+    "noise": lambda t: FoolboxAttack(NOISE[t.norm](repeats=100), t),
 }  # fmt: skip
 
 
@@ -152,6 +158,8 @@ def test_attacks_break_a_linear_model_inside_the_ball(name, threat, images, line
         x = x.repeat(1, 1, 2, 1)  # the library's squares do not fit into 4x4
         linear_model = nn.Sequential(nn.AvgPool2d((2, 1)), linear_model)
         threat = Threat(norm="l2", eps=1.2)
+    if name == "noise":  # it has no aim, and needs a larger ball
+        threat = Threat(norm=threat.norm, eps=5 * threat.eps)
     if name in ("autoattack", "square"):  # the library computes in float32
         x, linear_model = x.float(), linear_model.float()
     y = linear_model(x).argmax(1)

@@ -20,6 +20,7 @@ from kwta_exp.evaluation.binarization import last_linear, plant, readout
 from kwta_exp.evaluation.diagnostics import _ascent, _unseen_change
 from kwta_exp.evaluation.verdict import CHECKS, WITH_INTERVAL, verdict
 from kwta_exp.randomness import fold
+from kwta_exp.report.terminal import results_table
 
 EPS = 0.1
 THREAT = Threat(norm="linf", eps=EPS)
@@ -343,3 +344,12 @@ def test_a_handful_of_problems_is_no_test(tmp_path: Path) -> None:
     few = judged(honest(), tmp_path, {"pgd": SUITE["pgd"], "square": SUITE["square"]}, checks_n=7)["masking"]
     assert few["planted"] == {"tried": 7, "problems": 7}
     assert few["verdict"] == "untested"
+
+
+def test_the_screen_shows_what_was_raised(tmp_path: Path) -> None:
+    results = judged(nn.Sequential(honest(), Loud(1000.0)).eval().requires_grad_(False), tmp_path)
+    shown = results_table(results | {"run": {"name": "a", "seed": 0}}, width=80)
+    for flag in results["masking"]["flags"]:
+        assert f"  raised: {flag['check']} {flag['value']:.3f}" in shown
+    assert "MASKED" in shown
+    assert all(len(line) <= 80 for line in shown.splitlines())

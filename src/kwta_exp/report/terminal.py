@@ -53,6 +53,11 @@ def results_table(results: Mapping[str, Any], width: int | None = None) -> str:
         highlight=False,
         markup=False,
     )
+    for flag in masking["flags"]:
+        sure = f" (at least {flag['lower95']:.3f})" if "lower95" in flag else ""
+        console.print(
+            f"  raised: {flag['check']} {flag['value']:.3f}{sure}, above {flag['threshold']:g}", highlight=False
+        )
     return "\n".join(line.rstrip() for line in output.getvalue().splitlines())
 
 
