@@ -471,6 +471,7 @@ def test_the_transfer_matrix_tries_each_on_all(tmp_path: Path, finished: Path) -
     assert "relu" in relu
     assert found["left"][relu][relu] < found["left"][relu][kwta] <= found["left"][relu]["clean"]
     assert matrix(folders, "pgd", 30, 0.1, 0, tmp_path / "work") == found
+    assert matrix(folders[::-1], "pgd", 30, 0.1, 0, tmp_path / "work")["left"] == found["left"]
     assert len(text(found).splitlines()) == 7
     soft = matrix(folders, "surrogate", 30, 0.1, 0, tmp_path / "work")
     assert relu not in soft["left"][kwta]  # nothing to soften there

@@ -11,7 +11,7 @@ from scipy.stats import norm
 from torch import Tensor, nn
 
 from kwta_exp.activations import KWTA
-from kwta_exp.attacks import APGD, PGD, EvolutionStrategies, NotApplicableError, SmoothedPGD, Threat
+from kwta_exp.attacks import APGD, PGD, EvolutionStrategies, NotApplicableError, SmoothedPGD, SmoothTwin, Threat
 from kwta_exp.data.batches import Split, first_test_images, to_float
 from kwta_exp.data.datasets import Digits
 from kwta_exp.errors import UserError
@@ -48,8 +48,8 @@ def judge(folder: Path, split: Split, suite: dict[str, Any], model: nn.Module | 
     settings = {"threat": THREAT, "seed": 0, "batch_size": 2, "folder": folder, **kw}
     clean, records, inapplicable = evaluate(model or Threshold(), split, suite, **settings)
     results = summarise(
-        RUN, settings["threat"], clean, records, inapplicable, {}, Roles.of(suite), Diagnosis(),
-        kw.get("diagnostic_n"),
+        RUN, settings["threat"], clean, records, inapplicable, {}, Roles.of(suite, settings["threat"]),
+        Diagnosis(), kw.get("diagnostic_n"),
     )  # fmt: skip
     return clean, records, results
 
@@ -472,3 +472,51 @@ def test_chunks_of_any_size_agree_within_a_point_on_winners_in_float32(tmp_path:
         for size in (200, 64, 7)
     ]
     assert max(worst) - min(worst) <= 0.01
+
+
+def test_an_attack_that_gives_up_midway_leaves_no_trace(tmp_path: Path) -> None:
+    """What it had found before counts for nothing, and its images are attacked by the others."""
+    calls = 0
+
+    def fickle(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise NotApplicableError("no more")
+        return x + 0.09
+
+    split = images(0.45, 0.46, 0.47, 0.2)
+    suite = {"fickle": fickle, "up": shift(0.09)}
+    _, records, results = judge(tmp_path, split, suite, diagnostic_n=1, save_images=True)
+    assert list(records) == ["up"]
+    assert records["up"].columns["index"].tolist() == [100, 101, 102, 103]
+    assert results["worst_case"]["robust_accuracy"] == 0.25
+    assert not list(tmp_path.glob("**/fickle*"))
+
+
+def test_a_network_that_draws_random_numbers_is_judged_reproducibly(tmp_path: Path) -> None:
+    class Restless(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Threshold()(x + 0.2 * torch.randn_like(x))
+
+    split = images(*torch.linspace(0.1, 0.9, 30).tolist())
+    rows = []
+    for name in "ab":
+        torch.rand(len(rows) + 1)  # another state of the global generator
+        clean, records, _ = judge(tmp_path / name, split, {"up": shift(0.05)}, Restless())
+        rows.append((clean.columns["margin"].tolist(), records["up"].columns["margin"].tolist()))
+    assert rows[0] == rows[1]
+
+
+def test_passes_of_a_twin_count_but_its_errors_do_not(tmp_path: Path) -> None:
+    model, split = trained_on_digits(KWTA(0.1))
+    attack = SmoothTwin(norm="linf", eps=0.1, steps=5, restarts=2, temperatures=[3.0])
+    _, records, _ = judge(tmp_path, split, {"twin": attack}, model, batch_size=200)
+    rows = records["twin"].columns
+    assert (~rows["fooled"]).any()
+    assert rows["steps"][~rows["fooled"]].tolist() == [10] * int((~rows["fooled"]).sum())
+
+
+def test_an_attack_the_classes_are_too_few_for_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"attack\.dlr: IndexError"):
+        judge(tmp_path, images(0.8, 0.2), {"dlr": PGD(norm="linf", eps=0.1, loss="dlr")})

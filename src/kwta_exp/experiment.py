@@ -83,7 +83,7 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
                 "environment": environment.describe(plan.command, str(fabric.device), plan.runtime.identity()),
             },
         )
-        asked, roles = options.evaluation, Roles.of(parts.suite)
+        asked, roles = options.evaluation, Roles.of(parts.suite, parts.threat)
         clean, attacks, inapplicable = evaluate(
             network, images, parts.suite, parts.threat, options.seed, asked.batch_size, folder,
             asked.diagnostic_n, asked.save_images, asked.processes, asked.budget,

@@ -55,7 +55,7 @@ def matrix(
     if len(sources) < len(folders):
         raise UserError("RUN_FOLDER: given twice; expected different runs")
     first = recorded_config(folders[0])
-    images = _images(folders)
+    images, fingerprint = _images(folders)
     recorded = plain(first, "threat")
     threat = Threat(norm=recorded["norm"], eps=recorded["eps"] if eps is None else eps)
     networks = {
@@ -67,14 +67,13 @@ def matrix(
         "weights": {name: sha256_of_file(path) for name, path in sources.items()},
         "threat": [threat.norm, threat.eps],
         "asked": [attack, n, seed],
+        "data": fingerprint,
     }
     folder = work / sha256_of_json(identity)[:10]
     test = first_test_images(images, n, torch.device("cpu"))
     left: dict[str, dict[str, float]] = {}
     for target, network in networks.items():
-        clean, records, inapplicable = evaluate(
-            network, test, suite, threat, seed, BATCH_SIZE, folder / f"{len(left)}"
-        )
+        clean, records, inapplicable = evaluate(network, test, suite, threat, seed, BATCH_SIZE, folder / target)
         found = summarise({"name": target}, threat, clean, records, inapplicable, {}, Roles(), Diagnosis())
         left[target] = {"clean": found["clean"]["accuracy"]} | {
             source: result["robust_accuracy"] for source, result in found["attacks"].items()
@@ -94,7 +93,8 @@ def _name(folder: Path) -> str:
     return f"{path.parent.name}-{path.name}"
 
 
-def _images(folders: Sequence[Path]) -> Images:
+def _images(folders: Sequence[Path]) -> tuple[Images, str]:
+    """The data of all runs, and what tells it from other data."""
     fingerprints: dict[str, Path] = {}
     loaded: Images | None = None
     for folder in folders:
@@ -106,7 +106,7 @@ def _images(folders: Sequence[Path]) -> Images:
     if len(fingerprints) > 1:
         raise UserError(f"{', '.join(map(str, fingerprints.values()))}: of different data; expected the same")
     assert loaded is not None
-    return loaded
+    return loaded, next(iter(fingerprints))
 
 
 def _from(name: str, network: nn.Module, attack: str, threat: Threat) -> Transfer:

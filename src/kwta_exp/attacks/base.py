@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -9,6 +10,10 @@ from torch import Tensor, nn
 
 class NotApplicableError(Exception):
     """Raised by an attack that has no hold on a model; says why. It is recorded, not scored."""
+
+
+answers_are_exact: ContextVar[bool] = ContextVar("answers_are_exact", default=True)
+"""Off while an attack has the network answer with something else than its own outputs: no error counts then."""
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kwta_exp.activations import KWTA, LWTA
 from kwta_exp.activations.kwta import kwta_threshold
 from kwta_exp.attacks.apgd import APGD
-from kwta_exp.attacks.base import NotApplicableError
+from kwta_exp.attacks.base import NotApplicableError, answers_are_exact
 from kwta_exp.attacks.losses import LossName, attack_loss
 from kwta_exp.attacks.pgd import PGD, Best, input_gradient
 from kwta_exp.attacks.standing import Try, best_of
@@ -272,9 +272,11 @@ def softened(
         return hook
 
     handles = [module.register_forward_hook(hook_for(gate)) for module, gate in gated]
+    token = answers_are_exact.set(exact_forward)
     try:
         yield
     finally:
+        answers_are_exact.reset(token)
         for handle in handles:
             handle.remove()
 

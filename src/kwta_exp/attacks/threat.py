@@ -57,6 +57,13 @@ class Threat:
         radius: Tensor = uniform(~keys, (1, 1, 1)) ** (1 / shape.numel())
         return torch.clamp(x + direction * radius * self.eps, 0, 1)
 
+    def random_edge_point(self, x: Tensor, keys: Tensor) -> Tensor:
+        """A random corner of the ball (L-inf) or point of the sphere (L2) around each image, clipped to [0, 1].
+
+        One image may go with many keys.
+        """
+        return self.project(x + self.eps * self.steepest(uniform(keys, x.shape[1:]) - 0.5), x)
+
     def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """The norm of each image's change, ``(N,)``."""
         order = math.inf if self.norm == "linf" else 2

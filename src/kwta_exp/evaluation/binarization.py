@@ -2,18 +2,21 @@
 
 Zimmermann, Brendel, Tramèr and Carlini, "Increasing Confidence in Adversarial Robustness Evaluations",
 NeurIPS 2022. An attack that finds nothing may have nothing to find. So around each image a two-class problem is
-made on the network's own features: random points inside the ball are class 0, a point on its edge is class 1,
-and a linear readout that tells them apart takes the last layer's place. The point on the edge is then an
-adversarial example by construction, and an attack that misses it is led astray by the features.
+made on the network's own features: random points of the ball are class 0, one on its edge is class 1, and a
+linear readout that tells them apart takes the last layer's place. The point on the edge is then an adversarial
+example by construction, and an attack that misses it is led astray by the features.
 
-Where we deviate: the readout is a weighted ridge regression, the most regularised that separates the two
-kinds, so that on an honest network the problem is no harder than it must be. All problems share one network:
-an image belongs to the nearest of the images that problems were made around.
+Where we deviate: half of the class-0 points lie on the edge too, so that how far an image is changed gives
+nothing away; and the readout is a weighted ridge regression, the most regularised that separates the two kinds,
+so that on an honest network the problem is no harder than it must be. All problems share one network: an image
+belongs to the nearest of the images that problems were made around.
 """
 
+import hashlib
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +24,12 @@ from torch import Tensor, nn
 from kwta_exp.attacks import Threat
 from kwta_exp.data.batches import Split, to_float
 from kwta_exp.evaluation.counting import Owners
-from kwta_exp.randomness import fold, key, uniform
+from kwta_exp.randomness import fold, key
 
 log = logging.getLogger(__name__)
 
 INNER = 999
-"""Points of class 0 beside the image itself, as in the paper."""
+"""Points of class 0 beside the image itself, as many as in the paper."""
 
 CLOSENESS = 0.999
 """Where the boundary lies on the way from the outermost class-0 point to the planted one, as in the paper: all
@@ -45,18 +48,21 @@ class Planted:
         images: those that a problem could be made around, all of label 0.
         tried: how many images there were.
         x_planted: the planted points, float32 ``(N, C, H, W)``.
+        digest: tells these readouts from others: rounding elsewhere makes other problems.
     """
 
     network: nn.Module
     images: Split
     tried: int
     x_planted: Tensor
+    digest: str
 
 
 def plant(network: nn.Module, images: Split, threat: Threat, seed: int, batch_size: int) -> Planted:
     """Plant one example at the edge of the ball around each of ``images``.
 
-    An image is left out where no readout separates its planted point, or not in float32.
+    An image is left out where no readout separates its planted point, or not in float32, or where features are
+    not finite.
 
     Args:
         network: frozen, in eval mode. The inputs of its last linear layer are the features, or else its logits.
@@ -73,11 +79,20 @@ def plant(network: nn.Module, images: Split, threat: Threat, seed: int, batch_si
     for i in range(len(x)):
         image = x[i : i + 1]
         streams = fold(int(keys[i]), torch.arange(INNER + 1, device=x.device))
-        inner = threat.random_point(image.expand(INNER, *image.shape[1:]), streams[:INNER])
-        direction = threat.steepest(uniform(streams[INNER:], image.shape[1:]) - 0.5)
-        edge = threat.project(image + threat.eps * direction, image)
-        features, logits = problem.features(torch.cat([image, inner, edge]), batch_size)
-        weight, threshold = readout(features.double(), own_margin(logits[0]))
+        inside, at_edge = streams[: INNER // 2], streams[INNER // 2 : INNER]
+        inner = chain(
+            (
+                threat.random_point(image.expand(len(some), *image.shape[1:]), some)
+                for some in inside.split(batch_size)
+            ),
+            (threat.random_edge_point(image, some) for some in at_edge.split(batch_size)),
+        )
+        edge = threat.random_edge_point(image, streams[INNER:])
+        features, lead = problem.features(chain([image], inner, [edge]), batch_size)
+        if not features.isfinite().all() or not lead.isfinite():
+            weight, threshold = torch.zeros_like(features[0]).double(), lead.new_zeros(())  # holds nothing
+        else:
+            weight, threshold = readout(features.double(), lead)
         weights.append(weight)
         thresholds.append(threshold)
         planted.append(edge)
@@ -89,7 +104,9 @@ def plant(network: nn.Module, images: Split, threat: Threat, seed: int, batch_si
     kept = problem.only(holds)
     at = holds.nonzero()[:, 0]
     split = Split(images.x[at], torch.zeros_like(images.y[at]), images.index[at])
-    return Planted(kept.eval().requires_grad_(False), split, len(x), x_planted[at])
+    readouts = torch.cat([kept.weights.flatten(), kept.thresholds]).cpu().numpy().tobytes()
+    digest = hashlib.sha256(readouts).hexdigest()[:10]
+    return Planted(kept.eval().requires_grad_(False), split, len(x), x_planted[at], digest)
 
 
 def readout(features_MF: Tensor, own_margin: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,7 +158,10 @@ def last_linear(network: nn.Module, x: Tensor) -> nn.Module | None:
     """
     ran: list[tuple[nn.Module, Tensor]] = []
     linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    handles = [m.register_forward_hook(lambda m, inputs, _: ran.append((m, inputs[0]))) for m in linears]
+    handles = [
+        m.register_forward_hook(lambda m, inputs, _: ran.append((m, inputs[0] if inputs else x[:0])))
+        for m in linears
+    ]
     try:
         with torch.no_grad():
             network(x)
@@ -206,15 +226,27 @@ class Problem(nn.Module):
         return logits
 
     @torch.no_grad()
-    def features(self, x: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-        """What the readout sees, ``(N, F)``, and the network's own logits."""
-        if self.layer is None:
-            logits = torch.cat([self.network(some) for some in x.split(batch_size)])
-            return logits, logits
-        seen: list[Any] = []
-        handle = self.layer.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].clone()))
+    def features(self, pieces: Iterable[Tensor], batch_size: int) -> tuple[Tensor, Tensor]:
+        """What the readout sees of images that come in pieces, ``(N, F)``, and the first image's own lead.
+
+        The lead is that of the layer the readout replaces, not of the outputs: what follows may bound them.
+        """
+        seen: list[Tensor] = []
+        logits: list[Tensor] = []
+
+        def look(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            seen.append(inputs[0].clone())
+            logits.append(output[:1].clone())
+
+        handle = self.layer.register_forward_hook(look) if self.layer is not None else None
         try:
-            logits = torch.cat([self.network(some) for some in x.split(batch_size)])
+            for piece in pieces:
+                for some in piece.split(batch_size):
+                    outputs = self.network(some)
+                    if self.layer is None:
+                        seen.append(outputs)
+                        logits.append(outputs[:1])
         finally:
-            handle.remove()
-        return torch.cat(seen), logits
+            if handle is not None:
+                handle.remove()
+        return torch.cat(seen), own_margin(logits[0][0])

@@ -69,10 +69,10 @@ def attacked(task: Task, judge: Judge, name: str, chunk: Tensor) -> Outcome:
                 f"returned {getattr(returned, 'shape', type(returned).__name__)};"
                 f" expected images {tuple(x.shape)}"
             )
-    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+    except (ValueError, TypeError, RuntimeError, LookupError, AssertionError) as error:
         raise UserError(f"attack.{name}: {type(error).__name__}: {error}") from error
 
-    with torch.no_grad():
+    with torch.no_grad(), isolated(~int(keys.sum())):  # some networks draw random numbers
         x_adv = returned.detach().to(x)
         x_adv = threat.project(torch.where(x_adv.isfinite(), x_adv, x), x)
         logits = judge.logits(x_adv)

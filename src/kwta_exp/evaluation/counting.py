@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kwta_exp.attacks import Threat
+from kwta_exp.attacks.base import answers_are_exact
 
 _ROUNDING = 1e-6
 """How far float32 may carry an image over the edge of its ball."""
@@ -55,7 +56,8 @@ class Counted(nn.Module):
             self.queries += torch.bincount(owner, minlength=len(self.queries)) * self._standing
             change = self._threat.distance(x, self._owners.x[owner].to(x))
             inside = (change <= self._threat.eps + _ROUNDING) & ((x >= 0) & (x <= 1)).flatten(1).all(1)
-            self._standing[owner[inside & (logits.argmax(1) != self._y[owner])]] = False
+            if answers_are_exact.get():
+                self._standing[owner[inside & (logits.argmax(1) != self._y[owner])]] = False
         if logits.requires_grad:
             logits.register_hook(lambda gradient: self._count_backward(gradient, owner))
         return logits
@@ -66,7 +68,7 @@ class Counted(nn.Module):
 
 
 class Owners:
-    """Which of ``x`` each of many images is nearest to, in the norm of ``threat``.
+    """Which of ``x`` each of many images is nearest to, in the norm of ``threat``; of identical ones, any.
 
     The answer to the last question is tried first, then a single owner for all. Either is right where every
     image is nearer to it than half its distance to the closest other; only else is every distance computed.
@@ -78,7 +80,8 @@ class Owners:
         self._p = float("inf") if threat.norm == "linf" else 2.0
         self._safe = x.new_zeros(0)
         if len(x):
-            self._safe = self._distances(x).fill_diagonal_(float("inf")).amin(1) / 2
+            apart = self._distances(x)
+            self._safe = apart.masked_fill(apart == 0, float("inf")).amin(1) / 2  # a copy is no rival
         self._last = torch.arange(len(x), device=x.device)
 
     def __call__(self, images: Tensor) -> Tensor:

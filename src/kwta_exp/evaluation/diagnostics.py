@@ -7,7 +7,7 @@ Evaluating Adversarial Robustness", arXiv 1902.06705, sections 3 to 5, with the 
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from kwta_exp.attacks import PGD, Attack, NotApplicableError, Threat
 from kwta_exp.attacks.losses import cross_entropy, margin
 from kwta_exp.attacks.pgd import input_gradient
 from kwta_exp.data.batches import Split, to_float
+from kwta_exp.data.folder import FolderPixels
 from kwta_exp.evaluation.binarization import plant
 from kwta_exp.evaluation.evaluator import evaluate
 from kwta_exp.evaluation.judge import errs
 from kwta_exp.evaluation.records import Record
 from kwta_exp.evaluation.roles import Roles
-from kwta_exp.randomness import fold, key, uniform
+from kwta_exp.randomness import fold, isolated, key
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,9 @@ LARGE_EPS = 0.5
 
 LEAST_PROBLEMS = 8
 """Planted examples without which the binarization test says nothing."""
+
+TOO_EASY = 0.5
+"""Share of the planted examples that random points may find; above it, finding them says nothing."""
 
 HUNT_PASSES = 50_000
 """An attack that may take more passes for an image does not look for planted examples: ``nes``, above all."""
@@ -114,34 +118,32 @@ def diagnose(
     settings: dict[str, Any] = {"threat": threat, "batch_size": batch_size, "processes": processes}
 
     log.info("checking for masked gradients on %d images", len(first))
-    pieces = [
-        _looked_at(network, *some, threat)
-        for some in zip(x.split(batch_size), y.split(batch_size), keys.split(batch_size), strict=True)
-    ]
+    with isolated(key(seed, "looked at")):  # some networks draw random numbers
+        pieces = [
+            _looked_at(network, *some, threat)
+            for some in zip(x.split(batch_size), y.split(batch_size), keys.split(batch_size), strict=True)
+        ]
     each = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
     by_luck = each.pop("by_luck").cpu().numpy()
     measured = {name: _mean(values) for name, values in each.items()}
     measured["random_search_finds_more"] = float((by_luck & standing[first]).mean())
 
-    again = _most_successful(records, roles)
+    again = _most_successful(records, roles, clean.columns["index"][:diagnostic_n])
     if again is not None:
         log.info("repeating %s with other random numbers", again)
-        left = _part(images, np.flatnonzero(standing[:diagnostic_n]))
-        measured["repeating_finds_more"] = 0.0
+        left = np.flatnonzero(standing[:diagnostic_n])
+        more = 0
         if len(left):
             _, repeated, _ = evaluate(
-                network,
-                left,
-                {again: suite[again]},
-                seed=key(seed, "again"),
-                folder=folder / "again",
-                **settings,
-            )
-            more = repeated[again].columns["fooled"].sum() if len(repeated[again]) else 0
-            measured["repeating_finds_more"] = float(more / len(right[:diagnostic_n]))
+                network, _part(images, left), {again: suite[again]}, seed=key(seed, "again"),
+                folder=folder / "again", **settings,
+            )  # fmt: skip
+            more = int(repeated[again].columns["fooled"].sum()) if len(repeated.get(again, ())) else 0
+        measured["repeating_finds_more"] = more / len(right[:diagnostic_n])
 
     log.info("planting adversarial examples around %d images", len(first))
-    planted = plant(network, chosen, threat, seed, batch_size)
+    with isolated(key(seed, "plant")):
+        planted = plant(network, chosen, threat, seed, batch_size)
     found: dict[str, Any] = {"tried": planted.tried, "problems": len(planted.images)}
     if len(planted.images) >= max(LEAST_PROBLEMS, planted.tried / 2):
         ordered = [*roles.plain, *(name for name in suite if name not in roles.plain)]
@@ -151,16 +153,18 @@ def diagnose(
             if name in records and sum(_Hunter(suite[name]).passes(2) or (0, 0)) <= HUNT_PASSES
         }
         _, hunts, _ = evaluate(
-            planted.network, planted.images, hunters, seed=key(seed, "hunt"), folder=folder / "planted",
-            diagnostic_n=0, **settings,
+            planted.network, planted.images, hunters, seed=key(seed, "hunt"),
+            folder=folder / f"planted-{planted.digest}", diagnostic_n=0, **settings,
         )  # fmt: skip
         n = len(planted.images)
         found["found"] = {
             name: int(hunt.columns["fooled"].sum()) / n for name, hunt in hunts.items() if len(hunt)
         }
-        found["by_chance"] = _by_chance(planted.network, planted.images, threat, seed, batch_size)
+        with isolated(key(seed, "chance")):
+            found["by_chance"] = _by_chance(planted.network, planted.images, threat, seed, batch_size)
         missed = 1 - sum(found["found"].values())  # each attack sees only what those before it left
-        measured["planted_missed"] = max(0.0, missed)
+        if found["by_chance"] <= TOO_EASY:
+            measured["planted_missed"] = max(0.0, missed)
         if plain := [found["found"].get(name, 0.0) for name in roles.plain if name in hunts]:
             measured["planted_missed_by_plain_pgd"] = 1 - sum(plain)
     return Diagnosis(len(first), measured, found)
@@ -189,7 +193,7 @@ def _ascent(network: nn.Module, x: Tensor, y: Tensor, keys: Tensor, threat: Thre
     step_size = 2.5 * threat.eps / STEPS
     margins, zero, broken = [], [], []
     for _ in range(STEPS):
-        gradient, logits, _ = input_gradient(network, x_adv, lambda z: cross_entropy(z, y))
+        gradient, logits = _gradient(network, x_adv, lambda z: cross_entropy(z, y))
         margins.append(margin(logits, y))
         flat = gradient.flatten(1)
         broken.append(~flat.isfinite().all(1))
@@ -215,6 +219,16 @@ def _ascent(network: nn.Module, x: Tensor, y: Tensor, keys: Tensor, threat: Thre
     }
 
 
+def _gradient(network: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The input gradient and the logits; where no gradient comes back at all, it is 0."""
+    try:
+        gradient, logits, _ = input_gradient(network, x, loss)
+    except RuntimeError:
+        with torch.no_grad():
+            return torch.zeros_like(x), network(x)
+    return gradient, logits
+
+
 def _unseen_change(network: nn.Module, x: Tensor, y: Tensor, keys: Tensor, threat: Threat) -> Tensor:
     """The share of the margin's change along a straight way that its gradient does not account for.
 
@@ -222,13 +236,14 @@ def _unseen_change(network: nn.Module, x: Tensor, y: Tensor, keys: Tensor, threa
     mean gradient of both ends times the piece; 0 for a network that is linear on each piece, near 0 for any
     that is smooth, and 1 where the gradient has nothing to do with what happens.
     """
-    towards = threat.project(x + threat.eps * threat.steepest(uniform(fold(1, keys), x.shape[1:]) - 0.5), x)
+    towards = threat.random_edge_point(x, fold(1, keys))
     piece = (towards - x) / PATH
     before: tuple[Tensor, Tensor] | None = None
     unseen = torch.zeros(len(x), dtype=torch.double, device=x.device)
     total = torch.zeros_like(unseen)
     for step in range(PATH + 1):
-        gradient, _, value = input_gradient(network, x + step * piece, lambda z: margin(z, y))
+        gradient, logits = _gradient(network, x + step * piece, lambda z: margin(z, y))
+        value = margin(logits, y)
         slope = (gradient * piece).flatten(1).double().sum(1)
         if before is not None:
             change = value.double() - before[0]
@@ -241,7 +256,10 @@ def _unseen_change(network: nn.Module, x: Tensor, y: Tensor, keys: Tensor, threa
 def _at_large_eps(network: nn.Module, x: Tensor, y: Tensor, keys: Tensor, threat: Threat) -> Tensor:
     """Which images plain PGD leaves standing where any can be made any other."""
     eps = LARGE_EPS * (1.0 if threat.norm == "linf" else x[0].numel() ** 0.5)
-    found = PGD(norm=threat.norm, eps=eps, steps=STEPS)(network, x, y, keys)
+    try:
+        found = PGD(norm=threat.norm, eps=eps, steps=STEPS)(network, x, y, keys)
+    except RuntimeError:  # there is no gradient at all
+        found = x
     with torch.no_grad():
         return (~errs(network(found), y)).double()
 
@@ -273,7 +291,7 @@ def _draw(x: Tensor, keys: Tensor, threat: Threat, number: int) -> Tensor:
     """A random point of each ball, or for odd numbers a corner (a point of the sphere)."""
     if number % 2 == 0:
         return threat.random_point(x, keys)
-    return threat.project(x + threat.eps * threat.steepest(uniform(keys, x.shape[1:]) - 0.5), x)
+    return threat.random_edge_point(x, keys)
 
 
 def _by_chance(network: nn.Module, images: Split, threat: Threat, seed: int, batch_size: int) -> float:
@@ -297,25 +315,29 @@ class _Hunter:
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         try:
             return self.attack(model, x, y, keys)
-        except (ValueError, IndexError, RuntimeError) as error:
+        except (ValueError, IndexError) as error:
             raise NotApplicableError(f"not for two classes: {error}") from error
 
     def passes(self, classes: int) -> tuple[int, int] | None:
         return self.attack.passes(classes) if hasattr(self.attack, "passes") else None
 
 
-def _most_successful(records: Mapping[str, Record], roles: Roles) -> str | None:
-    """The cheapest of the attacks that did best, among those that search at all."""
-    tried = {
-        name: record
+def _most_successful(
+    records: Mapping[str, Record], roles: Roles, compared: npt.NDArray[np.int64]
+) -> str | None:
+    """The cheapest of the attacks that did best on the images ``compared``, among those that search at all."""
+    left = {
+        name: 1 - record.columns["fooled"][np.isin(record.columns["index"], compared)].mean()
         for name, record in records.items()
-        if len(record) and record.forwards and name not in roles.single_step
+        if len(record)
+        and record.forwards
+        and name not in roles.single_step
+        and np.isin(record.columns["index"], compared).any()
     }
-    if not tried:
+    if not left:
         return None
-    left = {name: 1 - record.columns["fooled"].mean() for name, record in tried.items()}
-    near = [name for name in tried if left[name] <= min(left.values()) + NEAR_BEST]
-    return min(near, key=lambda name: tried[name].forwards + tried[name].backwards)
+    near = [name for name in left if left[name] <= min(left.values()) + NEAR_BEST]
+    return min(near, key=lambda name: records[name].forwards + records[name].backwards)
 
 
 def _fooled_by(records: Mapping[str, Record]) -> npt.NDArray[Any]:
@@ -325,10 +347,11 @@ def _fooled_by(records: Mapping[str, Record]) -> npt.NDArray[Any]:
 
 def _part(images: Split, places: npt.NDArray[np.intp]) -> Split:
     at = torch.from_numpy(places).to(images.y.device)
-    return Split(images.x[at], images.y[at], images.index[at])
+    x = images.x.subset(at, images.y.device) if isinstance(images.x, FolderPixels) else images.x[at]
+    return Split(x, images.y[at], images.index[at])
 
 
 def _mean(values: Tensor) -> float:
     """The mean of what is not NaN; 0 where nothing says anything."""
-    kept = values[~values.isnan()]
+    kept = values[values.isfinite()]
     return kept.mean().item() if len(kept) else 0.0

@@ -1,5 +1,6 @@
 """Runs a suite of attacks over the test images, chunk by chunk, and trusts none of them."""
 
+import glob
 import io
 import logging
 import time
@@ -17,6 +18,7 @@ from kwta_exp.evaluation.forecast import announce, within_budget
 from kwta_exp.evaluation.judge import Judge
 from kwta_exp.evaluation.records import Record
 from kwta_exp.progress import Progress
+from kwta_exp.randomness import isolated, key
 from kwta_exp.storage import write_bytes
 
 log = logging.getLogger(__name__)
@@ -81,7 +83,8 @@ def evaluate(
         for chunk in _pending(everything, batch_size, clean, progress):
             progress.show(attack=CLEAN)
             started = time.monotonic()
-            logits = judge.logits(to_float(images.x[chunk]))
+            with isolated(key(seed, CLEAN, int(chunk[0]))):  # some networks draw random numbers
+                logits = judge.logits(to_float(images.x[chunk]))
             clean.append(rows_of(images, chunk, logits), len(chunk), 0, time.monotonic() - started)
             clean.save()
             progress.advance(len(chunk))
@@ -104,7 +107,9 @@ def evaluate(
             places = torch.from_numpy(targets).to(images.y.device)
             record = Record.open(folder / f"{name}.npz", expected=images.index[places])
             chunks = _pending(places, batch_size, record, progress)
-            progress.show(attack=name, worst_case=f"{survivors.mean():.1%}")
+            left = survivors.copy()
+            left[targets[: len(record)][record.columns["fooled"]] if len(record) else []] = False
+            progress.show(attack=name, worst_case=f"{left.mean():.1%}")
             try:
                 for chunk, outcome in zip(chunks, workers.outcomes(name, chunks), strict=True):
                     if save_images:
@@ -112,15 +117,17 @@ def evaluate(
                         _save_images(path, images.index[chunk], outcome.x_adv)
                     record.append(outcome.rows, outcome.forwards, outcome.backwards, outcome.seconds)
                     record.save()  # after the images: a row is there only when its image is
-                    survivors[chunk.cpu().numpy()[outcome.rows["fooled"]]] = False
+                    left[chunk.cpu().numpy()[outcome.rows["fooled"]]] = False
                     progress.advance(len(chunk))
-                    progress.show(attack=name, worst_case=f"{survivors.mean():.1%}")
-            except NotApplicableError as reason:
+                    progress.show(attack=name, worst_case=f"{left.mean():.1%}")
+            except NotApplicableError as reason:  # whatever it found in chunks before counts for nothing
                 inapplicable[name] = str(reason)
                 log.info("%s is not applicable: %s", name, reason)
+                for path in (record.path, *(folder / "images").glob(f"{glob.escape(name)}-*.npz")):
+                    path.unlink(missing_ok=True)
                 continue
             records[name] = record
-            survivors[targets[record.columns["fooled"]] if len(record) else []] = False
+            survivors = left
             log.debug("%s done, %.1f%% stand", name, 100 * survivors.mean())
 
     return clean, records, inapplicable

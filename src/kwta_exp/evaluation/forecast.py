@@ -81,9 +81,12 @@ def _unknown(names: Collection[str]) -> str:
 
 
 def _seconds_a_pass(judge: Judge, sample: Tensor) -> tuple[float, float]:
-    """Of one image, forward and backward, measured after a pass to warm up."""
+    """Of one image, forward and backward, measured after a pass to warm up; (0, 0) if there is no gradient."""
     x = sample.clone().requires_grad_()
-    torch.autograd.grad(judge.network(x).sum(), x)
+    try:
+        torch.autograd.grad(judge.network(x).sum(), x)
+    except RuntimeError:
+        return 0.0, 0.0
     _wait(x)
     started = time.monotonic()
     logits = judge.network(x)

@@ -10,7 +10,7 @@ from kwta_exp.attacks import Threat
 from kwta_exp.evaluation.diagnostics import Diagnosis
 from kwta_exp.evaluation.records import Record
 from kwta_exp.evaluation.roles import Roles
-from kwta_exp.evaluation.verdict import verdict
+from kwta_exp.evaluation.verdict import LEAST_QUERIES, Tried, verdict
 
 SCHEMA = 1
 
@@ -67,9 +67,14 @@ def summarise(
         }
     compared = {name: fooled[first] for name, fooled in fooled_by.items()}
     black_box = [name for name, record in attacks.items() if len(record) and not record.backwards]
-    asked = any(attacks[name].forwards for name in black_box)  # a transferred attack asks nothing
     measured = {**_comparisons(compared, roles, black_box), **diagnosis.measured}
-    masking = verdict(measured, len(right[first]), bool(attacks), asked)
+    tried = Tried(
+        attacks=bool(attacks),
+        plain=any(name in attacks for name in roles.plain),
+        without_gradient=any(_searches(attacks[name]) for name in black_box),
+        checks=diagnosis.n > 0,
+    )
+    masking = verdict(measured, len(right[first]), tried)
     return {
         "schema": SCHEMA,
         "run": dict(run),
@@ -80,6 +85,12 @@ def summarise(
         "inapplicable": dict(inapplicable),
         "masking": {**masking, "checks_n": diagnosis.n, "planted": diagnosis.planted},
     }
+
+
+def _searches(record: Record) -> bool:
+    """Whether an attack without gradients asked often enough; a transferred one asks nothing."""
+    asked = record.columns["queries"][~record.columns["fooled"]]
+    return record.forwards > 0 and (len(asked) == 0 or int(asked.min()) >= LEAST_QUERIES)
 
 
 def _comparisons(
