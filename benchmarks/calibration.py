@@ -297,8 +297,8 @@ def page(record: Mapping[str, Any]) -> str:
         " [the record](results/calibration.json). Thresholds come from the first set of networks, by one rule:"
         " twice the largest value that any honest network there has, but at least a floor. The second set, of"
         " other architectures and data, had no part in them. `must` is the verdict a network has to get because"
-        " of how it was made; a k-WTA network must be called masked where plain PGD leaves ten points more than the"
-        f" worst case. Where it is blank nobody knows. Each was judged on {N} images, L-inf.",
+        " of how it was made; a k-WTA network must be called masked where plain PGD leaves ten points more than"
+        f" the worst case. Where it is blank nobody knows. Each was judged on {N} images, L-inf.",
         "",
         "## Errors",
         "",
