@@ -12,7 +12,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: help setup demo test test-slow lint type format bench results clean
+.PHONY: help setup demo test test-slow lint type format bench calibrate results clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,9 @@ format: $(READY)  ## let ruff rewrite
 
 bench: $(READY)  ## time k-WTA against ReLU and the published snippet
 	$(BIN)/python benchmarks/op.py
+
+calibrate: $(READY)  ## the verdict's thresholds and errors (an hour; wants FashionMNIST)
+	$(BIN)/python benchmarks/calibration.py
 
 results: $(READY)  ## docs/results.md from the records in docs/results/
 	$(BIN)/python -m kwta_exp.report.study page
