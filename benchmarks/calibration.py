@@ -7,7 +7,7 @@ effort given below) and diagnosed. The first set is of small networks on digits,
 architectures on FashionMNIST, whose files must lie in --data. A threshold is twice the largest value that any
 honest network of the first set has, but at least the floor given here; the second set then shows how often an
 honest network is not called sound (a false alarm) and a masked one is (a false trust). Each network's results
-are kept in --work, so that a stopped calibration continues; the record goes to docs/results/calibration.json
+are kept in --work, so that a stopped calibration continues; the record goes to docs/calibration.json
 and the page to docs/calibration.md.
 """
 
@@ -41,7 +41,7 @@ from kwta_exp.training.sparsity import Constant
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-RECORD = Path("docs/results/calibration.json")
+RECORD = Path("docs/calibration.json")
 PAGE = Path("docs/calibration.md")
 
 N = 100
@@ -294,7 +294,7 @@ def page(record: Mapping[str, Any]) -> str:
         "# How the verdict was calibrated",
         "",
         "Made by `python benchmarks/calibration.py` ([source](../benchmarks/calibration.py)), from"
-        " [the record](results/calibration.json). Thresholds come from the first set of networks, by one rule:"
+        " [the record](calibration.json). Thresholds come from the first set of networks, by one rule:"
         " twice the largest value that any honest network there has, but at least a floor. The second set, of"
         " other architectures and data, had no part in them. `must` is the verdict a network has to get because"
         " of how it was made; a k-WTA network must be called masked where plain PGD leaves ten points more than"

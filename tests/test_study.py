@@ -136,3 +136,19 @@ def test_what_the_surrogate_and_nes_cost_where_nes_has_to_work(tmp_path: Path) -
     assert "- digits, natural: on the 2 images that withstand the first 40 steps" in text
     assert "takes 1,244,144 passes and the surrogate 53, a 23,474th part." in text
     assert "| digits, natural, seed 0, linf eps 0.1, n = 100: masked | passes |" in text
+
+
+def test_without_counts_of_single_images_the_price_is_a_bound(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, "d-m-kwta0.1-none", 0, 0.9, 0.5, 0.2)
+    results = json.loads((folder / "results.json").read_text())
+    passes = {"surrogate": 1000, "nes": 22040 * 90 + 5_000_000}
+    results["attacks"] = {
+        name: {"robust_accuracy": 0.5, "n": 100, "forwards": many, "backwards": 0}
+        for name, many in passes.items()
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+    collect("first", [folder], tmp_path / "records")
+    (tmp_path / "records" / "first.md").write_text("")
+    assert "at least 5,000,000 passes, and the surrogate at most 1,000, a 5,000th part" in page(
+        tmp_path / "records"
+    )
