@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from kwta_exp.activations import KWTA, LWTA, kwta, lwta
-from kwta_exp.activations.selection import LONG_ROW, kth_largest
+from kwta_exp.activations.selection import kth_largest
 
 SHAPES = [(5, 12), (3, 4, 6), (2, 3, 5, 4), (2, 3, 2, 4, 3)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -70,6 +71,47 @@ def test_kth_largest_is_exact_on_long_rows(dtype: torch.dtype) -> None:
         assert torch.equal(kth_largest(rows, k).double(), expected)
 
 
+@pytest.mark.parametrize("rounds", [600, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_winners_are_those_of_a_float64_sort(rounds: int) -> None:
+    """Random shapes, dtypes and layouts; ties, clusters, outliers; one thread and several."""
+    generator = torch.Generator().manual_seed(rounds)
+
+    def pick(*options: Any) -> Any:
+        return options[int(torch.randint(len(options), (), generator=generator))]
+
+    def size(limit: int) -> int:
+        return int(torch.randint(limit, (), generator=generator)) + 1
+
+    for _ in range(rounds):
+        torch.set_num_threads(pick(1, 2))
+        shape = pick(
+            (size(9), size(3000)),
+            (size(4), size(40), size(15), size(15)),
+            (size(3), 2, size(200), size(200)),
+            (size(3), size(5), size(4), size(4), size(4)),
+        )
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        x = pick(x, x, x.relu(), x.round(), x * 1e-7 + 1, x**9, x.cumsum(-1), x.exp2() * 1e-44, -x.abs())
+        x = x.to(pick(*DTYPES))
+        if x.dim() in CHANNELS_LAST:
+            x = pick(x, x.contiguous(memory_format=CHANNELS_LAST[x.dim()]), x.transpose(1, 2), x.flip(0))
+        per_channel, magnitude = pick(False, True), pick(False, True)
+        rows = x.flatten(0, 1).flatten(1) if per_channel and x.dim() > 2 else x.flatten(1)
+        k = min(pick(1, size(rows.shape[1]), max(1, rows.shape[1] // 10), rows.shape[1]), rows.shape[1])
+        score = rows.double().abs() if magnitude else rows.double()
+        threshold = score.sort(1, descending=True).values[:, k - 1 : k]
+        expected = torch.where(score >= threshold, rows, 0).view(x.shape)
+
+        x.requires_grad_()
+        kept = kwta(
+            x, k=k, over="channel" if per_channel else "volume", by="magnitude" if magnitude else "value"
+        )
+        (gradient,) = torch.autograd.grad(kept.sum(), x)
+
+        assert torch.equal(kept, expected)
+        assert torch.equal(gradient, (score >= threshold).view(x.shape).to(x.dtype))
+
+
 @pytest.mark.parametrize(
     ("ratio", "size", "kept"), [(0.1, 100, 10), (0.1, 9, 1), (1.0, 7, 7), (0.5, 3, 1), (0.29, 100, 28)]
 )
@@ -113,7 +155,7 @@ def test_gradcheck(activation) -> None:  # type: ignore[no-untyped-def]
     assert torch.autograd.gradgradcheck(activation, (x,))
 
 
-def test_backward_saves_one_byte_a_value() -> None:
+def test_backward_saves_one_bit_a_value() -> None:
     saved = []
     x = torch.randn(2, 8, 16, 16, requires_grad=True)
 
@@ -124,7 +166,7 @@ def test_backward_saves_one_byte_a_value() -> None:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         kwta(x * 1.0, 0.1)
     # What the multiplication saves is none of k-WTA's.
-    assert sum(saved) <= x.numel()
+    assert sum(saved) == x.numel() / 8
 
 
 @pytest.mark.parametrize("make", [partial(KWTA, ratio=0.2), partial(LWTA, group_size=2)])
@@ -183,7 +225,7 @@ def test_lwta_keeps_the_largest_of_each_group() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("length", [100, LONG_ROW, LONG_ROW + 37])
+@pytest.mark.parametrize("length", [1, 100, 257, 4133, 20000])
 def test_selection_is_a_sort_in_short_and_long_rows(length: int, dtype: torch.dtype, threads: int) -> None:
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(length)
@@ -195,6 +237,6 @@ def test_selection_is_a_sort_in_short_and_long_rows(length: int, dtype: torch.dt
     rows[5, :4] = math.nan
     rows[5, 4:8] = -torch.tensor(math.nan, dtype=dtype)  # a NaN with its sign bit set
     rows[6] = torch.finfo(dtype).tiny / 2  # subnormal
-    for k in (1, 2, 7, 50, 99, length):
+    for k in {min(k, length) for k in (1, 2, 7, 50, 99, length // 3 + 1, length)}:
         expected = rows.double().sort(dim=1, descending=True).values[:, k - 1 : k].to(dtype)
         torch.testing.assert_close(kth_largest(rows, k), expected, rtol=0, atol=0, equal_nan=True)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
@@ -58,6 +58,7 @@ class Evaluation(BaseModel):
     checks_n: Natural
     budget: Count | None
     processes: Count
+    search: Literal["exact", "fast"]
 
 
 class Settings(BaseModel):

@@ -87,6 +87,7 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
         clean, attacks, inapplicable = evaluate(
             network, images, parts.suite, parts.threat, options.seed, asked.batch_size, folder,
             asked.diagnostic_n, asked.save_images, asked.processes, asked.budget,
+            asked.search == "fast",
         )  # fmt: skip
         diagnosis = Diagnosis()
         if asked.checks_n and attacks:

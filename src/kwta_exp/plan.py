@@ -109,7 +109,9 @@ class Plan:
                 isinstance(attack, dict) and attack.get("source") is not None
             ):  # of a transferred attack: what counts is its weights
                 attack["source"] = sha256_of_file(source_run(attack["source"], f"attack.{name}.source")[0])
+        search = self.options.evaluation.search
         return {
+            **({} if search == "exact" else {"search": search}),
             "attacks": list(attacks.items()),  # their order counts
             "code": local_code(attacks),
             "threat": plain(self.cfg, "threat"),

@@ -11,7 +11,7 @@ import torch
 from pydantic import validate_call
 from torch import Tensor, nn
 
-from kwta_exp.activations.selection import kth_largest
+from kwta_exp.activations.selection import keep, kth_largest
 from kwta_exp.fields import STRICT, Count, Ratio
 
 Over = Literal["volume", "channel"]
@@ -43,7 +43,7 @@ def kwta(
     Ties with the k-th largest value are all kept, as in the published code, so a constant input
     passes unchanged. Negative winners keep their sign. A NaN stays where it is and ranks as the
     largest value; where k or more are NaN, nothing finite wins. The gradient passes through the
-    winners alone; the choice of winners has none. Backward keeps one mask of one byte a value.
+    winners alone; the choice of winners has none. Backward keeps one bit a value.
 
     Raises:
         ValueError: unless exactly one of ``ratio`` and ``k`` is given and in its range, or if ``x``
@@ -57,9 +57,8 @@ def kwta(
         raise ValueError(f"kwta expects (N, ...) with 2 or more dimensions, got {tuple(x.shape)}")
     if x.numel() == 0:
         return x
-    score = x.detach().abs() if by == "magnitude" else x.detach()
-    # "<" is false for NaN, so a NaN never loses.
-    return torch.where(score < kwta_threshold(x.detach(), ratio, k=k, over=over, by=by), 0, x)
+    per_channel = over == "channel" and x.dim() > 2
+    return keep(x, _winners(x, ratio, k, per_channel), per_channel, by == "magnitude")
 
 
 @torch.no_grad()
@@ -77,12 +76,16 @@ def kwta_threshold(
     """
     per_channel = over == "channel" and x.dim() > 2
     rows = _rows(x.abs() if by == "magnitude" else x, per_channel)
-    size = rows.shape[1]
-    winners = max(1, math.floor(ratio * size)) if ratio is not None else min(k or size, size)
-    threshold = kth_largest(rows, winners)
+    threshold = kth_largest(rows, _winners(x, ratio, k, per_channel))
     threshold = threshold.masked_fill(threshold.isnan(), math.inf)
     lead = 2 if per_channel else 1
     return threshold.view(*x.shape[:lead], *[1] * (x.dim() - lead))
+
+
+def _winners(x: Tensor, ratio: float | None, k: int | None, per_channel: bool) -> int:
+    """How many win of each row."""
+    size = x.shape[2:].numel() if per_channel else x.shape[1:].numel()
+    return max(1, math.floor(ratio * size)) if ratio is not None else min(k or size, size)
 
 
 def _rows(x: Tensor, per_channel: bool) -> Tensor:

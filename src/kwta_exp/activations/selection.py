@@ -1,23 +1,58 @@
-"""The k-th largest value of each row: all that k-winners-take-all costs."""
+"""The k largest of each row: all that k-winners-take-all costs. One operator a job, one kernel a device.
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+``keep`` zeroes the losers and notes the winners in one bit each, ``pass_winners`` is its gradient,
+``kth_largest`` the threshold alone. They are opaque to ``torch.compile``, which needs no graph break for
+them. On a CPU the kernels are Numba's (:mod:`.selection_numba`), on CUDA Triton's (:mod:`.selection_triton`).
+"""
+
+import ctypes
+import sys
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_Rows = npt.NDArray[Any]
-
 # Defined the short way: torch.library.custom_op loads the compiler (2 s) at the first call.
+torch.library.define(
+    "kwta_exp::keep", "(Tensor x, int k, bool per_channel, bool by_magnitude) -> (Tensor, Tensor)"
+)
+torch.library.define("kwta_exp::pass_winners", "(Tensor gradient, Tensor bits, bool channels_last) -> Tensor")
 torch.library.define("kwta_exp::kth_largest", "(Tensor rows, int k) -> Tensor")
+
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
+
+HUGE = 32 << 20
+"""Bytes from which on the C library maps fresh memory for a tensor, whatever was freed before."""
+
+
+def keep(x: Tensor, k: int, per_channel: bool, by_magnitude: bool) -> Tensor:
+    """Zero what is smaller than the k-th largest value of its row.
+
+    Args:
+        x: floating point ``(N, ...)`` of 2 to 5 dimensions, not empty.
+        k: rank from the top, from 1 to the length of a row.
+        per_channel: a row is a channel of a sample, of 3 dimensions or more; else it is a sample.
+        by_magnitude: rank absolute values.
+
+    Returns:
+        A tensor like ``x``, in its memory format. NaN ranks above every number and stays; where it is the
+        k-th largest, nothing finite is kept. The gradient is that of what is kept; for it one bit a value
+        is saved.
+
+    Raises:
+        TypeError: for a dtype other than float16, bfloat16, float32 and float64.
+    """
+    kept: Tensor = torch.ops.kwta_exp.keep(x, k, per_channel, by_magnitude)[0]
+    return kept
 
 
 def kth_largest(rows: Tensor, k: int) -> Tensor:
-    """The k-th largest value of each row, exactly and without sorting.
+    """The k-th largest value of each row.
 
     Args:
         rows: floating point ``(N, M)``; takes part in no gradient.
@@ -25,69 +60,193 @@ def kth_largest(rows: Tensor, k: int) -> Tensor:
 
     Returns:
         ``(N, 1)`` in the dtype of ``rows``. NaN ranks above every number, as in ``torch.topk``.
-
-    On a CPU NumPy's SIMD quickselect does the work, over torch's threads where rows are long; elsewhere
-    ``torch.topk``. An opaque operator, so that ``torch.compile`` sees no graph break.
     """
     selected: Tensor = torch.ops.kwta_exp.kth_largest(rows, k)
     return selected
 
 
+def in_channels_last(x: Tensor) -> bool:
+    """Is ``x`` dense with its channels last (and not in the plain order as well)?"""
+    return not x.is_contiguous() and x.dim() in _LAST and x.is_contiguous(memory_format=_LAST[x.dim()])
+
+
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _laid_out(x: Tensor, channels_last: bool) -> Tensor:
+    return x.contiguous(memory_format=_LAST[x.dim()] if channels_last else torch.contiguous_format)
+
+
+def _rows(x: Tensor, bits: Tensor | None = None, per_channel: bool = False) -> Tensor:
+    """Dense ``x`` as its rows, in the order of memory: within a row, order is irrelevant to selection."""
+    count = len(bits) if bits is not None else x.shape[0] * (x.shape[1] if per_channel else 1)
+    return x.as_strided((count, x.numel() // count), (x.numel() // count, 1))
+
+
+def _on_its_own_layout(x: Tensor, per_channel: bool) -> tuple[Tensor, bool]:
+    """``x`` dense, copied only if it must be, and whether its rows lie in channels-last order."""
+    channels_last = in_channels_last(x) and not per_channel
+    return _laid_out(x, channels_last), channels_last
+
+
+def _integers(x: Tensor) -> Any:
+    """The bits of ``x`` as NumPy's integers; the memory is shared."""
+    return x.view(_BITS[x.dtype]).numpy()
+
+
+def _infinity(dtype: torch.dtype) -> int:
+    return int(torch.tensor(torch.inf, dtype=dtype).view(_BITS[dtype]))
+
+
+@torch.library.impl("kwta_exp::keep", "CPU")
+def _keep_on_cpu(x: Tensor, k: int, per_channel: bool, by_magnitude: bool) -> tuple[Tensor, Tensor]:
+    from kwta_exp.activations import selection_numba
+
+    dense, _ = _on_its_own_layout(x.detach(), per_channel)
+    rows = _rows(dense, per_channel=per_channel)
+    kept = _fresh_like(dense)
+    bits = torch.empty(len(rows), -(-rows.shape[1] // 8), dtype=torch.uint8)
+    selection_numba.on_threads(
+        selection_numba.keep,
+        rows.shape,
+        torch.get_num_threads(),
+        _integers(rows), k, _infinity(x.dtype), by_magnitude,
+        _integers(_rows(kept, per_channel=per_channel)), bits.numpy(),
+    )  # fmt: skip
+    return _laid_out(kept, in_channels_last(x)), bits
+
+
+@torch.library.impl("kwta_exp::pass_winners", "CPU")
+def _pass_on_cpu(gradient: Tensor, bits: Tensor, channels_last: bool) -> Tensor:
+    from kwta_exp.activations import selection_numba
+
+    gradient = _laid_out(gradient.detach(), channels_last)
+    passed = _fresh_like(gradient)
+    rows = _rows(gradient, bits)
+    selection_numba.on_threads(
+        selection_numba.pass_winners,
+        rows.shape,
+        torch.get_num_threads(),
+        _integers(rows), bits.numpy(), _integers(_rows(passed, bits)),
+    )  # fmt: skip
+    return passed
+
+
 @torch.library.impl("kwta_exp::kth_largest", "CPU")
-def _on_cpu(rows: Tensor, k: int) -> Tensor:
-    position = rows.shape[1] - k
-    values, restore = _comparable(rows)
-    if rows.shape[1] < LONG_ROW:
-        selected = np.partition(values, position, axis=1)[:, position]
-    else:
-        selected = np.empty(len(values), values.dtype)
-        parts = np.array_split(np.arange(len(values)), min(torch.get_num_threads(), len(values)))
-        if len(parts) == 1:
-            _select_rows(values, position, parts[0], selected)
-        else:
-            with ThreadPoolExecutor(len(parts)) as pool:  # NumPy lets go of the interpreter as it partitions
-                list(pool.map(partial(_select_rows, values, position, out=selected), parts))
-    return restore(torch.from_numpy(selected.copy()))[:, None]
+def _select_on_cpu(rows: Tensor, k: int) -> Tensor:
+    from kwta_exp.activations import selection_numba
+
+    rows = rows.detach().contiguous()
+    selected = rows.new_empty(len(rows), 1)
+    selection_numba.on_threads(
+        selection_numba.select,
+        rows.shape,
+        torch.get_num_threads(),
+        _integers(rows), k, _infinity(rows.dtype), False, _integers(selected)[:, 0],
+    )  # fmt: skip
+    return selected
 
 
-LONG_ROW = 4096
-"""From here on rows are partitioned one by one, in a scratch of one row that stays in the cache."""
+def _fresh_like(x: Tensor) -> Tensor:
+    """Room for a tensor like ``x``; where the C library would map pages for it one by one, in huge pages.
 
-
-def _select_rows(values: _Rows, position: int, which: _Rows, out: _Rows) -> None:
-    scratch = np.empty(values.shape[1], values.dtype)
-    for row in which:
-        scratch[:] = values[row]
-        scratch.partition(position)
-        out[row] = scratch[position]
-
-
-def _comparable(rows: Tensor) -> tuple[_Rows, Callable[[Tensor], Tensor]]:
-    """The values as NumPy can partition them, and the way back.
-
-    Half precision is compared by its bits, as int16: those of a positive number are in its order, those
-    of a negative one reversed. That is exact, and faster than widening. (-0 comes out below +0, which
-    changes no winner, since it equals it; NaN above everything, as elsewhere.)
+    The kernel hands out 4 KiB at a time as they are first written, which costs more than the selection
+    does. It is asked for 2 MiB at a time; a system without huge pages ignores it.
     """
-    if rows.dtype not in (torch.bfloat16, torch.float16):
-        return rows.numpy(), lambda selected: selected
-    bits = rows.view(torch.int16)
-    infinity = 0x7F80 if rows.dtype == torch.bfloat16 else 0x7C00
-    magnitude = bits & 0x7FFF
-    ordered = bits ^ ((bits >> 15) & 0x7FFF)
-    ordered = torch.where(magnitude > infinity, 0x7FFF, ordered)
+    fresh = torch.empty_like(x)
+    if fresh.nbytes >= HUGE and _madvise is not None:
+        start = -(-fresh.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+        end = (fresh.data_ptr() + fresh.nbytes) // _HUGE_PAGE * _HUGE_PAGE
+        _madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_HUGEPAGE)
+    return fresh
 
-    def restore(selected: Tensor) -> Tensor:
-        return (selected ^ ((selected >> 15) & 0x7FFF)).view(rows.dtype)
 
-    return ordered.numpy(), restore
+_HUGE_PAGE = 2 << 20
+_MADV_HUGEPAGE = 14  # Linux's number
+_madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+
+
+@torch.library.impl("kwta_exp::keep", "CUDA")
+def _keep_on_cuda(x: Tensor, k: int, per_channel: bool, by_magnitude: bool) -> tuple[Tensor, Tensor]:
+    dense, _ = _on_its_own_layout(x.detach(), per_channel)
+    rows = _rows(dense, per_channel=per_channel)
+    if x.dtype == torch.float64:  # the judge's second opinion: rare, so torch's own selection will do
+        score = rows.abs() if by_magnitude else rows
+        threshold = score.topk(k, dim=1).values[:, -1:]
+        lost = score < threshold.masked_fill(threshold.isnan(), torch.inf)
+        kept, bits = rows.masked_fill(lost, 0), _packed(~lost)
+    else:
+        from kwta_exp.activations import selection_triton
+
+        kept, bits = selection_triton.keep(rows, k, by_magnitude)
+    return _laid_out(kept.as_strided(dense.shape, dense.stride()), in_channels_last(x)), bits
+
+
+@torch.library.impl("kwta_exp::pass_winners", "CUDA")
+def _pass_on_cuda(gradient: Tensor, bits: Tensor, channels_last: bool) -> Tensor:
+    from kwta_exp.activations import selection_triton
+
+    gradient = _laid_out(gradient.detach(), channels_last)
+    passed = selection_triton.pass_winners(_rows(gradient, bits), bits)
+    return passed.as_strided(gradient.shape, gradient.stride())
 
 
 @torch.library.impl("kwta_exp::kth_largest", "CUDA")
-def _on_cuda(rows: Tensor, k: int) -> Tensor:
-    return rows.topk(k, dim=1).values[:, -1:].clone()
+def _select_on_cuda(rows: Tensor, k: int) -> Tensor:
+    if rows.dtype == torch.float64:
+        selected: Tensor = rows.topk(k, dim=1).values[:, -1:].clone()
+        return selected
+    from kwta_exp.activations import selection_triton
+
+    return selection_triton.kth_largest(rows.contiguous(), k)
+
+
+def _packed(flags: Tensor) -> Tensor:
+    """Bool ``(N, M)`` to uint8 ``(N, ceil(M / 8))``, the lowest bit first."""
+    padded = torch.nn.functional.pad(flags, (0, -flags.shape[1] % 8)).unflatten(1, (-1, 8))
+    weights = 2 ** torch.arange(8, device=flags.device, dtype=torch.uint8)
+    packed: Tensor = (padded * weights).sum(2, dtype=torch.uint8)
+    return packed
+
+
+@torch.library.register_fake("kwta_exp::keep")  # type: ignore[untyped-decorator]
+def _keep_shapes(x: Tensor, k: int, per_channel: bool, by_magnitude: bool) -> tuple[Tensor, Tensor]:
+    count = x.shape[0] * (x.shape[1] if per_channel else 1)
+    bits = x.new_empty((count, (x.numel() // count + 7) // 8), dtype=torch.uint8)
+    return _laid_out(torch.empty_like(x), in_channels_last(x)), bits
+
+
+@torch.library.register_fake("kwta_exp::pass_winners")  # type: ignore[untyped-decorator]
+def _passed_shape(gradient: Tensor, bits: Tensor, channels_last: bool) -> Tensor:
+    return torch.empty_like(_laid_out(gradient, channels_last))
 
 
 @torch.library.register_fake("kwta_exp::kth_largest")  # type: ignore[untyped-decorator]
-def _shape(rows: Tensor, k: int) -> Tensor:
+def _threshold_shape(rows: Tensor, k: int) -> Tensor:
     return rows.new_empty(rows.shape[0], 1)
+
+
+def _save_bits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, _, per_channel, _ = inputs
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.channels_last = in_channels_last(x) and not per_channel
+
+
+def _keep_backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor, None, None, None]:
+    passed: Tensor = torch.ops.kwta_exp.pass_winners(gradient, ctx.saved_tensors[0], ctx.channels_last)
+    return passed, None, None, None
+
+
+def _save_same(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.channels_last = inputs[2]
+
+
+def _pass_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    passed: Tensor = torch.ops.kwta_exp.pass_winners(gradient, ctx.saved_tensors[0], ctx.channels_last)
+    return passed, None, None
+
+
+torch.library.register_autograd("kwta_exp::keep", _keep_backward, setup_context=_save_bits)
+torch.library.register_autograd("kwta_exp::pass_winners", _pass_backward, setup_context=_save_same)

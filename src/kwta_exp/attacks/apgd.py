@@ -4,13 +4,15 @@ Croce and Hein, "Reliable Evaluation of Adversarial Robustness with an Ensemble 
 Parameter-free Attacks", ICML 2020, algorithm 1, and the DLR losses of its section 4.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from pydantic import dataclasses
 from torch import Tensor, nn
 
-from kwta_exp.attacks.losses import LossName, attack_loss, targeted_dlr, wrong_classes
+from kwta_exp.attacks.losses import Loss, LossName, attack_loss, targeted_dlr, wrong_classes
 from kwta_exp.attacks.pgd import Best, input_gradient
 from kwta_exp.attacks.standing import Try, best_of
 from kwta_exp.attacks.threat import Threat
@@ -87,48 +89,74 @@ def ascend(
     x: Tensor,
     start: Tensor,
     y: Tensor,
-    loss: Callable[[Tensor], Tensor],
+    loss: Loss,
     threat: Threat,
     steps: int,
     rho: float,
 ) -> Tensor:
     """One run of Auto-PGD from ``start``; returns the iterates with the largest margin of error."""
-    step_size = x.new_full((len(x), *[1] * (x.dim() - 1)), 2 * threat.eps)
-    x_adv = previous = start
-    kept = Best(x)
-
-    gradient, logits, value = input_gradient(model, x_adv, loss)
-    kept.update(x_adv, logits, y)
-    top_x, top_gradient, top_value = x_adv.clone(), gradient.clone(), value.clone()
-
+    kept = Best(x, y)
+    gradient, logits, value = input_gradient(model, start, loss)
+    everything = kept.standing
+    kept.update(start, logits, everything)
+    now = _State(
+        at=everything, x=x, x_adv=start, previous=start, gradient=gradient, value=value,
+        top_x=start.clone(), top_gradient=gradient.clone(), top_value=value.clone(), top_at_check=value.clone(),
+        rises=torch.zeros_like(value), just_halved=torch.ones_like(value, dtype=torch.bool),
+        step_size=x.new_full((len(x), *[1] * (x.dim() - 1)), 2 * threat.eps),
+    )  # fmt: skip
     interval, least, shorter = (max(int(share * steps), 1) for share in (0.22, 0.06, 0.03))
     since_check = 0
-    rises = torch.zeros_like(value)
-    top_at_check, just_halved = top_value.clone(), torch.ones_like(value, dtype=torch.bool)
 
     for step in range(steps):
-        inertia, previous = x_adv - previous, x_adv
-        ahead = threat.project(x_adv + step_size * threat.steepest(gradient), x)
+        inertia = now.x_adv - now.previous
+        ahead = threat.project(now.x_adv + now.step_size * threat.steepest(now.gradient), now.x)
         if step:
-            ahead = threat.project(x_adv + 0.75 * (ahead - x_adv) + 0.25 * inertia, x)
-        x_adv, last_value = ahead, value
+            ahead = threat.project(now.x_adv + 0.75 * (ahead - now.x_adv) + 0.25 * inertia, now.x)
+        now.previous, now.x_adv, last_value = now.x_adv, ahead, now.value
 
-        gradient, logits, value = input_gradient(model, x_adv, loss)
-        if kept.update(x_adv, logits, y):
-            break
-        rises += value > last_value
-        better = value > top_value
-        top_x[better], top_gradient[better] = x_adv[better], gradient[better]
-        top_value = torch.where(better, value, top_value)
+        now.gradient, logits, now.value = input_gradient(model, now.x_adv, partial(loss, at=now.at))
+        now.rises += now.value > last_value
+        better = now.value > now.top_value
+        now.top_x[better], now.top_gradient[better] = now.x_adv[better], now.gradient[better]
+        now.top_value = torch.where(better, now.value, now.top_value)
+        if not (go_on := kept.update(now.x_adv, logits, now.at)).all():
+            now = now.only(go_on)
+            if not len(now.at):
+                break
 
         since_check += 1
         if since_check == interval:
-            stalled = rises <= rho * interval
-            stalled |= ~just_halved & (top_at_check >= top_value)
-            just_halved, top_at_check = stalled, top_value.clone()
-            step_size[stalled] /= 2
-            x_adv, gradient = x_adv.clone(), gradient.clone()
-            x_adv[stalled], gradient[stalled] = top_x[stalled], top_gradient[stalled]
-            interval, since_check, rises = max(interval - shorter, least), 0, torch.zeros_like(value)
+            stalled = now.rises <= rho * interval
+            stalled |= ~now.just_halved & (now.top_at_check >= now.top_value)
+            now.just_halved, now.top_at_check = stalled, now.top_value.clone()
+            now.step_size[stalled] /= 2
+            now.x_adv, now.gradient = now.x_adv.clone(), now.gradient.clone()
+            now.x_adv[stalled], now.gradient[stalled] = now.top_x[stalled], now.top_gradient[stalled]
+            interval, since_check = max(interval - shorter, least), 0
+            now.rises = torch.zeros_like(now.value)
 
     return kept.x
+
+
+@dataclass
+class _State:
+    """Of each image that is still attacked: its position, itself, and where its run is."""
+
+    at: Tensor
+    x: Tensor
+    x_adv: Tensor
+    previous: Tensor
+    gradient: Tensor
+    value: Tensor
+    top_x: Tensor
+    top_gradient: Tensor
+    top_value: Tensor
+    top_at_check: Tensor
+    rises: Tensor
+    just_halved: Tensor
+    step_size: Tensor
+
+    def only(self, which: Tensor) -> "_State":
+        """The images of ``which``, bool ``(n,)``."""
+        return _State(**{name: each[which] for name, each in vars(self).items()})

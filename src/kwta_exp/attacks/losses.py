@@ -1,13 +1,17 @@
 """What an attack raises: one number an image, larger when the model is nearer to an error."""
 
-from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 LossName = Literal["ce", "margin", "dlr", "kl"]
+
+Which = Tensor | slice
+"""Positions in a batch."""
+
+ALL = slice(None)
 
 
 def cross_entropy(logits_NK: Tensor, y_N: Tensor) -> Tensor:
@@ -36,18 +40,26 @@ def dlr(logits_NK: Tensor, y_N: Tensor) -> Tensor:
     return margin(logits_NK, y_N) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
 
 
-def targeted_dlr(y_N: Tensor, target_N: Tensor) -> Callable[[Tensor], Tensor]:
+class Loss(Protocol):
+    """What is raised, for the images of a batch or for some of them."""
+
+    def __call__(self, logits_NK: Tensor, at: Which = ...) -> Tensor:
+        """One number an image; ``at``: the positions in the batch of those that the logits belong to."""
+        ...
+
+
+def targeted_dlr(y_N: Tensor, target_N: Tensor) -> Loss:
     """``(z_t - z_y) / (z_1 - (z_3 + z_4) / 2)`` as a function of logits (equation 7; four classes)."""
 
-    def loss(logits_NK: Tensor) -> Tensor:
+    def loss(logits_NK: Tensor, at: Which = ALL) -> Tensor:
         ordered = logits_NK.sort(1, descending=True).values
-        true, wanted = (logits_NK.gather(1, each[:, None])[:, 0] for each in (y_N, target_N))
+        true, wanted = (logits_NK.gather(1, each[at][:, None])[:, 0] for each in (y_N, target_N))
         return (wanted - true) / (ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + 1e-12)
 
     return loss
 
 
-def targeted_loss(name: LossName, y_N: Tensor, target_N: Tensor) -> Callable[[Tensor], Tensor]:
+def targeted_loss(name: LossName, y_N: Tensor, target_N: Tensor) -> Loss:
     """The loss called ``name`` towards the class ``target_N``, as a function of logits.
 
     ``"ce"`` is ``log softmax(z)_t``, ``"margin"`` is ``z_t - z_y``, ``"dlr"`` is :func:`targeted_dlr`.
@@ -55,8 +67,8 @@ def targeted_loss(name: LossName, y_N: Tensor, target_N: Tensor) -> Callable[[Te
     if name == "dlr":
         return targeted_dlr(y_N, target_N)
     if name == "margin":
-        return lambda z: (z.gather(1, target_N[:, None]) - z.gather(1, y_N[:, None]))[:, 0]
-    return lambda z: -cross_entropy(z, target_N)
+        return lambda z, at=ALL: (z.gather(1, target_N[at][:, None]) - z.gather(1, y_N[at][:, None]))[:, 0]
+    return lambda z, at=ALL: -cross_entropy(z, target_N[at])
 
 
 def wrong_classes(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -73,11 +85,11 @@ def divergence(logits_NK: Tensor, reference_NK: Tensor) -> Tensor:
     return F.kl_div(q, p, log_target=True, reduction="none").sum(1)
 
 
-def attack_loss(name: LossName, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+def attack_loss(name: LossName, model: nn.Module, x: Tensor, y: Tensor) -> Loss:
     """The loss called ``name`` as a function of logits; ``"kl"`` is away from the prediction at ``x``."""
     if name == "kl":
         with torch.no_grad():
             reference = model(x)
-        return lambda logits: divergence(logits, reference)
+        return lambda logits, at=ALL: divergence(logits, reference[at])
     formula = {"ce": cross_entropy, "margin": margin, "dlr": dlr}[name]
-    return lambda logits: formula(logits, y)
+    return lambda logits, at=ALL: formula(logits, y[at])

@@ -6,13 +6,14 @@ Goodfellow, Shlens and Szegedy, "Explaining and Harnessing Adversarial Examples"
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
 from pydantic import dataclasses
 from torch import Tensor, nn
 
-from kwta_exp.attacks.losses import LossName, attack_loss, margin, targeted_loss, wrong_classes
+from kwta_exp.attacks.losses import Loss, LossName, attack_loss, margin, targeted_loss, wrong_classes
 from kwta_exp.attacks.threat import Threat
 from kwta_exp.fields import STRICT, Count, Eps, Natural, NonNegative, Norm, Positive
 from kwta_exp.randomness import fold, normal
@@ -37,8 +38,8 @@ class PGD:
         loss: ``"ce"``, ``"margin"``, ``"dlr"``, or ``"kl"``, the divergence from the prediction at the image.
         targets: run towards each of so many likeliest wrong classes, with the loss that raises that class;
             not for ``"kl"``. 0 for none.
-        keep_best: return the iterate with the largest margin of error instead of the last, stop once
-            every image is fooled, and spend one more forward pass. Off for training, as is usual.
+        keep_best: return the iterate with the largest margin of error instead of the last, leave an image
+            alone once it is fooled twice, and spend one more forward pass. Off for training, as is usual.
     """
 
     norm: Norm
@@ -66,34 +67,41 @@ class PGD:
         if step_size is None:
             step_size = self.relative_step_size * self.eps / self.steps
         losses = self._losses(model, x, y)
-        best = Best(x)
+        best = Best(x, y)
 
         for run in range(len(losses) * self.restarts):
-            loss = losses[run % len(losses)]
-            x_adv = x
-            if self.random_start == "normal":
-                x_adv = threat.project(x + 0.001 * normal(fold(run, keys), x.shape[1:]), x)
-            elif self.random_start:
-                x_adv = threat.random_point(x, fold(run, keys))
+            if not len(at := best.standing):
+                break
+            loss, origin = losses[run % len(losses)], x[at]
+            x_adv = self._start(threat, origin, fold(run, keys[at]))
 
-            velocity = torch.zeros_like(x)
+            velocity = torch.zeros_like(x_adv)
             for _ in range(self.steps):
-                gradient, logits, _ = input_gradient(model, x_adv, loss)
-                if self.keep_best and best.update(x_adv, logits, y):
-                    return best.x
+                gradient, logits, _ = input_gradient(model, x_adv, partial(loss, at=at))
+                if self.keep_best and not (go_on := best.update(x_adv, logits, at)).all():
+                    at, origin, x_adv, gradient, velocity = (
+                        each[go_on] for each in (at, origin, x_adv, gradient, velocity)
+                    )
+                    if not len(at):
+                        break
                 if self.momentum:
                     scale = gradient.abs().mean(tuple(range(1, x.dim())), keepdim=True)
                     velocity = self.momentum * velocity + gradient / scale.clamp_min(1e-30)
                     gradient = velocity
-                x_adv = threat.project(x_adv + step_size * threat.steepest(gradient), x)
+                x_adv = threat.project(x_adv + step_size * threat.steepest(gradient), origin)
 
             if not self.keep_best:
                 return x_adv
-            with torch.no_grad():
-                if best.update(x_adv, model(x_adv), y):
-                    return best.x
+            if len(at):
+                with torch.no_grad():
+                    best.update(x_adv, model(x_adv), at)
 
         return best.x
+
+    def _start(self, threat: Threat, x: Tensor, keys: Tensor) -> Tensor:
+        if self.random_start == "normal":
+            return threat.project(x + 0.001 * normal(keys, x.shape[1:]), x)
+        return threat.random_point(x, keys) if self.random_start else x
 
     def passes(self, classes: int) -> tuple[int, int]:
         """The most passes, forward and backward, for one image."""
@@ -101,7 +109,7 @@ class PGD:
         asked_once = self.loss == "kl" or self.targets > 0
         return runs * (self.steps + self.keep_best) + asked_once, runs * self.steps
 
-    def _losses(self, model: nn.Module, x: Tensor, y: Tensor) -> list[Callable[[Tensor], Tensor]]:
+    def _losses(self, model: nn.Module, x: Tensor, y: Tensor) -> list[Loss]:
         """What is raised, one for each target if there are any."""
         if not self.targets:
             return [attack_loss(self.loss, model, x, y)]
@@ -126,18 +134,39 @@ class Best:
 
     Ranked by margin whatever the loss: cross-entropy rounds to 0 on confident networks, where
     iterates could no longer be told apart.
+
+    Args:
+        x: the images.
+        y: their labels.
     """
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, y: Tensor) -> None:
         self.x = x.clone()
         self.margin = x.new_full((len(x),), float("-inf"))
-        self.fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self._y = y
+        self._successes = torch.zeros_like(y)
 
-    def update(self, x_adv: Tensor, logits: Tensor, y: Tensor) -> bool:
-        """Take over what is better; true once every image is fooled."""
+    @property
+    def standing(self) -> Tensor:
+        """The positions of images that no iterate fooled."""
+        return (self._successes == 0).nonzero()[:, 0]
+
+    def update(self, x_adv: Tensor, logits: Tensor, at: Tensor) -> Tensor:
+        """Take over what is better.
+
+        Args:
+            x_adv: iterates ``(n, C, H, W)``.
+            logits: theirs.
+            at: the positions ``(n,)`` of their images.
+
+        Returns:
+            Which of them to go on with, bool ``(n,)``: the first success is often one by a hair, which
+            another rounding undoes, so an image is left alone after the second.
+        """
+        y = self._y[at]
         found = margin(logits, y).to(self.margin)
-        better = found > self.margin
-        self.x[better] = x_adv[better]
-        self.margin = torch.where(better, found, self.margin)
-        self.fooled |= logits.argmax(1) != y
-        return bool(self.fooled.all())
+        better = found > self.margin[at]
+        self.x[at[better]] = x_adv[better]
+        self.margin[at[better]] = found[better]
+        self._successes[at] += logits.argmax(1) != y
+        return self._successes[at] < 2

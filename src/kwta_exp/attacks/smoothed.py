@@ -5,6 +5,8 @@ Examples", ICML 2018) with Gaussian noise as the transformation: the gradient of
 E[L(x + s u)]. It sees a little past jumps of the network, where the gradient at one point sees none.
 """
 
+from functools import partial
+
 import torch
 from pydantic import dataclasses
 from torch import Tensor, nn
@@ -44,19 +46,21 @@ class SmoothedPGD:
         loss = attack_loss(self.loss, model, x, y)
         scale = self.sigma * (threat.eps if self.norm == "linf" else threat.eps / x[0].numel() ** 0.5)
         step_size = self.relative_step_size * self.eps / self.steps
-        best = Best(x)
-        x_adv = threat.random_point(x, fold(-1, keys))
+        best = Best(x, y)
+        at, origin, x_adv = best.standing, x, threat.random_point(x, fold(-1, keys))
         for step in range(self.steps):
             with torch.no_grad():
-                if best.update(x_adv, model(x_adv), y):
-                    return best.x
-            total = torch.zeros_like(x)
+                go_on = best.update(x_adv, model(x_adv), at)
+            at, origin, x_adv = at[go_on], origin[go_on], x_adv[go_on]
+            if not len(at):
+                return best.x
+            total = torch.zeros_like(x_adv)
             for sample in range(self.samples):
-                noise = normal(fold(step * self.samples + sample, keys), x.shape[1:]).to(x)
-                total += input_gradient(model, x_adv + scale * noise, loss)[0]
-            x_adv = threat.project(x_adv + step_size * threat.steepest(total), x)
+                noise = normal(fold(step * self.samples + sample, keys[at]), x.shape[1:]).to(x)
+                total += input_gradient(model, x_adv + scale * noise, partial(loss, at=at))[0]
+            x_adv = threat.project(x_adv + step_size * threat.steepest(total), origin)
         with torch.no_grad():
-            best.update(x_adv, model(x_adv), y)
+            best.update(x_adv, model(x_adv), at)
         return best.x
 
     def passes(self, classes: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -146,20 +147,25 @@ class SurrogatePGD:
         threat = Threat(norm=self.norm, eps=self.eps)
         loss = attack_loss(self.loss, model, x, y)
         warm, cold = max(self.temperatures), min(self.temperatures)
-        x_adv, best = threat.random_point(x, keys), Best(x)
+        best = Best(x, y)
+        at, origin, x_adv = best.standing, x, threat.random_point(x, keys)
         velocity = torch.zeros_like(x)
         for step in range(self.steps):
             progress = step / self.steps
             with softened(gated, warm * (cold / warm) ** progress):
-                gradient, logits, _ = input_gradient(model, x_adv, loss)
-            if best.update(x_adv, logits, y):
-                return best.x
+                gradient, logits, _ = input_gradient(model, x_adv, partial(loss, at=at))
+            if not (go_on := best.update(x_adv, logits, at)).all():
+                at, origin, x_adv, gradient, velocity = (
+                    each[go_on] for each in (at, origin, x_adv, gradient, velocity)
+                )
+                if not len(at):
+                    return best.x
             scale = gradient.abs().mean(tuple(range(1, x.dim())), keepdim=True)
             velocity = _MOMENTUM * velocity + gradient / scale.clamp_min(1e-30)
             length = _FIRST_STEP * self.eps * (1 - progress)
-            x_adv = threat.project(x_adv + length * threat.steepest(velocity), x)
+            x_adv = threat.project(x_adv + length * threat.steepest(velocity), origin)
         with torch.no_grad():
-            best.update(x_adv, model(x_adv), y)
+            best.update(x_adv, model(x_adv), at)
         return best.x
 
     def passes(self, classes: int) -> tuple[int, int]:

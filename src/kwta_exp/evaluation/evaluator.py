@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from kwta_exp.attacks import Attack, NotApplicableError, Threat
 from kwta_exp.data.batches import Split, to_float
-from kwta_exp.evaluation.chunks import Task, Workers, rows_of
+from kwta_exp.evaluation.chunks import Bench, Task, Workers, rows_of
 from kwta_exp.evaluation.forecast import announce, within_budget
-from kwta_exp.evaluation.judge import Judge
 from kwta_exp.evaluation.records import Record
 from kwta_exp.progress import Progress
 from kwta_exp.randomness import isolated, key
@@ -38,6 +37,7 @@ def evaluate(
     save_images: bool = False,
     processes: int = 1,
     budget: int | None = None,
+    fast_search: bool = False,
 ) -> tuple[Record, dict[str, Record], dict[str, str]]:
     """Judge ``network`` clean and under each attack, on the images it classifies correctly clean.
 
@@ -66,6 +66,8 @@ def evaluate(
         processes: chunks attacked at once, each in a process of its own. It decides no outcome.
         budget: passes, forward and backward, that the suite may cost by forecast; attacks that do not fit in
             are left out and named. ``None``: no limit.
+        fast_search: attacks see a stand-in (:class:`~kwta_exp.evaluation.search.FastSearch`); what they
+            return is judged by ``network`` all the same.
 
     Returns:
         The clean record, one record for each attack that applies to this network, and the reason for
@@ -74,10 +76,12 @@ def evaluate(
     Raises:
         UserError: if an attack fails or returns something other than images, naming the attack.
     """
-    judge = Judge(network.eval().requires_grad_(False), batch_size)
-    task = Task(judge.network, images, suite, threat, seed, batch_size)
+    network.eval().requires_grad_(False)
+    task = Task(network, images, suite, threat, seed, batch_size, fast_search)
+    bench = Bench.of(task)
+    judge = bench.judge
 
-    with Workers(task, judge, processes) as workers, Progress("evaluating", len(images), "image") as progress:
+    with Workers(task, bench, processes) as workers, Progress("evaluating", len(images), "image") as progress:
         clean = Record.open(folder / f"{CLEAN}.npz", expected=images.index)
         everything = torch.arange(len(images), device=images.y.device)
         for chunk in _pending(everything, batch_size, clean, progress):
@@ -94,8 +98,9 @@ def evaluate(
         compared = np.arange(len(images)) < (len(images) if diagnostic_n is None else diagnostic_n)
         progress.extend(len(suite) * int(right.sum()))
         sample = to_float(images.x[everything[:batch_size]])
-        inapplicable = within_budget(suite, int(right.sum()), judge.logits(sample[:1]).shape[1], budget)
-        announce(suite, inapplicable, judge, sample, int(right.sum()))
+        classes = judge.logits(sample[:1]).shape[1]
+        inapplicable = within_budget(suite, int(right.sum()), classes, budget)
+        announce(suite, inapplicable, bench.searched, sample, int(right.sum()), classes)
 
         records: dict[str, Record] = {}
         for name in suite:

@@ -5,10 +5,9 @@ import time
 from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kwta_exp.attacks import Attack
-from kwta_exp.evaluation.judge import Judge
 
 log = logging.getLogger(__name__)
 
@@ -48,17 +47,22 @@ def within_budget(suite: Mapping[str, Attack], images: int, classes: int, budget
 
 
 def announce(
-    suite: Mapping[str, Attack], left_out: Mapping[str, str], judge: Judge, sample: Tensor, images: int
+    suite: Mapping[str, Attack],
+    left_out: Mapping[str, str],
+    network: nn.Module,
+    sample: Tensor,
+    images: int,
+    classes: int,
 ) -> None:
     """Log what the suite may cost in passes, and in time at the speed of two passes through ``sample``."""
     for name, why in left_out.items():
         log.warning("%s is %s", name, why)
     runs = {name: attack for name, attack in suite.items() if name not in left_out}
-    known = forecast(runs, images, judge.logits(sample[:1]).shape[1])
+    known = forecast(runs, images, classes)
     costs = {name: passes for name, passes in known.items() if passes is not None}
     if not sum(map(sum, costs.values())):
         return
-    forward, backward = _seconds_a_pass(judge, sample)
+    forward, backward = _seconds_a_pass(network, sample)
     seconds = {name: f * forward + b * backward for name, (f, b) in costs.items()}
     if sum(seconds.values()) < WORTH_SAYING:
         return
@@ -80,16 +84,16 @@ def _unknown(names: Collection[str]) -> str:
     return f"; no forecast for {', '.join(names)}" if names else ""
 
 
-def _seconds_a_pass(judge: Judge, sample: Tensor) -> tuple[float, float]:
+def _seconds_a_pass(network: nn.Module, sample: Tensor) -> tuple[float, float]:
     """Of one image, forward and backward, measured after a pass to warm up; (0, 0) if there is no gradient."""
     x = sample.clone().requires_grad_()
     try:
-        torch.autograd.grad(judge.network(x).sum(), x)
+        torch.autograd.grad(network(x).sum(), x)
     except RuntimeError:
         return 0.0, 0.0
     _wait(x)
     started = time.monotonic()
-    logits = judge.network(x)
+    logits = network(x)
     _wait(x)
     between = time.monotonic()
     torch.autograd.grad(logits.sum(), x)
