@@ -12,7 +12,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: help setup demo test test-slow lint type format bench calibrate results clean
+.PHONY: help setup demo test test-slow lint type format bench bench-page bench-gpu calibrate results clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,8 +39,14 @@ format: $(READY)  ## let ruff rewrite
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-bench: $(READY)  ## time k-WTA against ReLU and the published snippet
-	$(BIN)/python benchmarks/op.py
+bench: $(READY)  ## time k-WTA, training, attacks and evaluation against baselines (12 min)
+	$(BIN)/python -m benchmarks
+
+bench-page: $(READY)  ## the same, and docs/performance.md
+	$(BIN)/python -m benchmarks --page
+
+bench-gpu: $(READY)  ## the same on a CUDA device
+	$(BIN)/python -m benchmarks --device cuda
 
 calibrate: $(READY)  ## the verdict's thresholds and errors (an hour; wants FashionMNIST)
 	$(BIN)/python benchmarks/calibration.py

@@ -1,88 +1,93 @@
-"""What a k-WTA layer costs: ours and the published snippet, as ratios against ReLU on the same tensor.
+"""What a k-WTA layer costs: ours and the published snippet, against ReLU on the same tensor.
 
-    python benchmarks/op.py [--shape 128 64 32 32] [--ratio 0.1] [--rounds 7] [--json FILE]
+    python -m benchmarks.op [--ratio 0.1] [--rounds 9] [--device cuda] [--json FILE]
 
-Rounds are interleaved and medians reported, so that a machine whose speed drifts still compares
-fairly. Absolute times belong to this machine; the ratios travel better.
+Every timed pass makes its own output, as a layer does, with the default allocator.
 """
 
-import argparse
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from benchmarks.baselines import published_kwta
+from benchmarks.timing import Row, arguments, interleaved, report
 from kwta_exp.activations import kwta
 
-
-def published(x: Tensor, ratio: float) -> Tensor:
-    """k-WTA as the paper's authors published it, in outline: flatten, topk, repeat, compare, multiply."""
-    size = x.shape[1] * x.shape[2] * x.shape[3]
-    threshold = x.reshape(x.shape[0], -1).topk(int(ratio * size), dim=1)[0][:, -1]
-    repeated = threshold.repeat(size, 1).permute(1, 0).view_as(x)
-    return (x >= repeated).to(x) * x
-
-
-def measure(function: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> tuple[float, float]:
-    """Seconds of one forward, and of that forward with its backward."""
-    x.grad = None
-    started = time.perf_counter()
-    out = function(x)
-    forward = time.perf_counter() - started
-    out.backward(gradient)
-    return forward, time.perf_counter() - started
+SHAPE = (128, 64, 32, 32)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", type=int, nargs=4, default=[128, 64, 32, 32], metavar=("N", "C", "H", "W"))
-    parser.add_argument("--ratio", type=float, default=0.1)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", help="also write the figures to this file")
-    arguments = parser.parse_args()
-
+    asked = arguments(__doc__, rounds=9, ratio=0.1)
     torch.manual_seed(0)
-    x = torch.randn(arguments.shape, requires_grad=True)
-    gradient = torch.randn(arguments.shape)
     sides: dict[str, Callable[[Tensor], Tensor]] = {
-        "relu": torch.relu,
-        "k-WTA": lambda x: kwta(x, arguments.ratio),
-        "k-WTA as published": lambda x: published(x, arguments.ratio),
+        "ReLU": torch.relu,
+        "k-WTA": lambda x: kwta(x, asked.ratio),
+        "snippet": lambda x: published_kwta(x, asked.ratio),
     }
-    if not torch.equal(sides["k-WTA"](x), sides["k-WTA as published"](x)):
-        raise SystemExit("the two k-WTA differ: nothing to compare")
+    rows: list[Row] = []
+    for kind, batch, dtype, layout in (
+        ("float32", SHAPE[0], torch.float32, torch.contiguous_format),
+        ("float32, half the batch", SHAPE[0] // 2, torch.float32, torch.contiguous_format),
+        ("float32, channels last", SHAPE[0], torch.float32, torch.channels_last),
+        ("bfloat16, channels last", SHAPE[0], torch.bfloat16, torch.channels_last),
+    ):
+        x = torch.randn(batch, *SHAPE[1:], device=asked.device).to(dtype).contiguous(memory_format=layout)
+        if not torch.equal(kwta(x, asked.ratio), published_kwta(x.float(), asked.ratio).to(dtype)):
+            raise SystemExit(f"the two k-WTA differ in {kind}: nothing to compare")
+        names = sides if kind == "float32" else ("ReLU", "k-WTA")
+        rows += compared(kind, x, {name: sides[name] for name in names}, asked.rounds)
+    notes = [roofline(rows, asked.rounds, asked.device)]
+    report(f"k-WTA {asked.ratio:g} on {SHAPE}", rows, notes, asked)
 
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-    for warm in [True] + [False] * arguments.rounds:
-        for name, function in sides.items():
-            taken = measure(function, x, gradient)
-            if not warm:
-                times[name].append(taken)
 
-    medians = {
-        name: {
-            "forward_ms": 1000 * statistics.median(forward for forward, _ in taken),
-            "forward_backward_ms": 1000 * statistics.median(both for _, both in taken),
-        }
-        for name, taken in times.items()
-    }
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"{tuple(arguments.shape)} float32, ratio {arguments.ratio}, {arguments.rounds} rounds; {machine}")
-    print(f"{'':20}{'forward':>12}{'/ relu':>9}{'fwd+bwd':>12}{'/ relu':>9}")
-    for name, median in medians.items():
-        forward, both = median["forward_ms"], median["forward_backward_ms"]
-        base = medians["relu"]
-        print(
-            f"{name:20}{forward:9.1f} ms{forward / base['forward_ms']:8.1f}x"
-            f"{both:9.1f} ms{both / base['forward_backward_ms']:8.1f}x"
+def compared(kind: str, x: Tensor, sides: dict[str, Callable[[Tensor], Tensor]], rounds: int) -> list[Row]:
+    """Forward alone and with its backward, for every side."""
+    leaf, gradient = x.clone().requires_grad_(), torch.randn_like(x)
+
+    def both(side: Callable[[Tensor], Tensor]) -> None:
+        leaf.grad = None
+        side(leaf).backward(gradient)
+
+    device = x.device.type
+    forward = interleaved({name: lambda side=side: side(x) for name, side in sides.items()}, rounds, 2, device)
+    whole = interleaved({name: lambda side=side: both(side) for name, side in sides.items()}, rounds, 2, device)
+    forward, whole = ({name: 1000 * t for name, t in times.items()} for times in (forward, whole))
+    ours, backward_too = forward["k-WTA"], whole["k-WTA"]
+    on_gpu, first = device == "cuda", "snippet" in sides
+    wanted = (2.5 if on_gpu else 2.0) if first else None
+    rows = [
+        Row(f"forward, {kind}", ours, "ReLU", forward["ReLU"], "ms", "cost"),
+        Row(f"forward + backward, {kind}", backward_too, "ReLU", whole["ReLU"], "ms", "cost", wanted),
+    ]
+    if first:
+        rows.insert(
+            0, Row(f"forward, {kind}", ours, "published snippet", forward["snippet"], "ms", "speed-up", 10)
         )
-    if arguments.json:
-        with open(arguments.json, "w") as file:  # noqa: PTH123
-            json.dump({"machine": machine, "medians": medians}, file, indent=2)
+    if first and on_gpu:
+        ranked = x.flatten(1)
+        topk = interleaved({"topk": lambda: ranked.topk(ranked.shape[1] // 10, dim=1)}, rounds, 2, device)
+        rows.append(Row(f"forward, {kind}", ours, "torch.topk", 1000 * topk["topk"], "ms", "speed-up", 10))
+    return rows
+
+
+def roofline(rows: list[Row], rounds: int, device: str) -> str:
+    """The bytes that k-WTA moves and must move, and the speed of a copy on this machine."""
+    x = torch.randn(SHAPE, device=device)
+    y = torch.empty_like(x)
+    copied = interleaved({"copy": lambda: y.copy_(x)}, rounds, 2, device)["copy"]
+    size = x.nbytes / 2**20
+    forward = next(row for row in rows if row.what == "forward, float32" and row.baseline == "ReLU")
+    speed = 2 * size / copied / 1024
+    least = 1000 * copied * (2 + 1 / 32) / 2
+    return (
+        f"Roofline: a forward pass must read {size:.0f} MiB and write {size:.0f} MiB, and {size / 32:.0f} MiB"
+        f" of bits; k-WTA moves no more. At the speed of a copy between tensors that are mapped already,"
+        f" {speed:.0f} GiB/s, that takes {least:.1f} ms. k-WTA took {forward.ours:.1f} ms and ReLU"
+        f" {forward.theirs:.1f} ms, each of which must have its output mapped first: k-WTA by 2 MiB at a time,"
+        " where it is 32 MiB or more (Linux's transparent huge pages), ReLU by 4 KiB. With half the batch,"
+        " memory is used again and nothing is mapped."
+    )
 
 
 if __name__ == "__main__":

@@ -300,7 +300,7 @@ class Single(nn.Module):
         return Threshold()(x)
 
 
-def test_networks_of_float32_alone_are_confirmed_one_by_one(tmp_path: Path) -> None:
+def test_networks_of_float32_alone_are_confirmed_too(tmp_path: Path) -> None:
     split = images(0.45, 0.8)
     _, records, _ = judge(tmp_path, split, {"up": shift(0.09)}, model=Single())
     assert records["up"].columns["fooled"].tolist() == [True, False]

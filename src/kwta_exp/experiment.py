@@ -138,7 +138,7 @@ def _train(plan: Plan, parts: "Parts", fabric: "Fabric") -> None:
 
     fitted = fit(
         parts.network, training, batches, val, parts.optimizer, parts.lr_schedule, parts.sparsity, fabric,
-        plan.folder.state, on_epoch,
+        plan.folder.state, on_epoch, compiled=plan.runtime.compile,
     )  # fmt: skip
 
     about = {} if fitted.sparsity_ratio is None else {"sparsity_ratio": repr(fitted.sparsity_ratio)}

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shutil
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import dataclasses
@@ -29,6 +30,8 @@ class Runtime:
             always in float32. (``"16-mixed"`` would lose the small gradients that attacks live on.)
         channels_last: train with convolutions, and so all that flows between them, in channels-last order;
             often faster. Evaluation always uses the plain one.
+        compile: train through ``torch.compile``, inner attacks included. It takes a minute or more to begin,
+            and on a CPU a C++ compiler. Evaluation never uses it.
         threads: CPU threads; ``None`` takes one for each core the process may use.
     """
 
@@ -36,6 +39,7 @@ class Runtime:
     devices: Literal[1] = 1
     precision: Precision = "32-true"
     channels_last: bool = False
+    compile: bool = False
     threads: Count | None = None
 
     def __post_init__(self) -> None:
@@ -43,6 +47,11 @@ class Runtime:
             raise UserError(
                 "runtime.accelerator='cuda': no NVIDIA GPU is visible on this machine;"
                 " expected one, or runtime=cpu"
+            )
+        if self.compile and self.resolved_accelerator == "cpu" and not _cpp_compiler():
+            raise UserError(
+                "runtime.compile=True: no C++ compiler is on this machine's path;"
+                " expected g++ or clang++, or runtime.compile=false"
             )
 
     @property
@@ -64,6 +73,8 @@ class Runtime:
         }
         if self.channels_last:
             decides["memory_format"] = "channels_last"
+        if self.compile:
+            decides["compile"] = "true"
         if self.resolved_accelerator == "cpu":
             decides["threads"] = self.resolved_threads
         return decides
@@ -87,6 +98,11 @@ class Runtime:
         fabric = Fabric(accelerator=self.resolved_accelerator, devices=self.devices, precision=self.precision)
         fabric.launch()
         return fabric
+
+
+def _cpp_compiler() -> str | None:
+    named = os.environ.get("CXX")
+    return next(filter(None, map(shutil.which, [named] if named else ["g++", "clang++"])), None)
 
 
 def _usable_cores() -> int:

@@ -189,8 +189,8 @@ def _kth(space, k, infinity, guess):  # type: ignore[no-untyped-def]
             _around(middle, spread, infinity, pivots)
         elif attempt == 0 and slope > 0:
             _around(middle, spread, infinity, pivots)
-        elif attempt < 2:
-            _sampled(keys, k, some, pivots)
+        elif attempt < 3:
+            _sampled(keys, k, 1.5 * 3**attempt, some, pivots)
         else:
             break
         counts = _count(keys, pivots)
@@ -202,6 +202,8 @@ def _kth(space, k, infinity, guess):  # type: ignore[no-untyped-def]
             elif pivot < high:
                 high, at_high = np.int64(pivot), count
 
+    if at_low < size and at_high > 0:
+        slope = (np.float64(high) - np.float64(low)) / (at_low - at_high)
     if high - low == 1:
         return low, (np.float64(low), slope)
     found = _between(low, high, space)
@@ -218,16 +220,19 @@ def _around(middle, spread, infinity, pivots):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _sampled(keys, k, some, pivots):  # type: ignore[no-untyped-def]
-    """Pivots from a sample: where the threshold is expected, and 1.5 standard deviations to either side."""
+def _sampled(keys, k, width, some, pivots):  # type: ignore[no-untyped-def]
+    """Pivots from a sample: where the threshold is expected, and ``width`` standard deviations aside."""
     size = keys.shape[0]
     count = min(size, _SAMPLE)
+    # Steps of the golden section: even ones could meet the same channel, or column, again and again.
+    step, place = int(0.6180339887 * size) | 1, 0
     for i in range(count):
-        some[i] = keys[i * size // count]
+        some[i] = keys[place]
+        place = (place + step) % size
     share = 1 - k / size
     deviation = math.sqrt(count * share * (1 - share))
     for which in range(3):
-        rank = int(count * share + (which - 1) * (1.5 * deviation + 1))
+        rank = int(count * share + (which - 1) * (width * deviation + 1))
         pivots[which] = _quickselect(some, count, min(max(rank, 0), count - 1))
 
 

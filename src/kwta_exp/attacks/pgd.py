@@ -39,7 +39,7 @@ class PGD:
         targets: run towards each of so many likeliest wrong classes, with the loss that raises that class;
             not for ``"kl"``. 0 for none.
         keep_best: return the iterate with the largest margin of error instead of the last, leave an image
-            alone once it is fooled twice, and spend one more forward pass. Off for training, as is usual.
+            alone once it is fooled, and spend one more forward pass. Off for training, as is usual.
     """
 
     norm: Norm
@@ -160,8 +160,8 @@ class Best:
             at: the positions ``(n,)`` of their images.
 
         Returns:
-            Which of them to go on with, bool ``(n,)``: the first success is often one by a hair, which
-            another rounding undoes, so an image is left alone after the second.
+            Which of them to go on with, bool ``(n,)``: an image is left alone after a success that no
+            rounding undoes, by 5% of the range of its logits, or else after the second success.
         """
         y = self._y[at]
         found = margin(logits, y).to(self.margin)
@@ -169,4 +169,8 @@ class Best:
         self.x[at[better]] = x_adv[better]
         self.margin[at[better]] = found[better]
         self._successes[at] += logits.argmax(1) != y
-        return self._successes[at] < 2
+        settled = found > _SETTLED * (logits.amax(1) - logits.amin(1))
+        return (self._successes[at] < 2) & ~settled
+
+
+_SETTLED = 0.05

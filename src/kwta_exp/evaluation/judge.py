@@ -14,7 +14,7 @@ class Judge:
 
     A winner-take-all network is discontinuous, so that rounding alone can flip a prediction, and how a
     library rounds depends on how many images it gets. So batches are padded to one size. An error counts
-    if it is made in float32 in such a batch and again in float64, or else in float32 by the image on its own.
+    if it is made in float32 in such a batch, and again in one of another size or else in float64.
 
     Args:
         network: images ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``.
@@ -29,11 +29,13 @@ class Judge:
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits in float32, whatever precision the run trains in."""
-        return torch.cat([self._padded(some) for some in x.split(self.batch_size)])
+        return self._in_batches(x, self.batch_size)
 
-    @torch.no_grad()
-    def _padded(self, x: Tensor) -> Tensor:
-        missing = self.batch_size - len(x)
+    def _in_batches(self, x: Tensor, size: int) -> Tensor:
+        return torch.cat([self._padded(some, size) for some in x.split(size)])
+
+    def _padded(self, x: Tensor, size: int) -> Tensor:
+        missing = size - len(x)
         full = torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if missing and len(x) else x
         return self._asked(full)[: len(x)]
 
@@ -45,9 +47,11 @@ class Judge:
 
     def errs_again(self, x: Tensor, y: Tensor) -> Tensor:
         """Which of these images, all misclassified once, are misclassified again; bool ``(N,)``."""
-        again = self._errs_in_double(x, y)
-        for i in (~again).nonzero()[:, 0].tolist():
-            again[i] = errs(self._asked(x[i : i + 1]), y[i : i + 1])[0]
+        if not len(x):
+            return torch.zeros(0, dtype=torch.bool, device=x.device)
+        other_size = self.batch_size // 2 if self.batch_size > 1 else 2
+        again = errs(self._in_batches(x, other_size), y)
+        again[~again] = self._errs_in_double(x[~again], y[~again])
         return again
 
     @torch.no_grad()
@@ -60,7 +64,9 @@ class Judge:
                     return errs(self._double(x.double()), y)
             except (RuntimeError, TypeError) as error:  # somebody's network that insists on float32
                 self._has_double = False
-                log.info("no float64 copy of the network runs (%s); errors are confirmed one by one", error)
+                log.info(
+                    "no float64 copy of the network runs (%s); errors are confirmed in float32 alone", error
+                )
         return torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
 

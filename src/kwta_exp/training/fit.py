@@ -1,5 +1,6 @@
 """The training loop: epochs, validation, checkpoints; killed at any moment, it goes on where it was."""
 
+import copy
 import logging
 import math
 import time
@@ -91,6 +92,7 @@ def fit(
     state_path: Path,
     on_epoch: Callable[[list[EpochRecord]], None],
     checkpoint_seconds: float = 300.0,
+    compiled: bool = False,
 ) -> Fitted:
     """Train ``model`` and return its best and last weights.
 
@@ -113,13 +115,15 @@ def fit(
         state_path: where the state lives.
         on_epoch: called after every epoch with the records of all so far.
         checkpoint_seconds: longest stretch of work that a kill may cost.
+        compiled: learn and attack through ``torch.compile``, with a copy of ``model``.
 
     Raises:
         UserError: if the loss stops being finite, or the state file is damaged.
     """
     session = _Session(
-        model, training, batches, val, optimizer_factory, schedule_factory, sparsity, fabric, state_path
-    )
+        model, training, batches, val, optimizer_factory, schedule_factory, sparsity, fabric, state_path,
+        compiled,
+    )  # fmt: skip
     if state_path.exists():
         session.restore()
         on_epoch(session.history)
@@ -148,7 +152,11 @@ class _Session:
         sparsity: Sparsity,
         fabric: Fabric,
         state_path: Path,
+        compiled: bool,
     ) -> None:
+        if compiled:
+            model = copy.deepcopy(model)
+            model.compile()
         self.model, self.training, self.batches, self.val = model, training, batches, val
         self.sparsity, self.fabric, self.state_path = sparsity, fabric, state_path
         self.optimizer = optimizer_factory(model.parameters())

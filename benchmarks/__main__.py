@@ -1,0 +1,95 @@
+"""Run every benchmark, print one table, and write docs/performance.md where that is asked for.
+
+    python -m benchmarks [--device cuda] [--page]
+
+Each runs in a process of its own, one after the other, with its own defaults.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.timing import HEADER, Row
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+ON_CPU = ("op", "train", "attack", "evaluate", "startup")
+ON_GPU = ("op", "train", "attack", "evaluate")
+
+
+REST = """\
+## What makes it fast
+
+- **Selection** ([selection.py](../src/kwta_exp/activations/selection.py)): a row of values becomes a row of
+  integer keys in the core's own cache, and the threshold is closed in on by counting, three pivots at a
+  time; the first ones come from the row before, or from a sample. Exact whatever the pivots are. On CUDA a
+  Triton kernel does it, by counting in registers or by histograms of digits.
+- **Gradient**: one bit a value is kept, and nothing else.
+- **Threads**: the work is done by torch's own OpenMP team, whose threads spin for milliseconds after every
+  operation and would keep another's from the core.
+- **Adversarial training**: inner attacks ask for the gradient of the input alone, under the run's own
+  precision (`runtime.precision=bf16-mixed runtime.channels_last=true`); `runtime.compile=true` adds
+  `torch.compile`.
+- **Attacks**: an image is left alone once it is fooled. `evaluation.search=fast` searches on a stand-in
+  with BatchNorm folded, channels last and in bfloat16; the network itself judges what comes back, and an
+  image on which the stand-in was fooled but the network was not is attacked again on the network.
+
+The CUDA kernels are checked through Triton's interpreter and compiled for sm_90, but were not run on a GPU
+yet, so no figure here is of one; `make bench-gpu` measures them.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--page", action="store_true", help=f"write {PAGE.relative_to(ROOT)}")
+    asked = parser.parse_args()
+    reports = [measured(name, asked.device) for name in (ON_GPU if asked.device == "cuda" else ON_CPU)]
+    print("\n".join(table(reports)))
+    if asked.page:
+        PAGE.write_text(page(reports))
+        print(f"\n{PAGE.relative_to(ROOT)} is written")
+
+
+def measured(name: str, device: str) -> dict[str, Any]:
+    """The report of one benchmark."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "figures.json"
+        command = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(path)]
+        command += [] if name == "startup" else ["--device", device]
+        subprocess.run(command, check=True, cwd=ROOT)
+        report: dict[str, Any] = json.loads(path.read_text())
+    return report | {"name": name}
+
+
+def table(reports: list[dict[str, Any]]) -> list[str]:
+    """Markdown, one line a figure."""
+    lines = ["", f"| {' | '.join(HEADER)} |", f"|{' --- |' * len(HEADER)}"]
+    for report in reports:
+        lines.append(f"| **{report['title']}** |{' |' * (len(HEADER) - 1)}")
+        lines += [f"| {' | '.join(Row(**row).cells())} |" for row in report["rows"]]
+    return lines
+
+
+def page(reports: list[dict[str, Any]]) -> str:
+    """``docs/performance.md``: the table, what it was measured on, and the notes."""
+    rounds = ", ".join(f"{report['rounds']} ({report['name']})" for report in reports)
+    head = f"""# What k-WTA costs
+
+Made by `make bench-page`, which runs every script in [benchmarks/](../benchmarks). Each figure and its
+baseline come from the same process and the same interleaved rounds, and are medians; threads and allocator
+are the same on both sides. A speed-up is the baseline's time over ours, a cost is ours over the baseline's.
+Absolute times belong to the machine, the ratios travel better.
+
+Machine: {reports[0]["machine"]}. Rounds: {rounds}.
+"""
+    notes = [f"- {note}" for report in reports for note in report["notes"]]
+    return "\n".join([head.rstrip(), *table(reports), "", *notes, "", REST])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""A whole evaluation of a naturally trained ReLU network by PGD-20, against foolbox: fooled images are dropped.
+
+    python -m benchmarks.evaluate [--rounds 3] [--images 64] [--eps 0.0314] [--npz FILE] [--json FILE]
+
+ResNet-18 is trained for three epochs on digits, enlarged to 32x32, grey on grey in three channels: with an
+eighth of the contrast, so that eps 8/255 is to them what it is to photographs. Or on 5,000 images of an
+``.npz`` of 32x32 photographs, as ``dataset=arrays`` takes it; or its weights are read (``--weights``). Our
+side is all that ``run.py`` does between a trained network and its record, stand-in, judging, confirming and
+counting included; foolbox's is its attack alone.
+"""
+
+import itertools
+import tempfile
+from pathlib import Path
+
+import foolbox
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.timing import Row, arguments, interleaved, report
+from kwta_exp.attacks import PGD, Threat
+from kwta_exp.checkpoint import load_into, read_weights
+from kwta_exp.data.batches import Split
+from kwta_exp.data.datasets import Arrays, Digits
+from kwta_exp.evaluation import evaluate
+from kwta_exp.models import ResNet
+
+STEPS = 20
+
+
+def main() -> None:
+    asked = arguments(__doc__, rounds=3, images=64, eps=8 / 255, npz="", weights="")
+    x_train, y_train, x_test, y_test = photographs(asked.npz) if asked.npz else grey_digits()
+    if asked.weights:
+        network = ResNet(nn.ReLU, num_classes=int(y_train.max()) + 1, in_channels=3).to(asked.device).eval()
+        load_into(network, read_weights(Path(asked.weights)), asked.weights)
+    else:
+        network = trained(x_train.to(asked.device), y_train.to(asked.device))
+    with torch.no_grad():
+        some = x_test[: 6 * asked.images].to(asked.device)
+        right = (network(some / 255).argmax(1).cpu() == y_test[: len(some)]).nonzero()[: asked.images, 0]
+    images = Split(x_test[right].to(asked.device), y_test[right].to(asked.device), right.to(asked.device))
+    x, y = images.x / 255, images.y
+    suite, threat = {"pgd": PGD(norm="linf", eps=asked.eps, steps=STEPS)}, Threat(norm="linf", eps=asked.eps)
+    library = foolbox.attacks.LinfPGD(rel_stepsize=2.5 / STEPS, steps=STEPS)
+    found: dict[str, float] = {}
+
+    with tempfile.TemporaryDirectory() as scratch:
+        numbers = itertools.count()
+
+        def ours(search: str) -> None:
+            folder = Path(scratch) / str(next(numbers))
+            _, records, _ = evaluate(
+                network, images, suite, threat, 0, len(x), folder, fast_search=search == "fast"
+            )
+            found[f"{search} left"] = 1 - records["pgd"].columns["fooled"].mean()
+            found[f"{search} steps"] = records["pgd"].backwards / len(x)
+
+        def foolboxes() -> None:
+            network.requires_grad_(True)  # as a network is that nobody froze
+            model = foolbox.PyTorchModel(network, bounds=(0, 1), device=asked.device)
+            found["foolbox left"] = 1 - library(model, x, y, epsilons=asked.eps)[2].double().mean().item()
+
+        took = interleaved(
+            {"fast": lambda: ours("fast"), "exact": lambda: ours("exact"), "foolbox": foolboxes},
+            asked.rounds, 1, asked.device,
+        )  # fmt: skip
+
+    name = f"PGD-{STEPS} evaluation of {len(x)} images"
+    rows = [
+        Row(f"{name}, search=fast", took["fast"], "foolbox", took["foolbox"], "s", "speed-up", 10),
+        Row(f"{name}, search=exact", took["exact"], "foolbox", took["foolbox"], "s", "speed-up"),
+    ]
+    left = ", ".join(f"{side} {found[f'{side} left']:.1%}" for side in ("fast", "exact", "foolbox"))
+    notes = [
+        f"eps {asked.eps:.4f}; left standing: {left}. Mean gradient steps an image: fast"
+        f" {found['fast steps']:.1f}, exact {found['exact steps']:.1f}, foolbox {STEPS}."
+    ]
+    of = Path(asked.npz).name if asked.npz else "grey digits"
+    report(f"ReLU ResNet-18, naturally trained on {of}", rows, notes, asked)
+
+
+def grey_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """8x8 in one channel to 32x32 in three, at an eighth of the contrast."""
+    digits = Digits().load()
+    x_train, x_test = (
+        F.interpolate(torch.from_numpy(x) / 8 + 100, scale_factor=4, mode="bilinear")
+        .round()
+        .byte()
+        .expand(-1, 3, -1, -1)
+        for x in (digits.x_train, digits.x_test)
+    )
+    y_train, y_test = (torch.from_numpy(y).long() for y in (digits.y_train, digits.y_test))
+    return x_train, y_train, x_test, y_test
+
+
+def photographs(path: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    images = Arrays(path=path).load()
+    return (
+        torch.from_numpy(images.x_train[:5000]), torch.from_numpy(images.y_train[:5000]).long(),
+        torch.from_numpy(images.x_test), torch.from_numpy(images.y_test).long(),
+    )  # fmt: skip
+
+
+def trained(x_u8: Tensor, y: Tensor) -> nn.Module:
+    torch.manual_seed(0)
+    network = ResNet(nn.ReLU, num_classes=10, in_channels=3).to(x_u8.device)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(3):
+        for at in torch.randperm(len(y), device=y.device).split(64):
+            optimizer.zero_grad()
+            with torch.autocast(x_u8.device.type, torch.bfloat16):
+                loss = F.cross_entropy(network(x_u8[at] / 255), y[at])
+            loss.backward()
+            optimizer.step()
+    return network.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload,no-any-return]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Interleaved rounds, medians, and what the figures are held against."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+Sides = Mapping[str, Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure against its baseline, in the same unit and from the same rounds.
+
+    Args:
+        what: what was measured.
+        ours: its median.
+        baseline: what it is held against.
+        theirs: the baseline's median.
+        unit: of both.
+        kind: ``"speed-up"``: the ratio is theirs / ours; ``"cost"``: ours / theirs.
+        wanted: the least speed-up or the largest cost that is wanted; ``None`` for a figure to know.
+    """
+
+    what: str
+    ours: float
+    baseline: str
+    theirs: float
+    unit: str
+    kind: Literal["speed-up", "cost"]
+    wanted: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        return self.theirs / self.ours if self.kind == "speed-up" else self.ours / self.theirs
+
+    @property
+    def met(self) -> bool | None:
+        if self.wanted is None:
+            return None
+        return self.ratio >= self.wanted if self.kind == "speed-up" else self.ratio <= self.wanted
+
+    def cells(self) -> tuple[str, ...]:
+        wanted = "" if self.wanted is None else f"{'≥' if self.kind == 'speed-up' else '≤'} {self.wanted:g}"
+        met = {None: "", True: "yes", False: "NO"}[self.met]
+        return (
+            self.what,
+            f"{self.ours:,.4g} {self.unit}",
+            self.baseline,
+            f"{self.theirs:,.4g} {self.unit}",
+            f"{self.ratio:.2f}x",
+            wanted,
+            met,
+        )
+
+
+HEADER = ("what", "ours", "baseline", "baseline's", "ratio", "wanted", "met")
+
+
+def interleaved(sides: Sides, rounds: int, warm: int = 1, device: str = "cpu") -> dict[str, float]:
+    """Seconds that each side takes, the median of ``rounds`` after ``warm`` more.
+
+    Each round runs every side once, so that a machine whose speed drifts is fair to all of them.
+    """
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(warm + rounds):
+        for name, side in sides.items():
+            _wait(device)
+            started = time.perf_counter()
+            side()
+            _wait(device)
+            if number >= warm:
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def arguments(description: str | None, rounds: int, **more: Any) -> argparse.Namespace:
+    """The options that every benchmark has, and those in ``more`` (name to default)."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=rounds, help="rounds that count (default: %(default)s)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    for name, default in more.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
+    asked = parser.parse_args()
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here")
+    return asked
+
+
+def report(title: str, rows: list[Row], notes: list[str], asked: argparse.Namespace) -> None:
+    """Print a table, and write it down where that was asked for."""
+    table = [HEADER, *(row.cells() for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    print(f"\n{title}; {asked.rounds} rounds; {machine(asked.device)}")
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    for note in notes:
+        print(note)
+    if asked.json:
+        content = {
+            "title": title,
+            "machine": machine(asked.device),
+            "rounds": asked.rounds,
+            "rows": [asdict(row) for row in rows],
+            "notes": notes,
+        }
+        asked.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def machine(device: str) -> str:
+    """Processor, threads and versions, in a line."""
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    name = platform.processor() or platform.machine()
+    try:
+        listed = subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout
+        name = next((line.split(":")[1].strip() for line in listed.splitlines() if "Model name" in line), name)
+    except OSError:
+        pass
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return f"{name}, {torch.get_num_threads()} threads, {memory:.0f} GiB, torch {torch.__version__}"

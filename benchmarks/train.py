@@ -1,0 +1,141 @@
+"""What k-WTA costs in training, natural and adversarial.
+
+    python -m benchmarks.train [--rounds 3] [--batch 64] [--device cuda] [--json FILE]
+
+ResNet-18 on random images of 32x32, SGD with momentum; every step is the framework's own, and the
+baseline of the last line a plain loop with the published snippet.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.baselines import PublishedKWTA, plain_adversarial_step
+from benchmarks.timing import Row, arguments, interleaved, report
+from kwta_exp.activations import KWTA
+from kwta_exp.attacks import PGD
+from kwta_exp.data.batches import Batch
+from kwta_exp.models import ResNet
+from kwta_exp.runtime import Precision, Runtime
+from kwta_exp.training import NaturalTraining, PGDTraining, Training
+
+KWTA_01 = partial(KWTA, ratio=0.1)
+EPS, STEPS = 8 / 255, 10
+Step = Callable[[], None]
+
+
+def main() -> None:
+    asked = arguments(__doc__, rounds=3, batch=64)
+    device, batch = asked.device, asked.batch
+    rows: list[Row] = []
+    natural = NaturalTraining(epochs=1)
+    for name, precision, wanted in (
+        ("float32", "32-true", 1.15),
+        ("bfloat16, channels last", "bf16-mixed", 1.2),
+    ):
+        sides = {
+            "ReLU": step(natural, nn.ReLU, precision, batch, device),  # type: ignore[arg-type]
+            "k-WTA": step(natural, KWTA_01, precision, batch, device),  # type: ignore[arg-type]
+        }
+        took = interleaved(sides, asked.rounds + 2, 1, device)
+        on_gpu = 1.1 if device == "cuda" else wanted
+        rows.append(
+            Row(f"step, batch {batch}, {name}", took["k-WTA"], "ReLU", took["ReLU"], "s", "cost", on_gpu)
+        )
+
+    few = batch if device == "cuda" else batch // 2
+    adversarial = PGDTraining(epochs=1, attack=PGD(norm="linf", eps=EPS, steps=STEPS, keep_best=False))
+    sides = {
+        "ours": step(adversarial, KWTA_01, "bf16-mixed", few, device),
+        "plain": plain_step(few, device),
+    }
+    took = interleaved(sides, asked.rounds, 1, device)
+    what = f"PGD-{STEPS} training step, batch {few}, bfloat16"
+    rows.append(Row(what, took["ours"], "plain loop, snippet, float32", took["plain"], "s", "speed-up", 3))
+
+    rows += memory(batch, device)
+    notes = [f"Images/s of PGD-{STEPS} adversarial training: {few / took['ours']:,.0f}."]
+    report("ResNet-18, k-WTA 0.1", rows, notes, asked)
+
+
+def images(n: int, device: str) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(n, 3, 32, 32, generator=generator).to(device)
+    y = torch.randint(10, (n,), generator=generator).to(device)
+    return Batch(x, y, torch.arange(n, device=device))
+
+
+def network(activation: Callable[[], nn.Module], device: str) -> ResNet:
+    torch.manual_seed(0)
+    return ResNet(activation, num_classes=10, in_channels=3).to(device)
+
+
+def step(
+    training: Training, activation: Callable[[], nn.Module], precision: Precision, batch: int, device: str
+) -> Step:
+    """A training step as ``fit`` takes it; half precision goes with channels last."""
+    fabric = Runtime(accelerator=device, precision=precision).launch()  # type: ignore[arg-type]
+    model = network(activation, device)
+    if precision == "bf16-mixed":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
+    examples = images(batch, device)
+
+    def learn() -> None:
+        wrapped.train()
+        with fabric.autocast():
+            loss, _ = training.loss(wrapped, examples)
+        wrapped_optimizer.zero_grad()
+        fabric.backward(loss)
+        wrapped_optimizer.step()
+
+    return learn
+
+
+def plain_step(batch: int, device: str) -> Step:
+    """The same adversarial step in a plain loop, on a network with the published snippet."""
+    model = network(partial(PublishedKWTA, 0.1), device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    examples = images(batch, device)
+    return lambda: plain_adversarial_step(model, optimizer, examples.x, examples.y, EPS, STEPS)
+
+
+def memory(batch: int, device: str) -> list[Row]:
+    """The most memory that steps need, each side in a process of its own."""
+    # Else the C library keeps what was freed, by and large, and the figure is one of fragmentation.
+    os.environ.update(MALLOC_MMAP_THRESHOLD_="1000000", MALLOC_TRIM_THRESHOLD_="1000000")
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1, maxtasksperchild=1) as pool:
+        relu, ours = pool.map(partial(_peak, batch=batch, device=device), ["ReLU", "k-WTA"], chunksize=1)
+    return [
+        Row(f"peak memory of a step, batch {batch}", ours[0], "ReLU", relu[0], "MiB", "cost", 1.1),
+        Row("peak memory of its process", ours[1], "ReLU", relu[1], "MiB", "cost"),
+    ]
+
+
+def _peak(name: str, batch: int, device: str) -> tuple[float, float]:
+    """What steps add to a process in which everything is loaded, and all of it."""
+    learn = step(NaturalTraining(epochs=1), {"ReLU": nn.ReLU, "k-WTA": KWTA_01}[name], "32-true", batch, device)
+    if name == "k-WTA":
+        KWTA_01()(torch.randn(2, 8, device=device, requires_grad=True)).sum().backward()  # compiles it
+    before = torch.cuda.memory_allocated() / 2**20 if device == "cuda" else _memory("VmRSS:")
+    for _ in range(3):
+        learn()
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else _memory("VmHWM:")
+    return peak - before, peak
+
+
+def _memory(kind: str) -> float:
+    """MiB of this process. (What getrusage says of a child begins at the size of its parent.)"""
+    status = Path("/proc/self/status").read_text().split()
+    return int(status[status.index(kind) + 1]) / 2**10
+
+
+if __name__ == "__main__":
+    main()
