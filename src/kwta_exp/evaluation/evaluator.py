@@ -97,8 +97,9 @@ def evaluate(
         survivors = right.copy()
         compared = np.arange(len(images)) < (len(images) if diagnostic_n is None else diagnostic_n)
         progress.extend(len(suite) * int(right.sum()))
-        sample = to_float(images.x[everything[: min(batch_size, 16)]])
-        classes = judge.logits(sample[:1]).shape[1]
+        sample = to_float(images.x[everything[: min(batch_size, 4)]])
+        with torch.no_grad():
+            classes = bench.searched(sample[:1]).shape[1]
         inapplicable = within_budget(suite, int(right.sum()), classes, budget)
         announce(suite, inapplicable, bench.searched, sample, int(right.sum()), classes)
 
