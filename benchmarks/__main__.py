@@ -40,11 +40,11 @@ REST = """\
 
 ## What it does not cost
 
-Digits, `python run.py -m experiment=digits suite=none seed=0,1,2 runtime.precision=32-true,bf16-mixed`, 360 test
-images: k-WTA 0.1 98.1, 97.8 and 97.5% in float32, 98.6, 97.8 and 98.1% in bfloat16; ReLU 95.3, 98.9 and 98.1%
-against 98.6, 98.9 and 98.6%. Of 500 digits (those classified correctly), PGD-20 at eps 0.1 leaves 44.8% of a ReLU
-network with the exact search and 45.2% with the fast one, and 40.0% and 39.2% of a k-WTA network; the surrogate
-leaves 21.0% and 20.8% of that. A test holds the fast search to within a point
+Digits, `python run.py -m experiment=digits suite=none seed=0,1,2 runtime.precision=32-true,bf16-mixed`, 360
+test images: k-WTA 0.1 98.1, 97.8 and 97.5% in float32, 98.6, 97.8 and 98.1% in bfloat16; ReLU 95.3, 98.9
+and 98.1% against 98.6, 98.9 and 98.6%. Of 500 digits (those classified correctly), PGD-20 at eps 0.1 leaves
+44.8% of a ReLU network with the exact search and 45.2% with the fast one, and 40.0% and 39.2% of a k-WTA
+network; the surrogate leaves 21.0% and 20.8% of that. A test holds the fast search to within a point
 ([test_search.py](../tests/test_search.py)).
 
 The CUDA kernels are checked through Triton's interpreter and compiled for sm_90, but were not run on a GPU
