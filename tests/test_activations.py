@@ -209,6 +209,8 @@ def test_bad_inputs_are_refused_and_empty_ones_pass() -> None:
         kwta(torch.zeros(3), 0.1)
     with pytest.raises(ValueError, match="does not divide"):
         lwta(torch.zeros(2, 5), 2)
+    with pytest.raises(TypeError, match=r"k-WTA expects float16.*, got torch.int64"):
+        kwta(torch.zeros(2, 3, dtype=torch.int64), 0.5)
     assert kwta(torch.zeros(0, 3, 4), 0.1).shape == (0, 3, 4)
 
 

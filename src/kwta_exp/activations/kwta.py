@@ -48,6 +48,7 @@ def kwta(
     Raises:
         ValueError: unless exactly one of ``ratio`` and ``k`` is given and in its range, or if ``x``
             has no dimension left to compete over.
+        TypeError: unless ``x`` is in float16, bfloat16, float32 or float64.
     """
     if (ratio is None) == (k is None):
         raise ValueError(f"kwta takes either ratio or k, got ratio={ratio} and k={k}")

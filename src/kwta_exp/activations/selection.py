@@ -47,6 +47,8 @@ def keep(x: Tensor, k: int, per_channel: bool, by_magnitude: bool) -> Tensor:
     Raises:
         TypeError: for a dtype other than float16, bfloat16, float32 and float64.
     """
+    if x.dtype not in _BITS:
+        raise TypeError(f"k-WTA expects float16, bfloat16, float32 or float64, got {x.dtype}")
     kept: Tensor = torch.ops.kwta_exp.keep(x, k, per_channel, by_magnitude)[0]
     return kept
 
