@@ -88,7 +88,7 @@ def _loaded_gomp() -> ctypes.CDLL | None:
 _gomp = _loaded_gomp()
 
 
-def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
+def jit(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile at the first call; keep the machine code beside this file or, if that is read-only, nowhere."""
     try:
         compiled = njit(nogil=True, cache=True)(function)
@@ -97,7 +97,7 @@ def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
     return compiled
 
 
-@_jit
+@jit
 def select(first, last, rows, k, infinity, by_magnitude, thresholds):  # type: ignore[no-untyped-def]
     """Find the k-th largest value of the rows from ``first`` up to ``last``.
 
@@ -118,7 +118,7 @@ def select(first, last, rows, k, infinity, by_magnitude, thresholds):  # type: i
         thresholds[row] = key if key >= 0 else np.iinfo(rows.dtype).min - key
 
 
-@_jit
+@jit
 def keep(first, last, rows, k, infinity, by_magnitude, winners, bits):  # type: ignore[no-untyped-def]
     """Copy to ``winners`` what is not smaller than the k-th largest of its row, and 0 in place of the rest.
 
@@ -137,7 +137,7 @@ def keep(first, last, rows, k, infinity, by_magnitude, winners, bits):  # type: 
         _pack(words, bits[row])
 
 
-@_jit
+@jit
 def pass_winners(first, last, gradients, bits, passed):  # type: ignore[no-untyped-def]
     """Copy to ``passed`` the ``gradients`` of winners, and 0 in place of the rest; integers ``(N, M)``."""
     flags = np.empty(8 * bits.shape[1], np.uint8)
@@ -150,7 +150,7 @@ def pass_winners(first, last, gradients, bits, passed):  # type: ignore[no-untyp
 _NO_GUESS = (0.0, 0.0)
 
 
-@_jit
+@jit
 def _space(rows):  # type: ignore[no-untyped-def]
     """What one row needs: its keys, some of them, a byte a value (as such and as words of 8), pivots."""
     size = rows.shape[1]
@@ -159,7 +159,7 @@ def _space(rows):  # type: ignore[no-untyped-def]
     return keys, some, flags, flags.view(np.uint64), pivots
 
 
-@_jit
+@jit
 def _read(row, infinity, by_magnitude, keys):  # type: ignore[no-untyped-def]
     """Integers in the order of the values; -0 equals +0, every NaN is ``infinity + 1``."""
     # Numba computes in 64 bits unless told otherwise, which leaves vector units mostly empty.
@@ -170,7 +170,7 @@ def _read(row, infinity, by_magnitude, keys):  # type: ignore[no-untyped-def]
         keys[i] = integer(-size) if (row[i] < zero) & (size < nan) & (not by_magnitude) else size
 
 
-@_jit
+@jit
 def _kth(space, k, infinity, guess):  # type: ignore[no-untyped-def]
     """The k-th largest key, and a guess for the next row: that key and the distance from rank to rank."""
     keys, some, _, _, pivots = space
@@ -211,7 +211,7 @@ def _kth(space, k, infinity, guess):  # type: ignore[no-untyped-def]
     return key, (np.float64(key), slope)
 
 
-@_jit
+@jit
 def _around(middle, spread, infinity, pivots):  # type: ignore[no-untyped-def]
     bound = np.float64(infinity)
     pivots[0] = np.int64(min(max(middle - spread, -bound), bound))
@@ -219,7 +219,7 @@ def _around(middle, spread, infinity, pivots):  # type: ignore[no-untyped-def]
     pivots[2] = np.int64(min(max(middle + spread + 1, -bound), bound))
 
 
-@_jit
+@jit
 def _sampled(keys, k, width, some, pivots):  # type: ignore[no-untyped-def]
     """Pivots from a sample: where the threshold is expected, and ``width`` standard deviations aside."""
     size = keys.shape[0]
@@ -236,7 +236,7 @@ def _sampled(keys, k, width, some, pivots):  # type: ignore[no-untyped-def]
         pivots[which] = _quickselect(some, count, min(max(rank, 0), count - 1))
 
 
-@_jit
+@jit
 def _count(keys, pivots):  # type: ignore[no-untyped-def]
     """How many keys are not below each of three pivots."""
     at_a = at_b = at_c = 0
@@ -251,7 +251,7 @@ def _count(keys, pivots):  # type: ignore[no-untyped-def]
 _BLOCK = 1 << 14  # such counts fit into 16 bits
 
 
-@_jit
+@jit
 def _count_block(keys, a, b, c):  # type: ignore[no-untyped-def]
     integer = keys.dtype.type
     at_a = at_b = at_c = integer(0)
@@ -262,7 +262,7 @@ def _count_block(keys, a, b, c):  # type: ignore[no-untyped-def]
     return at_a, at_b, at_c
 
 
-@_jit
+@jit
 def _between(low, high, space):  # type: ignore[no-untyped-def]
     """Gather the keys from ``low`` to below ``high`` at the start of ``some``; how many."""
     keys, some, flags, words, pivots = space
@@ -280,7 +280,7 @@ def _between(low, high, space):  # type: ignore[no-untyped-def]
     return found
 
 
-@_jit
+@jit
 def _quickselect(values, count, position):  # type: ignore[no-untyped-def]
     """What sorting the first ``count`` values would bring to ``position``; reorders them (Hoare, 1961)."""
     left, right = 0, count - 1
@@ -306,7 +306,7 @@ def _quickselect(values, count, position):  # type: ignore[no-untyped-def]
     return values[position]
 
 
-@_jit
+@jit
 def _flag_from(keys, key, space):  # type: ignore[no-untyped-def]
     """Flag the keys that are not below ``key``."""
     _, _, flags, _, pivots = space
@@ -316,7 +316,7 @@ def _flag_from(keys, key, space):  # type: ignore[no-untyped-def]
         flags[i] = np.uint8(keys[i] >= threshold)
 
 
-@_jit
+@jit
 def _pass_flagged(values, flags, out):  # type: ignore[no-untyped-def]
     for i in range(values.shape[0]):
         out[i] = values[i] if flags[i] != 0 else 0
@@ -328,14 +328,14 @@ _DIAGONAL = np.uint64(0x8040201008040201)
 _TOP = np.uint64(56)
 
 
-@_jit
+@jit
 def _pack(words, bits):  # type: ignore[no-untyped-def]
     """Eight flags of 0 or 1, a byte each, into one byte: the product moves byte i to bit 56 + i."""
     for i in range(words.shape[0]):
         bits[i] = (words[i] * _GATHER) >> _TOP
 
 
-@_jit
+@jit
 def _unpack(bits, words):  # type: ignore[no-untyped-def]
     """One byte into eight, of which byte i is not 0 where bit i was set."""
     for i in range(words.shape[0]):

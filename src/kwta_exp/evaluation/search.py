@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from kwta_exp.evaluation import sparse
+
 log = logging.getLogger(__name__)
 
 
@@ -26,6 +28,8 @@ class FastSearch(nn.Module):
         super().__init__()
         folded = folded_batch_norms(network, sample)
         self.network = (folded or copy.deepcopy(network)).to(memory_format=torch.channels_last)
+        if folded and sparse.pays(sample.device):
+            log.debug("%d convolutions of winners alone for the search", sparse.make_sparse(folded))
         self._in_bfloat16 = computes_in_bfloat16(sample.device)
         self.eval().requires_grad_(False)
 
@@ -44,7 +48,7 @@ def computes_in_bfloat16(device: torch.device) -> bool:
 
 
 @torch.no_grad()
-def folded_batch_norms(network: nn.Module, sample: Tensor) -> nn.Module | None:
+def folded_batch_norms(network: nn.Module, sample: Tensor) -> fx.GraphModule | None:
     """A copy of ``network`` without the BatchNorms that follow a convolution directly; None if that fails.
 
     The arithmetic is PyTorch's own; it is done in float64 and held against the network on ``sample``.

@@ -1,0 +1,194 @@
+"""Convolutions of a frozen network that cost as little as its activations are sparse, on a CPU."""
+
+import operator
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.grad import conv2d_input
+
+from kwta_exp.activations import KWTA
+
+SPARSE = 0.2
+"""Share of values other than 0 up to which a convolution of them is faster than a dense one in bfloat16."""
+
+_BITS = {torch.bfloat16: torch.uint16, torch.float32: torch.uint32}
+_LANES = 64
+_ADDITIONS = (operator.add, operator.iadd, torch.add)
+_TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout2d)
+
+_Table = npt.NDArray[np.int64]
+
+
+def pays(device: torch.device) -> bool:
+    """Whether leaving out zeros beats multiplying them: not where matrix units multiply."""
+    return device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16")
+
+
+def make_sparse(traced: fx.GraphModule) -> int:
+    """Replace the convolutions of the winners of k-WTA, where few enough win; how many.
+
+    Args:
+        traced: a network in float32, which is changed.
+    """
+    modules = dict(traced.named_modules())
+    replaced = 0
+    for node in traced.graph.nodes:
+        if not _calls(modules, node, nn.Conv2d) or not fits(modules[node.target]):
+            continue
+        if _is_sparse(modules, node.args[0]):
+            few = node.users and all(_leads_to_winners(modules, user) for user in node.users)
+            traced.set_submodule(node.target, SparseConv2d(modules[node.target], sparse_gradient=bool(few)))
+            replaced += 1
+    return replaced
+
+
+def fits(convolution: nn.Conv2d) -> bool:
+    """Whether :class:`SparseConv2d` can replace ``convolution``."""
+    return (
+        convolution.groups == 1
+        and convolution.padding_mode == "zeros"
+        and not isinstance(convolution.padding, str)
+        and convolution.out_channels % _LANES == 0
+    )
+
+
+class SparseConv2d(nn.Module):
+    """A frozen convolution; any input is right, a sparse one is fast.
+
+    Sums are float32's also for images in bfloat16. Images of other types, or on other devices, go through
+    the dense convolution.
+
+    Args:
+        dense: what it does, in float32; see :func:`fits`.
+        sparse_gradient: gradients that come back are sparse, too.
+    """
+
+    def __init__(self, dense: nn.Conv2d, sparse_gradient: bool) -> None:
+        super().__init__()
+        self.dense = dense
+        self._weight = _packed(dense.weight)
+        bias = torch.zeros(dense.out_channels) if dense.bias is None else dense.bias.detach().float()
+        self._bias = bias.numpy().copy()
+        sparse_gradient = sparse_gradient and dense.in_channels % _LANES == 0
+        self._transposed = _packed(dense.weight.transpose(0, 1)) if sparse_gradient else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype not in _BITS or x.device.type != "cpu" or not x.numel():
+            out: Tensor = self.dense(x)
+        else:
+            out = _Convolution.apply(x, self)
+        return out
+
+    def convolved(self, x: Tensor) -> Tensor:
+        """The convolution of ``x (N, C, H, W)``."""
+        sizes = self._sizes(x.shape[2:])
+        tables = tuple(_reached(*each) for each in zip(x.shape[2:], sizes, *self._geometry(), strict=True))
+        return _scattered(x, self._weight, self._bias, tables, sizes)
+
+    def pulled_back(self, gradient: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient of an input of ``shape``, given that of the output."""
+        dense = self.dense
+        if self._transposed is None:
+            weight = dense.weight.detach().to(gradient.dtype)
+            pulled: Tensor = conv2d_input(shape, weight, gradient, dense.stride, dense.padding, dense.dilation)
+            return pulled
+        sizes = tuple(shape[2:])
+        tables = tuple(
+            _reached_back(*each) for each in zip(gradient.shape[2:], sizes, *self._geometry(), strict=True)
+        )
+        return _scattered(gradient, self._transposed, np.zeros(shape[1], np.float32), tables, sizes)
+
+    def _geometry(self) -> tuple[tuple[int, int], ...]:
+        dense = self.dense
+        return dense.kernel_size, dense.stride, dense.padding, dense.dilation  # type: ignore[return-value]
+
+    def _sizes(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(
+            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, padding, dilation in zip(sizes, *self._geometry(), strict=True)
+        )
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, convolution: SparseConv2d) -> Tensor:
+        ctx.convolution, ctx.shape = convolution, x.shape
+        return convolution.convolved(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.convolution.pulled_back(gradient, ctx.shape), None
+
+
+def _scattered(
+    x: Tensor, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32], tables: Any, sizes: Any
+) -> Tensor:
+    from kwta_exp.activations.selection_numba import on_threads
+    from kwta_exp.evaluation.sparse_numba import convolve
+
+    shape = (len(x), len(bias), *sizes)
+    out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    values = _bits(x.detach().contiguous(memory_format=torch.channels_last))
+    work: Callable[..., None] = convolve
+    on_threads(
+        work, (len(x), values[0].size), torch.get_num_threads(),
+        values, weight, bias, *tables, sizes[1], _bits(out),
+    )  # fmt: skip
+    return out
+
+
+def _bits(x: Tensor) -> npt.NDArray[Any]:
+    """The bits of ``x (N, C, H, W)``, in channels-last order, as ``(N, H * W, C)``; the memory is shared."""
+    n, c, h, w = x.shape
+    bits: npt.NDArray[Any] = x.as_strided((n, h * w, c), (h * w * c, c, 1)).view(_BITS[x.dtype]).numpy()
+    return bits
+
+
+def _packed(weight: Tensor) -> npt.NDArray[np.float32]:
+    """``(K, C, R, S)`` as ``(K / 64, R * S, C, 64)``."""
+    k, c, r, s = weight.shape
+    parts = weight.detach().float().permute(2, 3, 1, 0).reshape(r * s, c, k // _LANES, _LANES)
+    packed: npt.NDArray[np.float32] = parts.permute(2, 0, 1, 3).contiguous().numpy()
+    return packed
+
+
+@lru_cache(maxsize=256)
+def _reached(size: int, out: int, kernel: int, stride: int, padding: int, dilation: int) -> _Table:
+    """``(kernel, size)``: which place of the output each place of the input reaches through each tap, or -1."""
+    shifted = np.arange(size) + padding - dilation * np.arange(kernel)[:, None]
+    place = shifted // stride
+    return np.where((shifted % stride == 0) & (place >= 0) & (place < out), place, -1)
+
+
+@lru_cache(maxsize=256)
+def _reached_back(size: int, out: int, kernel: int, stride: int, padding: int, dilation: int) -> _Table:
+    """Likewise for gradients: places of the input, for places of the output."""
+    place = stride * np.arange(size) - padding + dilation * np.arange(kernel)[:, None]
+    return np.where((place >= 0) & (place < out), place, -1)
+
+
+def _calls(modules: dict[str, nn.Module], node: Any, *kinds: type[nn.Module]) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_module" and type(modules[str(node.target)]) in kinds
+
+
+def _is_sparse(modules: dict[str, nn.Module], node: Any) -> bool:
+    """Does ``node`` give the winners of k-WTA, few enough?"""
+    if _calls(modules, node, *_TRANSPARENT):
+        return _is_sparse(modules, node.args[0])
+    if not _calls(modules, node, KWTA):
+        return False
+    ratio = modules[node.target].ratio
+    return isinstance(ratio, float) and ratio <= SPARSE
+
+
+def _leads_to_winners(modules: dict[str, nn.Module], node: fx.Node) -> bool:
+    """Does ``node`` pass back the gradient of winners only?"""
+    if node.op == "call_function" and node.target in _ADDITIONS and node.users:
+        return all(_is_sparse(modules, user) for user in node.users)
+    return _is_sparse(modules, node)

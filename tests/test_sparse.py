@@ -1,0 +1,211 @@
+"""Leaving out zeros changes nothing but the time."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from kwta_exp.activations import KWTA, kwta
+from kwta_exp.evaluation import search, sparse
+from kwta_exp.evaluation.search import FastSearch
+from kwta_exp.evaluation.sparse import SparseConv2d, fits, make_sparse
+from kwta_exp.models import DenseNet, ResNet, WideResNet
+
+
+def winners(*shape: int, ratio: float = 0.1) -> Tensor:
+    return kwta(torch.randn(shape), ratio)
+
+
+def agree(dense: nn.Conv2d, x: Tensor, gradient: Tensor | None = None) -> None:
+    """Output and gradient of input as the dense convolution has them in float64."""
+    copies = [SparseConv2d(dense, sparse_gradient) for sparse_gradient in (False, True)]
+    exact = x.double().requires_grad_()
+    expected = F.conv2d(
+        exact, dense.weight.double(), None if dense.bias is None else dense.bias.double(),
+        dense.stride, dense.padding, dense.dilation,  # type: ignore[arg-type]
+    )  # fmt: skip
+    if gradient is None:
+        gradient = winners(*expected.shape)
+    expected.backward(gradient.double())
+    assert exact.grad is not None
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        for copy in copies:
+            asked = x.detach().to(dtype, copy=True).requires_grad_()
+            found = copy(asked)
+            assert found.dtype == dtype
+            found.backward(gradient.to(dtype))
+            assert asked.grad is not None
+            for ours, theirs in ((found, expected), (asked.grad, exact.grad)):
+                scale = theirs.abs().max().item()
+                torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance * scale)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    batch=st.integers(1, 7),
+    size=st.tuples(st.integers(5, 19), st.integers(5, 19)),
+    channels=st.sampled_from([1, 3, 16, 64, 65, 128, 130]),
+    out=st.sampled_from([64, 128]),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    dilation=st.integers(1, 2),
+    bias=st.booleans(),
+    ratio=st.sampled_from([0.001, 0.1, 1.0]),
+)
+def test_it_is_the_dense_convolution(
+    seed: int, batch: int, size: Any, channels: int, out: int, kernel: Any, stride: Any, padding: Any,
+    dilation: int, bias: bool, ratio: float,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    dense = nn.Conv2d(channels, out, kernel, stride, padding, dilation, bias=bias)
+    agree(dense, winners(batch, channels, *size, ratio=ratio))
+
+
+def test_images_larger_than_a_block_and_batches_that_fill_no_block_evenly() -> None:
+    torch.manual_seed(0)
+    agree(nn.Conv2d(4, 64, 3, padding=1), winners(2, 4, 40, 40))
+    agree(nn.Conv2d(64, 64, 3, padding=1), winners(37, 64, 8, 8))
+
+
+def test_signs_of_zero_infinity_nan_and_layouts() -> None:
+    torch.manual_seed(0)
+    dense = nn.Conv2d(64, 64, 3, padding=1)
+    fast = SparseConv2d(dense, True)
+    zero = torch.full((2, 64, 6, 6), -0.0)
+    assert torch.equal(fast(zero), dense.bias[:, None, None].expand(2, 64, 6, 6))  # type: ignore[index]
+    for dtype in (torch.float32, torch.bfloat16):
+        for value in (torch.inf, torch.nan):
+            x = winners(2, 64, 6, 6)
+            x[1, 5, 2, 2] = value
+            found = fast(x.to(dtype))
+            assert found[0].isfinite().all()
+            reached = found[1].isfinite().logical_not()
+            assert reached[:, 1:4, 1:4].all()
+            assert reached.sum() == 64 * 9
+    x = winners(3, 64, 6, 6)
+    views = x, x.contiguous(memory_format=torch.channels_last), x.expand(3, 64, 6, 6), x.flip(0)
+    for view in views:
+        torch.testing.assert_close(fast(view), dense(view), rtol=1e-4, atol=1e-5)
+    assert fast(x[:0]).shape == (0, 64, 6, 6)
+    assert torch.equal(fast.double()(x.double()), dense.double()(x.double()))  # left to the dense one
+
+
+def test_threads_change_nothing() -> None:
+    torch.manual_seed(0)
+    fast, x = SparseConv2d(nn.Conv2d(64, 64, 3, padding=1), True), winners(37, 64, 16, 16)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = fast(x)
+        torch.set_num_threads(max(2, before))
+        assert torch.equal(fast(x), alone)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(fast(x[5:6]), alone[5:6])  # nor does company
+
+
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        nn.Conv2d(64, 60, 3),
+        nn.Conv2d(64, 64, 3, groups=2),
+        nn.Conv2d(64, 64, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(64, 64, 3, padding="same"),
+    ],
+)
+def test_what_it_cannot_do_it_does_not_claim(convolution: nn.Conv2d) -> None:
+    assert not fits(convolution)
+
+
+def sparse_ones(network: nn.Module) -> dict[str, bool]:
+    """Which convolutions became sparse, and whether their gradients did."""
+    return {
+        name: module._transposed is not None
+        for name, module in network.named_modules()
+        if isinstance(module, SparseConv2d)
+    }
+
+
+def test_which_convolutions_of_a_resnet_become_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "pays", lambda device: True)
+    x = torch.rand(2, 3, 16, 16)
+
+    network = ResNet(partial(KWTA, ratio=0.1), num_classes=10, in_channels=3).eval()
+    found = sparse_ones(FastSearch(network, x))
+    blocks = sum(isinstance(module, nn.Conv2d) for module in network.modules())
+    assert len(found) == blocks - 2  # the first sees the image, the second a ReLU's output
+    assert all(found.values())  # every sum of a block goes through k-WTA next, as does every convolution
+
+    pre_activation = WideResNet(
+        partial(KWTA, ratio=0.1), depth=10, widen_factor=4, num_classes=10, in_channels=3
+    )
+    found = sparse_ones(FastSearch(pre_activation.eval(), x))
+    assert {name for name, each in found.items() if each} == {  # what conv2 adds to goes through BatchNorm
+        "network.block2.layer.0.conv1", "network.block3.layer.0.conv1",
+    }  # fmt: skip
+    assert len(found) == 9
+
+    for activation in (nn.ReLU, partial(KWTA, ratio=0.3), partial(KWTA, k=5)):
+        network = ResNet(activation, num_classes=10, in_channels=3).eval()  # type: ignore[arg-type]
+        assert not sparse_ones(FastSearch(network, x))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(ResNet, width=64),
+        partial(WideResNet, depth=10, widen_factor=4, dropout=0.3),
+        partial(DenseNet, growth=32),
+    ],
+)
+def test_gradients_of_a_sparse_stand_in(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network = make(partial(KWTA, ratio=0.1), num_classes=10, in_channels=3).eval()
+    x = torch.rand(4, 3, 16, 16)
+    monkeypatch.setattr(search, "computes_in_bfloat16", lambda device: False)
+    monkeypatch.setattr(sparse, "pays", lambda device: True)
+    fast = FastSearch(network, x[:2])
+    assert sparse_ones(fast)
+
+    gradients = []
+    for each in (network, fast):
+        asked = x.clone().requires_grad_()
+        logits = each(asked)
+        gradients.append((logits.detach(), *torch.autograd.grad(logits.square().sum(), asked)))
+    for found, expected in zip(gradients[1], gradients[0], strict=True):
+        assert F.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.9999
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item())
+
+
+def test_matrix_units_are_left_their_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    network = ResNet(partial(KWTA, ratio=0.1), num_classes=10, in_channels=3).eval()
+    assert not sparse.pays(torch.device("cpu"))
+    assert not sparse_ones(FastSearch(network, torch.rand(2, 3, 16, 16)))
+    assert not sparse.pays(torch.device("cuda"))
+
+
+def test_a_graph_is_changed_where_winners_flow_and_nowhere_else() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act, self.pool, self.drop = KWTA(ratio=0.1), nn.MaxPool2d(2), nn.Dropout(0.5)
+            self.a, self.b, self.c, self.d = (nn.Conv2d(64, 64, 3, padding=1) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = self.act(self.a(x))
+            second = self.b(self.drop(first))  # winners, but its gradient comes back whole, too
+            third = self.c(self.pool(self.act(second)))  # pooled winners are dense
+            out: Tensor = self.d(self.act(third)).mean((2, 3)) + second.mean((2, 3))
+            return out
+
+    traced = torch.fx.GraphModule(Net().eval(), search._Tracer().trace(Net().eval()))
+    assert make_sparse(traced) == 2
+    assert sparse_ones(traced) == {"b": False, "d": False}
