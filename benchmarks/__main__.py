@@ -37,7 +37,7 @@ REST = """\
 - **Attacks**: an image is left alone once it is fooled. `evaluation.search=fast` searches on a stand-in
   with BatchNorm folded, channels last and in bfloat16; the network itself judges what comes back, and an
   image on which the stand-in was fooled but the network was not is attacked again on the network.
-- **Zeros** ([sparse.py](../src/kwta_exp/evaluation/sparse.py)): what k-WTA lets through is mostly zeros, and so
+- **Zeros** ([sparse.py](../src/kwta_exp/models/sparse.py)): what k-WTA lets through is mostly zeros, and so
   is the gradient that it lets back. On a CPU the stand-in's convolutions of winners multiply what is not zero
   and nothing else, forward and backward, where at most a fifth wins: so attacking k-WTA costs less than
   attacking ReLU. On CPUs with matrix units (AMX), and on GPUs, the dense convolution is left in place.

@@ -1,6 +1,7 @@
 """Attacks: in their ball, without side effects, and as strong as the closed form on a linear model."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import foolbox
@@ -26,6 +27,8 @@ from kwta_exp.attacks import (
 )
 from kwta_exp.attacks.apgd import ascend
 from kwta_exp.attacks.losses import LossName, attack_loss, dlr, margin, targeted_dlr
+from kwta_exp.attacks.pgd import Best
+from kwta_exp.attacks.together import together
 from kwta_exp.evaluation.counting import Counted
 from kwta_exp.fields import Norm
 from kwta_exp.randomness import fold, key
@@ -259,7 +262,9 @@ def test_apgd_takes_the_steps_of_its_authors(norm: Norm, loss: LossName, images)
     finally:
         torch.set_default_dtype(torch.float32)
     criterion = attack_loss(loss, model, x, y)
-    found = visited(model, lambda: ascend(model, x, start, y, criterion, threat, 60, 0.75))
+    best = Best(x, y)
+    climb = partial(ascend, start, best, criterion, threat, 60, 0.75)
+    found = visited(model, lambda: together(model, climb, best.standing, None))
 
     assert len(found) == len(expected) == 61
     for ours, reference in zip(found, expected, strict=True):

@@ -137,7 +137,7 @@ def random_net() -> nn.Module:
 @pytest.mark.parametrize("calls", [1, 2, 5, 8])
 def test_a_stopped_evaluation_continues_to_the_same_rows(tmp_path: Path, calls: int) -> None:
     model = random_net()
-    split = images(*torch.rand(11, generator=torch.Generator().manual_seed(0)).tolist(), labels=[0] * 11)
+    split = images(*torch.rand(43, generator=torch.Generator().manual_seed(0)).tolist(), labels=[0] * 43)
     split = Split(split.x, model(split.x / 255).argmax(1), split.index)
     attacks = {"a": PGD(norm="linf", eps=0.1, steps=3), "b": PGD(norm="linf", eps=0.1, steps=4, restarts=2)}
     _, whole, _ = judge(tmp_path / "whole", split, attacks, model)
@@ -145,13 +145,14 @@ def test_a_stopped_evaluation_continues_to_the_same_rows(tmp_path: Path, calls: 
     left = calls
 
     def tiring(attack: Any) -> Any:
-        def call(*arguments: Any) -> Tensor:
+        def call(*arguments: Any, **more: Any) -> Tensor:
             nonlocal left
             left -= 1
             if left < 0:
                 raise Stopped
-            return attack(*arguments)  # type: ignore[no-any-return]
+            return attack(*arguments, **more)  # type: ignore[no-any-return]
 
+        call.refills = True  # type: ignore[attr-defined]
         return call
 
     stops = 0
@@ -162,7 +163,7 @@ def test_a_stopped_evaluation_continues_to_the_same_rows(tmp_path: Path, calls: 
             break
         except Stopped:
             stops += 1
-    assert stops == (12 - 1) // calls  # six chunks an attack
+    assert stops == (12 - 1) // calls  # six chunks an attack, of four batches each
     for name in attacks:
         for column, values in whole[name].columns.items():
             np.testing.assert_array_equal(values, pieces[name].columns[column])

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kwta_exp.activations import KWTA, kwta
-from kwta_exp.evaluation import search, sparse
+from kwta_exp.activations import KWTA, LWTA, kwta
+from kwta_exp.evaluation import search
 from kwta_exp.evaluation.search import FastSearch
-from kwta_exp.evaluation.sparse import SparseConv2d, fits, make_sparse
-from kwta_exp.models import DenseNet, ResNet, WideResNet
+from kwta_exp.models import DenseNet, ResNet, WideResNet, sparse
+from kwta_exp.models.sparse import SparseConv2d, fits, make_sparse
 
 
 def winners(*shape: int, ratio: float = 0.1) -> Tensor:
@@ -152,9 +152,11 @@ def test_which_convolutions_of_a_resnet_become_sparse(monkeypatch: pytest.Monkey
     }  # fmt: skip
     assert len(found) == 9
 
-    for activation in (nn.ReLU, partial(KWTA, ratio=0.3), partial(KWTA, k=5)):
+    for activation in (nn.ReLU, partial(KWTA, ratio=0.3), partial(KWTA, k=5), LWTA):
         network = ResNet(activation, num_classes=10, in_channels=3).eval()  # type: ignore[arg-type]
         assert not sparse_ones(FastSearch(network, x))
+    network = ResNet(partial(LWTA, group_size=8), num_classes=10, in_channels=3).eval()
+    assert len(sparse_ones(FastSearch(network, x))) == blocks - 2
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,11 @@ class KWTA(nn.Module):
         self.by: By = by
         self.relu = relu
 
+    @property
+    def density(self) -> float | None:
+        """The share of values that win, where it does not depend on how many there are."""
+        return self.ratio
+
     def forward(self, x: Tensor) -> Tensor:
         if self.relu:
             x = x.relu()

@@ -46,6 +46,11 @@ class LWTA(nn.Module):
         super().__init__()
         self.group_size = group_size
 
+    @property
+    def density(self) -> float:
+        """The share of values that win."""
+        return 1 / self.group_size
+
     def forward(self, x: Tensor) -> Tensor:
         return lwta(x, self.group_size)
 

@@ -7,15 +7,17 @@ Parameter-free Attacks", ICML 2020, algorithm 1, and the DLR losses of its secti
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from pydantic import dataclasses
 from torch import Tensor, nn
 
 from kwta_exp.attacks.losses import Loss, LossName, attack_loss, targeted_dlr, wrong_classes
-from kwta_exp.attacks.pgd import Best, input_gradient
+from kwta_exp.attacks.pgd import Best
 from kwta_exp.attacks.standing import Try, best_of
 from kwta_exp.attacks.threat import Threat
+from kwta_exp.attacks.together import Climb, Query, in_parts, together
 from kwta_exp.fields import STRICT, Count, Eps, Natural, Norm, Share
 from kwta_exp.randomness import fold
 
@@ -46,13 +48,20 @@ class APGD:
     targets: Natural = 0
     rho: Share = 0.75
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
-        """Adversarial images inside the ball and [0, 1]; see :class:`~kwta_exp.attacks.Attack`."""
-        return best_of(self._tries(model, x, y, keys), model, x, y)
+    refills: ClassVar = True
 
-    def _tries(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Iterator[Try]:
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, at_once: int | None = None
+    ) -> Tensor:
+        """Adversarial images inside the ball and [0, 1]; see :class:`~kwta_exp.attacks.Attack`."""
+        return best_of(self._tries(model, x, y, keys, at_once), in_parts(model, at_once), x, y)
+
+    def _tries(
+        self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, at_once: int | None
+    ) -> Iterator[Try]:
         threat = Threat(norm=self.norm, eps=self.eps)
-        ranking = wrong_classes(model, x, y) if self.targets else None
+        asked = in_parts(model, at_once)
+        ranking = wrong_classes(asked, x, y) if self.targets else None
         if ranking is not None and ranking.shape[1] < 3:
             raise ValueError(
                 f"targets={self.targets}: the targeted DLR loss needs 4 classes or more,"
@@ -63,10 +72,13 @@ class APGD:
             def attempt(at: Tensor) -> Tensor:
                 start = threat.random_point(x[at], fold(number, keys[at]))
                 if ranking is None or target is None:
-                    loss = attack_loss(self.loss, model, x[at], y[at])
+                    loss = attack_loss(self.loss, asked, x[at], y[at])
                 else:
                     loss = targeted_dlr(y[at], ranking[at, target])
-                return ascend(model, x[at], start, y[at], loss, threat, self.steps, self.rho)
+                best = Best(x[at], y[at])
+                climb = partial(ascend, start, best, loss, threat, self.steps, self.rho)
+                together(model, climb, best.standing, at_once)
+                return best.x
 
             return attempt
 
@@ -84,23 +96,13 @@ class APGD:
         return runs * (each + 1 + (self.loss == "kl")) + (self.targets > 0), runs * each
 
 
-def ascend(
-    model: nn.Module,
-    x: Tensor,
-    start: Tensor,
-    y: Tensor,
-    loss: Loss,
-    threat: Threat,
-    steps: int,
-    rho: float,
-) -> Tensor:
-    """One run of Auto-PGD from ``start``; returns the iterates with the largest margin of error."""
-    kept = Best(x, y)
-    gradient, logits, value = input_gradient(model, start, loss)
-    everything = kept.standing
-    kept.update(start, logits, everything)
+def ascend(start: Tensor, best: Best, loss: Loss, threat: Threat, steps: int, rho: float, at: Tensor) -> Climb:
+    """One run of Auto-PGD on the images of ``best`` at the positions ``at``, from those of ``start``."""
+    x, start = best.origin[at], start[at]
+    gradient, logits, value = yield Query(start, partial(loss, at=at))
+    best.update(start, logits, at)
     now = _State(
-        at=everything, x=x, x_adv=start, previous=start, gradient=gradient, value=value,
+        at=at, x=x, x_adv=start, previous=start, gradient=gradient, value=value,
         top_x=start.clone(), top_gradient=gradient.clone(), top_value=value.clone(), top_at_check=value.clone(),
         rises=torch.zeros_like(value), just_halved=torch.ones_like(value, dtype=torch.bool),
         step_size=x.new_full((len(x), *[1] * (x.dim() - 1)), 2 * threat.eps),
@@ -115,12 +117,12 @@ def ascend(
             ahead = threat.project(now.x_adv + 0.75 * (ahead - now.x_adv) + 0.25 * inertia, now.x)
         now.previous, now.x_adv, last_value = now.x_adv, ahead, now.value
 
-        now.gradient, logits, now.value = input_gradient(model, now.x_adv, partial(loss, at=now.at))
+        now.gradient, logits, now.value = yield Query(now.x_adv, partial(loss, at=now.at))
         now.rises += now.value > last_value
         better = now.value > now.top_value
         now.top_x[better], now.top_gradient[better] = now.x_adv[better], now.gradient[better]
         now.top_value = torch.where(better, now.value, now.top_value)
-        if not (go_on := kept.update(now.x_adv, logits, now.at)).all():
+        if not (go_on := best.update(now.x_adv, logits, now.at)).all():
             now = now.only(go_on)
             if not len(now.at):
                 break
@@ -135,8 +137,6 @@ def ascend(
             now.x_adv[stalled], now.gradient[stalled] = now.top_x[stalled], now.top_gradient[stalled]
             interval, since_check = max(interval - shorter, least), 0
             now.rises = torch.zeros_like(now.value)
-
-    return kept.x
 
 
 @dataclass

@@ -1,10 +1,11 @@
 """What an attack raises: one number an image, larger when the model is nearer to an error."""
 
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 LossName = Literal["ce", "margin", "dlr", "kl"]
 
@@ -71,7 +72,7 @@ def targeted_loss(name: LossName, y_N: Tensor, target_N: Tensor) -> Loss:
     return lambda z, at=ALL: -cross_entropy(z, target_N[at])
 
 
-def wrong_classes(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def wrong_classes(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
     """All classes but the true one, likeliest at ``x`` first, ``(N, K - 1)``."""
     with torch.no_grad():
         logits = model(x)
@@ -85,7 +86,7 @@ def divergence(logits_NK: Tensor, reference_NK: Tensor) -> Tensor:
     return F.kl_div(q, p, log_target=True, reduction="none").sum(1)
 
 
-def attack_loss(name: LossName, model: nn.Module, x: Tensor, y: Tensor) -> Loss:
+def attack_loss(name: LossName, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Loss:
     """The loss called ``name`` as a function of logits; ``"kl"`` is away from the prediction at ``x``."""
     if name == "kl":
         with torch.no_grad():

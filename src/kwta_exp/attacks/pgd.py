@@ -7,7 +7,7 @@ Goodfellow, Shlens and Szegedy, "Explaining and Harnessing Adversarial Examples"
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import dataclasses
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kwta_exp.attacks.losses import Loss, LossName, attack_loss, margin, targeted_loss, wrong_classes
 from kwta_exp.attacks.threat import Threat
+from kwta_exp.attacks.together import Climb, Query, in_parts, together
 from kwta_exp.fields import STRICT, Count, Eps, Natural, NonNegative, Norm, Positive
 from kwta_exp.randomness import fold, normal
 
@@ -60,43 +61,47 @@ class PGD:
         if self.targets and (self.loss == "kl" or not self.keep_best):
             raise ValueError(f"targets={self.targets} needs keep_best=true and a loss other than kl")
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+    refills: ClassVar = True
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, at_once: int | None = None
+    ) -> Tensor:
         """Adversarial images inside the ball and [0, 1]; see :class:`~kwta_exp.attacks.Attack`."""
+        losses = self._losses(in_parts(model, at_once), x, y)
+        best = Best(x, y)
+        for run in range(len(losses) * self.restarts):
+            climb = partial(self._climb, x, keys, losses[run % len(losses)], run, best)
+            together(model, climb, best.standing, at_once)
+        return best.x
+
+    def _climb(self, x: Tensor, keys: Tensor, loss: Loss, run: int, best: "Best", at: Tensor) -> Climb:
+        """One run on the images at positions ``at``."""
         threat = Threat(norm=self.norm, eps=self.eps)
         step_size = self.step_size
         if step_size is None:
             step_size = self.relative_step_size * self.eps / self.steps
-        losses = self._losses(model, x, y)
-        best = Best(x, y)
+        origin = x[at]
+        x_adv = self._start(threat, origin, fold(run, keys[at]))
+        velocity = torch.zeros_like(x_adv)
+        for _ in range(self.steps):
+            gradient, logits, _ = yield Query(x_adv, partial(loss, at=at))
+            if self.keep_best and not (go_on := best.update(x_adv, logits, at)).all():
+                at, origin, x_adv, gradient, velocity = (
+                    each[go_on] for each in (at, origin, x_adv, gradient, velocity)
+                )
+                if not len(at):
+                    return
+            if self.momentum:
+                scale = gradient.abs().mean(tuple(range(1, x.dim())), keepdim=True)
+                velocity = self.momentum * velocity + gradient / scale.clamp_min(1e-30)
+                gradient = velocity
+            x_adv = threat.project(x_adv + step_size * threat.steepest(gradient), origin)
 
-        for run in range(len(losses) * self.restarts):
-            if not len(at := best.standing):
-                break
-            loss, origin = losses[run % len(losses)], x[at]
-            x_adv = self._start(threat, origin, fold(run, keys[at]))
-
-            velocity = torch.zeros_like(x_adv)
-            for _ in range(self.steps):
-                gradient, logits, _ = input_gradient(model, x_adv, partial(loss, at=at))
-                if self.keep_best and not (go_on := best.update(x_adv, logits, at)).all():
-                    at, origin, x_adv, gradient, velocity = (
-                        each[go_on] for each in (at, origin, x_adv, gradient, velocity)
-                    )
-                    if not len(at):
-                        break
-                if self.momentum:
-                    scale = gradient.abs().mean(tuple(range(1, x.dim())), keepdim=True)
-                    velocity = self.momentum * velocity + gradient / scale.clamp_min(1e-30)
-                    gradient = velocity
-                x_adv = threat.project(x_adv + step_size * threat.steepest(gradient), origin)
-
-            if not self.keep_best:
-                return x_adv
-            if len(at):
-                with torch.no_grad():
-                    best.update(x_adv, model(x_adv), at)
-
-        return best.x
+        if self.keep_best:
+            _, logits, _ = yield Query(x_adv)
+            best.update(x_adv, logits, at)
+        else:
+            best.x[at] = x_adv
 
     def _start(self, threat: Threat, x: Tensor, keys: Tensor) -> Tensor:
         if self.random_start == "normal":
@@ -109,24 +114,12 @@ class PGD:
         asked_once = self.loss == "kl" or self.targets > 0
         return runs * (self.steps + self.keep_best) + asked_once, runs * self.steps
 
-    def _losses(self, model: nn.Module, x: Tensor, y: Tensor) -> list[Loss]:
+    def _losses(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> list[Loss]:
         """What is raised, one for each target if there are any."""
         if not self.targets:
             return [attack_loss(self.loss, model, x, y)]
         ranking = wrong_classes(model, x, y)
         return [targeted_loss(self.loss, y, target) for target in ranking.T[: self.targets]]
-
-
-def input_gradient(
-    model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss's gradient with respect to the input alone, the logits, and the loss ``(N,)``."""
-    x = x.detach().requires_grad_()
-    with torch.enable_grad():
-        logits = model(x)
-        value = loss(logits)
-        (gradient,) = torch.autograd.grad(value.sum(), x)
-    return gradient, logits.detach(), value.detach()
 
 
 class Best:
@@ -141,6 +134,7 @@ class Best:
     """
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.origin = x
         self.x = x.clone()
         self.margin = x.new_full((len(x),), float("-inf"))
         self._y = y

@@ -12,8 +12,9 @@ from pydantic import dataclasses
 from torch import Tensor, nn
 
 from kwta_exp.attacks.losses import LossName, attack_loss
-from kwta_exp.attacks.pgd import Best, input_gradient
+from kwta_exp.attacks.pgd import Best
 from kwta_exp.attacks.threat import Threat
+from kwta_exp.attacks.together import input_gradient
 from kwta_exp.fields import STRICT, Count, Eps, Norm, Positive
 from kwta_exp.randomness import fold, normal
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kwta_exp.attacks.losses import margin
 
@@ -11,7 +11,7 @@ Try = Callable[[Tensor], Tensor]
 """Given positions ``(n,)`` in the batch, adversarial images for these."""
 
 
-def best_of(tries: Iterable[Try], model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def best_of(tries: Iterable[Try], model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
     """Run ``tries`` in turn until every image is fooled; keep what has the largest margin of error.
 
     Each costs one more forward pass of the images it was run on, so that what counts is what the model

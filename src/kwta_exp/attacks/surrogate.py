@@ -24,9 +24,10 @@ from kwta_exp.activations.kwta import kwta_threshold
 from kwta_exp.attacks.apgd import APGD
 from kwta_exp.attacks.base import NotApplicableError, answers_are_exact
 from kwta_exp.attacks.losses import LossName, attack_loss
-from kwta_exp.attacks.pgd import PGD, Best, input_gradient
+from kwta_exp.attacks.pgd import PGD, Best
 from kwta_exp.attacks.standing import Try, best_of
 from kwta_exp.attacks.threat import Threat
+from kwta_exp.attacks.together import input_gradient
 from kwta_exp.fields import STRICT, Count, Eps, Norm, Positive
 from kwta_exp.randomness import fold
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kwta_exp.attacks import Attack, Threat
 from kwta_exp.attacks.losses import margin
+from kwta_exp.attacks.together import in_parts, refills
 from kwta_exp.data.batches import Split, to_float
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.counting import Counted
@@ -83,7 +84,8 @@ def attacked(task: Task, bench: Bench, name: str, chunk: Tensor) -> Outcome:
         return outcome
     withstood = torch.from_numpy(np.flatnonzero(~outcome.rows["fooled"])).to(chunk.device)
     with torch.no_grad():
-        claimed = errs(bench.searched(outcome.x_adv[withstood]), task.images.y[chunk[withstood]])
+        asked = in_parts(bench.searched, task.batch_size)
+        claimed = errs(asked(outcome.x_adv[withstood]), task.images.y[chunk[withstood]])
     again = withstood[claimed]
     if len(again):
         second = _attacked(task, bench.judge, bench.judge.network, name, chunk[again])
@@ -105,7 +107,9 @@ def _attacked(task: Task, judge: Judge, searched: nn.Module, name: str, chunk: T
     started = time.monotonic()
     try:
         with isolated(int(keys.sum())):  # whatever draws from global generators does so reproducibly
-            returned = task.suite[name](counted, x.clone(), y, keys)
+            attack = task.suite[name]
+            limit = {"at_once": task.batch_size} if refills(attack) else {}
+            returned = attack(counted, x.clone(), y, keys, **limit)
         if not isinstance(returned, Tensor) or returned.shape != x.shape:
             raise ValueError(
                 f"returned {getattr(returned, 'shape', type(returned).__name__)};"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kwta_exp.attacks import PGD, Attack, NotApplicableError, Threat
 from kwta_exp.attacks.losses import cross_entropy, margin
-from kwta_exp.attacks.pgd import input_gradient
+from kwta_exp.attacks.together import input_gradient
 from kwta_exp.data.batches import Split, to_float
 from kwta_exp.data.folder import FolderPixels
 from kwta_exp.evaluation.binarization import plant

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kwta_exp.attacks import Attack, NotApplicableError, Threat
+from kwta_exp.attacks.together import refills
 from kwta_exp.data.batches import Split, to_float
 from kwta_exp.evaluation.chunks import Bench, Task, Workers, rows_of
 from kwta_exp.evaluation.forecast import announce, within_budget
@@ -23,6 +24,11 @@ from kwta_exp.storage import write_bytes
 log = logging.getLogger(__name__)
 
 CLEAN = "clean"
+
+BATCHES_OF_A_CHUNK, MOST_OF_A_CHUNK = 4, 1024
+"""For an attack that refills its batches: the longer the queue, the less often the last ones go half full, and
+the more a kill costs.
+"""
 
 
 def evaluate(
@@ -41,9 +47,9 @@ def evaluate(
 ) -> tuple[Record, dict[str, Record], dict[str, str]]:
     """Judge ``network`` clean and under each attack, on the images it classifies correctly clean.
 
-    Chunks of ``batch_size`` are fixed by the images and the clean outcome alone, random streams by
-    (seed, attack, image), and each chunk's rows are on disk before the next begins: an evaluation
-    that was killed continues to the same rows.
+    Chunks (of ``batch_size``, or of several for an attack that refills its batches) are fixed by the images and
+    the clean outcome alone, random streams by (seed, attack, image), and each chunk's rows are on disk before
+    the next begins: an evaluation that was killed continues to the same rows.
 
     Every attack runs on the correct ones among the first ``diagnostic_n`` images, so that attacks can be
     compared there; of the rest each sees only what those before it left standing.
@@ -59,7 +65,7 @@ def evaluate(
         suite: attacks by name, cheap to dear.
         threat: what a change may be.
         seed: of the attacks' random streams.
-        batch_size: images of a chunk.
+        batch_size: images that the network is shown at once.
         folder: where the records live.
         diagnostic_n: how many images every attack is run on; ``None`` for all.
         save_images: keep the adversarial images too, float32, in ``<folder>/images/<attack>-<chunk>.npz``.
@@ -112,7 +118,7 @@ def evaluate(
                 continue
             places = torch.from_numpy(targets).to(images.y.device)
             record = Record.open(folder / f"{name}.npz", expected=images.index[places])
-            chunks = _pending(places, batch_size, record, progress)
+            chunks = _pending(places, _chunk_size(suite[name], batch_size), record, progress)
             left = survivors.copy()
             left[targets[: len(record)][record.columns["fooled"]] if len(record) else []] = False
             progress.show(attack=name, worst_case=f"{left.mean():.1%}")
@@ -144,6 +150,12 @@ def _pending(positions: Tensor, batch_size: int, record: Record, progress: Progr
     done = len(record)
     progress.advance(done)
     return positions[done:].split(batch_size) if done < len(positions) else ()
+
+
+def _chunk_size(attack: Attack, batch_size: int) -> int:
+    """How many images ``attack`` is given: more than a batch, where it gives their room to others when done."""
+    most = min(BATCHES_OF_A_CHUNK * batch_size, MOST_OF_A_CHUNK)
+    return max(batch_size, most) if refills(attack) else batch_size
 
 
 def _save_images(path: Path, index: Tensor, x_adv: Tensor) -> None:

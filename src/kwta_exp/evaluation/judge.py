@@ -61,7 +61,8 @@ class Judge:
                 if self._double is None:
                     self._double = copy.deepcopy(self.network).double()
                 with torch.autocast(x.device.type, enabled=False):
-                    return errs(self._double(x.double()), y)
+                    again = [self._double(some.double()) for some in x.split(self.batch_size)]
+                return errs(torch.cat(again), y)
             except (RuntimeError, TypeError) as error:  # somebody's network that insists on float32
                 self._has_double = False
                 log.info(

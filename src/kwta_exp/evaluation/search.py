@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from kwta_exp.evaluation import sparse
+from kwta_exp.models import sparse
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +17,7 @@ class FastSearch(nn.Module):
 
     BatchNorm is folded into the convolution before it, where the network can be traced and the result
     is the same in float64; convolutions run in channels-last order and, on hardware that has it, in bfloat16.
+    On a CPU, convolutions of sparse activations skip the zeros (:mod:`kwta_exp.models.sparse`).
     Logits are float32. Its activations are modules of the same classes as the network's.
 
     Args:
@@ -29,7 +30,7 @@ class FastSearch(nn.Module):
         folded = folded_batch_norms(network, sample)
         self.network = (folded or copy.deepcopy(network)).to(memory_format=torch.channels_last)
         if folded and sparse.pays(sample.device):
-            log.debug("%d convolutions of winners alone for the search", sparse.make_sparse(folded))
+            log.debug("%d convolutions skip zeros in the search", sparse.make_sparse(folded))
         self._in_bfloat16 = computes_in_bfloat16(sample.device)
         self.eval().requires_grad_(False)
 

@@ -1,4 +1,8 @@
-"""Convolutions of a frozen network that cost as little as its activations are sparse, on a CPU."""
+"""Convolutions of a frozen network that cost as little as its activations are sparse, on a CPU.
+
+An activation says so in an attribute ``density``: the share of values that it lets through at most, and of
+whose gradients it lets back.
+"""
 
 import operator
 from collections.abc import Callable
@@ -10,8 +14,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.grad import conv2d_input
-
-from kwta_exp.activations import KWTA
 
 SPARSE = 0.2
 """Share of values other than 0 up to which a convolution of them is faster than a dense one in bfloat16."""
@@ -30,7 +32,7 @@ def pays(device: torch.device) -> bool:
 
 
 def make_sparse(traced: fx.GraphModule) -> int:
-    """Replace the convolutions of the winners of k-WTA, where few enough win; how many.
+    """Replace the convolutions of what an activation lets through, where that is little; how many.
 
     Args:
         traced: a network in float32, which is changed.
@@ -41,7 +43,7 @@ def make_sparse(traced: fx.GraphModule) -> int:
         if not _calls(modules, node, nn.Conv2d) or not fits(modules[node.target]):
             continue
         if _is_sparse(modules, node.args[0]):
-            few = node.users and all(_leads_to_winners(modules, user) for user in node.users)
+            few = node.users and all(_leads_to_sparse(modules, user) for user in node.users)
             traced.set_submodule(node.target, SparseConv2d(modules[node.target], sparse_gradient=bool(few)))
             replaced += 1
     return replaced
@@ -130,7 +132,7 @@ def _scattered(
     x: Tensor, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32], tables: Any, sizes: Any
 ) -> Tensor:
     from kwta_exp.activations.selection_numba import on_threads
-    from kwta_exp.evaluation.sparse_numba import convolve
+    from kwta_exp.models.sparse_numba import convolve
 
     shape = (len(x), len(bias), *sizes)
     out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
@@ -178,17 +180,17 @@ def _calls(modules: dict[str, nn.Module], node: Any, *kinds: type[nn.Module]) ->
 
 
 def _is_sparse(modules: dict[str, nn.Module], node: Any) -> bool:
-    """Does ``node`` give the winners of k-WTA, few enough?"""
+    """Does ``node`` let through little enough?"""
     if _calls(modules, node, *_TRANSPARENT):
         return _is_sparse(modules, node.args[0])
-    if not _calls(modules, node, KWTA):
+    if not isinstance(node, fx.Node) or node.op != "call_module":
         return False
-    ratio = modules[node.target].ratio
-    return isinstance(ratio, float) and ratio <= SPARSE
+    density = getattr(modules[str(node.target)], "density", None)
+    return density is not None and float(density) <= SPARSE
 
 
-def _leads_to_winners(modules: dict[str, nn.Module], node: fx.Node) -> bool:
-    """Does ``node`` pass back the gradient of winners only?"""
+def _leads_to_sparse(modules: dict[str, nn.Module], node: fx.Node) -> bool:
+    """Does ``node`` let back little enough?"""
     if node.op == "call_function" and node.target in _ADDITIONS and node.users:
         return all(_is_sparse(modules, user) for user in node.users)
     return _is_sparse(modules, node)

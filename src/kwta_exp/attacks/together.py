@@ -1,0 +1,105 @@
+"""Groups of images that share a batch: when images of one are done, the next group takes their place.
+
+An attack that can be run so is written as a generator, which asks for logits or gradients and is sent them;
+whether other images were in the batch is nothing to it.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Query(NamedTuple):
+    """Images ``x`` whose logits are wanted; with a ``loss`` of these, its gradient by ``x`` as well."""
+
+    x: Tensor
+    loss: Callable[[Tensor], Tensor] | None = None
+
+
+class Answer(NamedTuple):
+    """Gradients like the images, logits ``(n, K)``, losses ``(n,)``, detached; empty where not asked for."""
+
+    gradient: Tensor
+    logits: Tensor
+    value: Tensor
+
+
+Climb = Generator[Query, Answer, None]
+"""What attacks one group, until it is done."""
+
+
+def together(
+    model: nn.Module, climb: Callable[[Tensor], Climb], positions: Tensor, at_once: int | None
+) -> None:
+    """Run ``climb`` on all ``positions``, group by group.
+
+    Args:
+        model: images to logits.
+        climb: begins the attack on the images at some positions.
+        positions: int64 ``(n,)``.
+        at_once: the most images in a batch. A group begins whenever a quarter of it is free. ``None``: all
+            images are one group.
+    """
+    at_once = at_once or max(1, len(positions))
+    waiting = positions
+    running: list[tuple[Climb, Query]] = []
+    while running or len(waiting):
+        room = at_once - sum(len(query.x) for _, query in running)
+        if len(waiting) and 4 * room >= at_once:
+            begun, waiting = climb(waiting[:room]), waiting[room:]
+            running.append((begun, next(begun)))
+        asking = [each for each in running if each[1].loss is None]  # mostly it is their last, and makes room
+        running, asking = (
+            ([each for each in running if each[1].loss is not None], asking) if asking else ([], running)
+        )
+        for (group, _), answer in zip(asking, answers(model, [query for _, query in asking]), strict=True):
+            try:
+                running.append((group, group.send(answer)))
+            except StopIteration:
+                continue
+
+
+def answers(model: nn.Module, queries: Sequence[Query]) -> list[Answer]:
+    """The answers to ``queries``, either all with a loss or all without."""
+    sizes = [len(query.x) for query in queries]
+    x = queries[0].x if len(queries) == 1 else torch.cat([query.x for query in queries])
+    losses = [query.loss for query in queries if query.loss is not None]
+    if not losses:
+        with torch.no_grad():
+            logits = model(x)
+        return [Answer(some[:0], some, some[:0, 0]) for some in logits.split(sizes)]
+
+    def value_of(logits: Tensor) -> Tensor:
+        values = [loss(some) for loss, some in zip(losses, logits.split(sizes), strict=True)]
+        return values[0] if len(values) == 1 else torch.cat(values)
+
+    parts = (each.split(sizes) for each in input_gradient(model, x, value_of))
+    return [Answer(*each) for each in zip(*parts, strict=True)]
+
+
+def input_gradient(
+    model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss's gradient with respect to the input alone, the logits, and the loss ``(N,)``."""
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(x)
+        value = loss(logits)
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+    return gradient, logits.detach(), value.detach()
+
+
+def in_parts(model: nn.Module, at_once: int | None) -> Callable[[Tensor], Tensor]:
+    """``model``, shown at most ``at_once`` images at a time."""
+
+    def ask(x: Tensor) -> Tensor:
+        return torch.cat([model(part) for part in x.split(at_once or max(1, len(x)))])
+
+    return ask
+
+
+def refills(attack: object) -> bool:
+    """Whether ``attack`` takes more images than a batch holds; see :class:`~kwta_exp.attacks.Attack`."""
+    return getattr(attack, "refills", False) is True

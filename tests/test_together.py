@@ -1,0 +1,165 @@
+"""Images share batches, and take each other's place there, without a difference to any of them."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kwta_exp.attacks import APGD, PGD, Attack, SmoothedPGD, Threat
+from kwta_exp.attacks.together import Climb, Query, input_gradient, together
+from kwta_exp.data.batches import Split
+from kwta_exp.evaluation import evaluate
+from kwta_exp.evaluation.evaluator import BATCHES_OF_A_CHUNK
+
+
+class Watched(nn.Module):
+    """Notes how many images it is shown at a time; some of them fall at once, some late, some never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(48, 30), nn.Tanh(), nn.Linear(30, 5)).double()
+        self.sizes: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        logits: Tensor = self.layers(x.double())
+        return logits
+
+
+@pytest.fixture
+def images() -> tuple[Watched, Tensor, Tensor, Tensor]:
+    model = Watched().eval()
+    x = torch.rand(50, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = model(x).argmax(1)
+    model.sizes.clear()
+    return model, x, y, torch.arange(50) * 7
+
+
+EPS = 0.04
+ATTACKS: dict[str, Any] = {
+    "pgd": PGD(norm="linf", eps=EPS, steps=10),
+    "l2, several runs": PGD(norm="l2", eps=4 * EPS, steps=5, restarts=3),
+    "momentum, no start": PGD(norm="linf", eps=EPS, steps=7, momentum=1.0, random_start=False),
+    "towards targets": PGD(norm="linf", eps=EPS, steps=5, targets=3, loss="margin"),
+    "away from the prediction": PGD(norm="linf", eps=EPS, steps=5, loss="kl"),
+    "for training": PGD(norm="linf", eps=EPS, steps=5, keep_best=False),
+    "apgd": APGD(norm="linf", eps=EPS, steps=30, restarts=2),
+    "apgd, targets": APGD(norm="l2", eps=4 * EPS, steps=20, targets=2, loss="dlr"),
+    "apgd, kl": APGD(norm="linf", eps=EPS, steps=20, loss="kl"),
+}
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 16, 50, 1000])
+@pytest.mark.parametrize("name", list(ATTACKS))
+def test_company_changes_nothing(name: str, at_once: int, images: Any) -> None:
+    model, x, y, keys = images
+    attack = ATTACKS[name]
+    expected = attack(model, x, y, keys)
+    queries, most = sum(model.sizes), max(model.sizes)
+    assert most == 50
+    fooled = model(expected).argmax(1) != y
+    assert 0 < fooled.sum() < 50 or name == "for training"
+    model.sizes.clear()
+
+    found = attack(model, x, y, keys, at_once=at_once)
+
+    assert max(model.sizes) <= at_once
+    assert sum(model.sizes) == queries  # no image is asked about more often than it would be alone
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_batches_are_refilled(images: Any) -> None:
+    """Where many fall early and some never do, batches stay full until nobody is left waiting."""
+    model, x, y, keys = images
+    attack = PGD(norm="linf", eps=2 * EPS, steps=40)
+    attack(model, x, y, keys, at_once=12)
+    refilled = list(model.sizes)
+    model.sizes.clear()
+    for some in torch.arange(50).split(12):
+        attack(model, x[some], y[some], keys[some])
+    one_by_one = model.sizes
+
+    assert sum(refilled) == sum(one_by_one)
+    assert len(refilled) < 0.7 * len(one_by_one)
+
+
+def test_groups_of_different_lengths_and_none_that_starves() -> None:
+    """A group begins when a quarter of the batch is free, and each is sent what it asked for."""
+    model = nn.Flatten()
+    seen: list[tuple[int, int]] = []
+
+    def climb(at: Tensor) -> Climb:
+        for step in range(int(at[0]) % 3 + 1):
+            x = torch.full((len(at), 1, 1, 1), float(step)) + at[:, None, None, None]
+            answer = yield Query(x, lambda logits: logits[:, 0] ** 2)
+            assert torch.equal(answer.logits[:, 0], x[:, 0, 0, 0])
+            assert torch.equal(answer.gradient, 2 * x)
+            assert torch.equal(answer.value, x[:, 0, 0, 0] ** 2)
+        answer = yield Query(x)
+        assert torch.equal(answer.logits[:, 0], x[:, 0, 0, 0])
+        assert not answer.gradient.numel()
+        assert not answer.logits.requires_grad
+        seen.extend((int(i), step) for i in at)
+
+    together(model, climb, torch.arange(31), 8)
+    assert sorted(i for i, _ in seen) == list(range(31))
+    together(model, climb, torch.arange(0), 8)
+    together(model, climb, torch.arange(0), None)
+    assert len(seen) == 31
+
+
+def test_an_attack_that_fails_midway_is_heard(images: Any) -> None:
+    model, x, *_ = images
+
+    def climb(at: Tensor) -> Climb:
+        yield Query(x[at])
+        raise LookupError("here")
+
+    with pytest.raises(LookupError, match="here"):
+        together(model, climb, torch.arange(9), 4)
+
+
+def test_the_network_is_never_shown_more_than_a_batch(tmp_path: Path) -> None:
+    """By an evaluation, whose chunks are longer where the attack refills; and the outcome is the same."""
+    torch.manual_seed(1)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 30), nn.Tanh(), nn.Linear(30, 5))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(256, (70, 3, 4, 4), generator=generator, dtype=torch.uint8)
+    y = network(x / 255).argmax(1)
+    split = Split(x, y, torch.arange(70))
+    sizes: list[int] = []
+    network.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    given: list[int] = []
+
+    class Spy(PGD):
+        def __call__(self, model: nn.Module, x: Tensor, *rest: Any, **more: Any) -> Tensor:
+            given.append(len(x))
+            return super().__call__(model, x, *rest, **more)
+
+    suite: dict[str, Attack] = {
+        "pgd": Spy(norm="linf", eps=EPS, steps=20),
+        "smoothed": SmoothedPGD(norm="linf", eps=EPS, steps=3, samples=2),
+    }
+    threat = Threat(norm="linf", eps=EPS)
+    outcomes = []
+    for batch, fast in ((8, False), (8, True), (70, False)):
+        folder = tmp_path / f"{batch} {fast}"
+        sizes.clear()
+        _, records, _ = evaluate(network, split, suite, threat, 0, batch, folder, fast_search=fast)
+        assert max(sizes) <= batch
+        outcomes.append(records["pgd"].columns["fooled"])
+    assert given[0] == BATCHES_OF_A_CHUNK * 8
+    assert 0.1 < outcomes[0].mean() < 0.9
+    assert (outcomes[0] == outcomes[2]).all()
+
+
+def test_input_gradient_asks_for_nothing_else() -> None:
+    layer = nn.Linear(3, 2)
+    gradient, _, value = input_gradient(layer, torch.ones(4, 3), partial(torch.sum, dim=1))
+    assert torch.allclose(gradient, layer.weight.sum(0).expand(4, 3))
+    assert value.shape == (4,)
+    assert layer.weight.grad is None
