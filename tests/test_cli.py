@@ -39,6 +39,7 @@ WRONG = [
     (["threat.eps=-1"], "threat.eps=-1"),
     (["threat.norm=l7"], "threat.norm='l7'"),
     (["training=pgd", "training.attack.steps=0"], "training.attack.steps=0"),
+    (["training=pgd", "training.search=quick"], "training.search='quick'"),
     (["training.epochs=0"], "training.epochs=0"),
     (["training.batch_size=true"], "training.batch_size=True"),
     (["optimizer.lr=-1"], "optimizer.lr=-1"),

@@ -15,9 +15,11 @@ from kwta_exp.activations import KWTA
 from kwta_exp.attacks import PGD, SurrogatePGD, Threat
 from kwta_exp.data.batches import Split
 from kwta_exp.data.datasets import Digits
-from kwta_exp.evaluation import evaluate, search
-from kwta_exp.evaluation.search import FastSearch, folded_batch_norms
-from kwta_exp.models import CNN, DenseNet, ResNet, WideResNet
+from kwta_exp.evaluation import evaluate
+from kwta_exp.models import CNN, DenseNet, ResNet, WideResNet, stand_in
+from kwta_exp.models.stand_in import StandIn, following, with_folded_batch_norms
+from kwta_exp.training import PGDTraining
+from tests.test_training import INNER, After, KilledError, train
 
 KWTA_01 = partial(KWTA, ratio=0.1)
 THREAT = Threat(norm="linf", eps=0.1)
@@ -58,9 +60,9 @@ def test_the_stand_in_is_the_network_up_to_rounding(
     x = torch.rand(6, 3, 16, 16)
     network = trained_statistics(make(num_classes=10, in_channels=3), x)
     before = copy.deepcopy(network.state_dict())
-    monkeypatch.setattr(search, "computes_in_bfloat16", lambda device: False)
+    monkeypatch.setattr(stand_in, "computes_in_bfloat16", lambda device: False)
 
-    fast = FastSearch(network, x[:2])
+    fast = StandIn(network, x[:2])
 
     assert batch_norms(fast) < batch_norms(network)
     assert left is None or batch_norms(fast) == left
@@ -72,6 +74,82 @@ def test_the_stand_in_is_the_network_up_to_rounding(
         torch.equal(before[name], tensor.to(before[name])) for name, tensor in network.state_dict().items()
     )
     assert not {id(p) for p in fast.parameters()} & {id(p) for p in network.parameters()}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(ResNet, width=64),
+        partial(WideResNet, depth=10, widen_factor=4, dropout=0.2),
+        partial(DenseNet, growth=16),
+        lambda *_, **__: Branching(),
+    ],
+)
+def test_it_follows_weights_statistics_and_ratios(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stand_in, "computes_in_bfloat16", lambda device: False)
+    torch.manual_seed(0)
+    network = make(KWTA_01, num_classes=10, in_channels=1).eval()
+    x = torch.rand(6, 1, 8, 8)
+    first = following(network, x[:2])
+    answers = []
+    for ratio in (0.1, 0.1, 0.15):
+        for module in network.modules():
+            if isinstance(module, KWTA):
+                module.ratio = ratio
+        with torch.no_grad():
+            for tensor in network.parameters():
+                tensor.mul_(torch.empty_like(tensor).uniform_(0.8, 1.2))
+        trained_statistics(network, x)
+        modes = [module.training for module in network.modules()]
+        fast = following(network, x[:2])
+        answers.append(fast(x))
+        torch.testing.assert_close(answers[-1], network(x), rtol=1e-3, atol=1e-3)
+        kwta = any(isinstance(module, KWTA) for module in network.modules())
+        assert (fast is first) == (ratio == 0.1 or not kwta)  # a ratio decides what it is built of
+        assert modes == [module.training for module in network.modules()]
+        assert all(p.requires_grad for p in network.parameters())
+    assert not torch.allclose(answers[0], answers[1], atol=1e-3)
+
+
+def test_whether_a_stand_in_is_new_decides_no_bit() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(6, 1, 8, 8)
+    network = trained_statistics(ResNet(KWTA_01, num_classes=10, in_channels=1, width=16), x)
+    used = following(network, x[:2])
+    trained_statistics(network, x)
+    again = following(network, x[:2])(x)
+    fresh = following(copy.deepcopy(network), x[3:4])
+    assert fresh is not used
+    assert torch.equal(fresh(x), again)
+
+
+def test_a_training_attack_may_search_on_a_stand_in(tmp_path: Path) -> None:
+    """It sees the weights of the moment; a training that is killed goes on to the same bits."""
+    seen: list[Tensor] = []
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+        assert isinstance(model, StandIn)
+        assert not model.training
+        with torch.no_grad():
+            seen.append((model(x) - network(x)).abs().max())
+        return INNER(model, x, y, keys)
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return ResNet(KWTA_01, num_classes=10, in_channels=1, width=16)
+
+    training = PGDTraining(epochs=2, batch_size=400, attack=attack, search="fast")
+    network = made()
+    whole = train(tmp_path / "whole.pt", training, model=network)
+    assert len(seen) == 2 * (4 + 1)  # steps, and the validation images
+    assert max(seen) < 0.5  # bfloat16's rounding
+
+    network = made()
+    with pytest.raises(KilledError):
+        train(tmp_path / "pieces.pt", training, After(7), 0.0, model=network)
+    network = made()
+    pieces = train(tmp_path / "pieces.pt", training, model=network)
+    assert all(torch.equal(whole.last[name], pieces.last[name]) for name in whole.last)
 
 
 class Branching(nn.Module):
@@ -104,10 +182,10 @@ def test_what_cannot_be_folded_is_left_as_it_is() -> None:
     x = torch.rand(4, 1, 8, 8)
     for network in (Branching(), Shared()):
         trained_statistics(network, x)
-        fast = FastSearch(network, x)
+        fast = StandIn(network, x)
         assert batch_norms(fast) == batch_norms(network)
         torch.testing.assert_close(fast(x), network(x), rtol=0.05, atol=0.05)
-    assert folded_batch_norms(Branching().eval(), x) is None
+    assert with_folded_batch_norms(Branching().eval(), x) is None
 
 
 def digits(n: int) -> Split:
@@ -153,7 +231,7 @@ def test_a_success_on_the_stand_in_alone_does_not_end_the_search(
     suite = {"pgd": PGD(norm="linf", eps=0.1, steps=20)}
     settings = {"threat": THREAT, "seed": 0, "batch_size": 30}
     _, exact, _ = evaluate(network, images, suite, folder=tmp_path / "exact", **settings)  # type: ignore[arg-type]
-    monkeypatch.setattr("kwta_exp.evaluation.chunks.FastSearch", Liar)
+    monkeypatch.setattr("kwta_exp.evaluation.chunks.StandIn", Liar)
 
     _, fast, _ = evaluate(
         network, images, suite, folder=tmp_path / "fast", fast_search=True, **settings  # type: ignore[arg-type]

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kwta_exp.activations import KWTA, LWTA, kwta
-from kwta_exp.evaluation import search
-from kwta_exp.evaluation.search import FastSearch
-from kwta_exp.models import DenseNet, ResNet, WideResNet, sparse
+from kwta_exp.models import DenseNet, ResNet, WideResNet, sparse, stand_in
 from kwta_exp.models.sparse import SparseConv2d, fits, make_sparse
+from kwta_exp.models.stand_in import StandIn
 
 
 def winners(*shape: int, ratio: float = 0.1) -> Tensor:
@@ -41,7 +40,7 @@ def agree(dense: nn.Conv2d, x: Tensor, gradient: Tensor | None = None) -> None:
             found.backward(gradient.to(dtype))
             assert asked.grad is not None
             for ours, theirs in ((found, expected), (asked.grad, exact.grad)):
-                scale = theirs.abs().max().item()
+                scale = theirs.abs().max().item()  # of a sum, whose terms round
                 torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance * scale)
 
 
@@ -97,6 +96,15 @@ def test_signs_of_zero_infinity_nan_and_layouts() -> None:
     assert torch.equal(fast.double()(x.double()), dense.double()(x.double()))  # left to the dense one
 
 
+def test_a_gradient_that_is_not_sparse_after_all_is_right_too() -> None:
+    torch.manual_seed(0)
+    dense = nn.Conv2d(64, 64, 3, padding=1)
+    for gradient in (torch.randn(9, 64, 7, 7), torch.zeros(9, 64, 7, 7)):
+        agree(dense, winners(9, 64, 7, 7), gradient)
+    assert not sparse._looks_sparse(torch.randn(9, 64, 7, 7))
+    assert sparse._looks_sparse(winners(9, 64, 7, 7, ratio=0.2))
+
+
 def test_threads_change_nothing() -> None:
     torch.manual_seed(0)
     fast, x = SparseConv2d(nn.Conv2d(64, 64, 3, padding=1), True), winners(37, 64, 16, 16)
@@ -138,7 +146,7 @@ def test_which_convolutions_of_a_resnet_become_sparse(monkeypatch: pytest.Monkey
     x = torch.rand(2, 3, 16, 16)
 
     network = ResNet(partial(KWTA, ratio=0.1), num_classes=10, in_channels=3).eval()
-    found = sparse_ones(FastSearch(network, x))
+    found = sparse_ones(StandIn(network, x))
     blocks = sum(isinstance(module, nn.Conv2d) for module in network.modules())
     assert len(found) == blocks - 2  # the first sees the image, the second a ReLU's output
     assert all(found.values())  # every sum of a block goes through k-WTA next, as does every convolution
@@ -146,7 +154,7 @@ def test_which_convolutions_of_a_resnet_become_sparse(monkeypatch: pytest.Monkey
     pre_activation = WideResNet(
         partial(KWTA, ratio=0.1), depth=10, widen_factor=4, num_classes=10, in_channels=3
     )
-    found = sparse_ones(FastSearch(pre_activation.eval(), x))
+    found = sparse_ones(StandIn(pre_activation.eval(), x))
     assert {name for name, each in found.items() if each} == {  # what conv2 adds to goes through BatchNorm
         "network.block2.layer.0.conv1", "network.block3.layer.0.conv1",
     }  # fmt: skip
@@ -154,9 +162,9 @@ def test_which_convolutions_of_a_resnet_become_sparse(monkeypatch: pytest.Monkey
 
     for activation in (nn.ReLU, partial(KWTA, ratio=0.3), partial(KWTA, k=5), LWTA):
         network = ResNet(activation, num_classes=10, in_channels=3).eval()  # type: ignore[arg-type]
-        assert not sparse_ones(FastSearch(network, x))
+        assert not sparse_ones(StandIn(network, x))
     network = ResNet(partial(LWTA, group_size=8), num_classes=10, in_channels=3).eval()
-    assert len(sparse_ones(FastSearch(network, x))) == blocks - 2
+    assert len(sparse_ones(StandIn(network, x))) == blocks - 2
 
 
 @pytest.mark.parametrize(
@@ -171,9 +179,9 @@ def test_gradients_of_a_sparse_stand_in(make: Any, monkeypatch: pytest.MonkeyPat
     torch.manual_seed(0)
     network = make(partial(KWTA, ratio=0.1), num_classes=10, in_channels=3).eval()
     x = torch.rand(4, 3, 16, 16)
-    monkeypatch.setattr(search, "computes_in_bfloat16", lambda device: False)
+    monkeypatch.setattr(stand_in, "computes_in_bfloat16", lambda device: False)
     monkeypatch.setattr(sparse, "pays", lambda device: True)
-    fast = FastSearch(network, x[:2])
+    fast = StandIn(network, x[:2])
     assert sparse_ones(fast)
 
     gradients = []
@@ -190,7 +198,7 @@ def test_matrix_units_are_left_their_work(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     network = ResNet(partial(KWTA, ratio=0.1), num_classes=10, in_channels=3).eval()
     assert not sparse.pays(torch.device("cpu"))
-    assert not sparse_ones(FastSearch(network, torch.rand(2, 3, 16, 16)))
+    assert not sparse_ones(StandIn(network, torch.rand(2, 3, 16, 16)))
     assert not sparse.pays(torch.device("cuda"))
 
 
@@ -208,6 +216,6 @@ def test_a_graph_is_changed_where_winners_flow_and_nowhere_else() -> None:
             out: Tensor = self.d(self.act(third)).mean((2, 3)) + second.mean((2, 3))
             return out
 
-    traced = torch.fx.GraphModule(Net().eval(), search._Tracer().trace(Net().eval()))
+    traced = torch.fx.GraphModule(Net().eval(), stand_in._Tracer().trace(Net().eval()))
     assert make_sparse(traced) == 2
     assert sparse_ones(traced) == {"b": False, "d": False}

@@ -77,6 +77,8 @@ class Plan:
         nodes = ("model", "training", "optimizer", "lr_schedule", "sparsity") if trains else ("model",)
         elsewhere = ("root", "path", "download", "workers")  # where the data lie, who reads them
         decisive = {node: plain(cfg, node) for node in nodes}
+        if decisive.get("training", {}).get("search") == "exact":
+            del decisive["training"]["search"]  # runs older than the choice keep their names
         identity = {
             "seed": options.seed,
             "dataset": {k: v for k, v in plain(cfg, "dataset").items() if k not in elsewhere},

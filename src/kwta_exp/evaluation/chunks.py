@@ -24,7 +24,7 @@ from kwta_exp.errors import UserError
 from kwta_exp.evaluation.counting import Counted
 from kwta_exp.evaluation.judge import Judge, errs, predicted
 from kwta_exp.evaluation.records import Column
-from kwta_exp.evaluation.search import FastSearch
+from kwta_exp.models.stand_in import StandIn
 from kwta_exp.randomness import fold, isolated, key
 from kwta_exp.storage import image_digests
 
@@ -55,7 +55,7 @@ class Bench:
         if not task.fast_search:
             return cls(judge, judge.network)
         some = torch.arange(min(2, len(task.images)), device=task.images.y.device)
-        return cls(judge, FastSearch(task.network, to_float(task.images.x[some])))
+        return cls(judge, StandIn(task.network, to_float(task.images.x[some])))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ SPARSE = 0.2
 
 _BITS = {torch.bfloat16: torch.uint16, torch.float32: torch.uint32}
 _LANES = 64
+_LOOKED_AT = 4
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout2d)
 
@@ -59,29 +60,42 @@ def fits(convolution: nn.Conv2d) -> bool:
     )
 
 
-class SparseConv2d(nn.Module):
+class SparseConv2d(nn.Conv2d):
     """A frozen convolution; any input is right, a sparse one is fast.
 
     Sums are float32's also for images in bfloat16. Images of other types, or on other devices, go through
-    the dense convolution.
+    PyTorch's own convolution.
 
     Args:
-        dense: what it does, in float32; see :func:`fits`.
-        sparse_gradient: gradients that come back are sparse, too.
+        dense: what it does, in float32; parameters are shared. See :func:`fits`.
+        sparse_gradient: gradients that come back are expected to be sparse, too.
     """
 
     def __init__(self, dense: nn.Conv2d, sparse_gradient: bool) -> None:
-        super().__init__()
-        self.dense = dense
-        self._weight = _packed(dense.weight)
-        bias = torch.zeros(dense.out_channels) if dense.bias is None else dense.bias.detach().float()
-        self._bias = bias.numpy().copy()
+        super().__init__(
+            dense.in_channels, dense.out_channels, dense.kernel_size, dense.stride,  # type: ignore[arg-type]
+            dense.padding, dense.dilation, bias=dense.bias is not None, device="meta",  # type: ignore[arg-type]
+        )  # fmt: skip
+        self.weight, self.bias = dense.weight, dense.bias
+        self._weight = _room(dense.out_channels, dense.in_channels, dense.kernel_size)
+        self._bias = np.zeros(dense.out_channels, np.float32)
         sparse_gradient = sparse_gradient and dense.in_channels % _LANES == 0
-        self._transposed = _packed(dense.weight.transpose(0, 1)) if sparse_gradient else None
+        room = _room(dense.in_channels, dense.out_channels, dense.kernel_size)
+        self._transposed = room if sparse_gradient else None
+        self.pack()
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Take over the present weights."""
+        _pack(self.weight, self._weight)
+        if self.bias is not None:
+            torch.from_numpy(self._bias).copy_(self.bias)
+        if self._transposed is not None:
+            _pack(self.weight.transpose(0, 1), self._transposed)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype not in _BITS or x.device.type != "cpu" or not x.numel():
-            out: Tensor = self.dense(x)
+            out: Tensor = super().forward(x)
         else:
             out = _Convolution.apply(x, self)
         return out
@@ -94,10 +108,9 @@ class SparseConv2d(nn.Module):
 
     def pulled_back(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of an input of ``shape``, given that of the output."""
-        dense = self.dense
-        if self._transposed is None:
-            weight = dense.weight.detach().to(gradient.dtype)
-            pulled: Tensor = conv2d_input(shape, weight, gradient, dense.stride, dense.padding, dense.dilation)
+        if self._transposed is None or not _looks_sparse(gradient):
+            weight = self.weight.detach().to(gradient.dtype)
+            pulled: Tensor = conv2d_input(shape, weight, gradient, self.stride, self.padding, self.dilation)
             return pulled
         sizes = tuple(shape[2:])
         tables = tuple(
@@ -106,8 +119,7 @@ class SparseConv2d(nn.Module):
         return _scattered(gradient, self._transposed, np.zeros(shape[1], np.float32), tables, sizes)
 
     def _geometry(self) -> tuple[tuple[int, int], ...]:
-        dense = self.dense
-        return dense.kernel_size, dense.stride, dense.padding, dense.dilation  # type: ignore[return-value]
+        return self.kernel_size, self.stride, self.padding, self.dilation  # type: ignore[return-value]
 
     def _sizes(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(
@@ -152,12 +164,20 @@ def _bits(x: Tensor) -> npt.NDArray[Any]:
     return bits
 
 
-def _packed(weight: Tensor) -> npt.NDArray[np.float32]:
+def _looks_sparse(x: Tensor) -> bool:
+    """By a few images; a gate put in by an attack may let back what the activation would not."""
+    some = x[:: max(1, len(x) // _LOOKED_AT)]
+    return int(some.count_nonzero()) <= 1.5 * SPARSE * some.numel()
+
+
+def _room(k: int, c: int, window: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    return np.empty((k // _LANES, window[0] * window[1], c, _LANES), np.float32)
+
+
+def _pack(weight: Tensor, packed: npt.NDArray[np.float32]) -> None:
     """``(K, C, R, S)`` as ``(K / 64, R * S, C, 64)``."""
-    k, c, r, s = weight.shape
-    parts = weight.detach().float().permute(2, 3, 1, 0).reshape(r * s, c, k // _LANES, _LANES)
-    packed: npt.NDArray[np.float32] = parts.permute(2, 0, 1, 3).contiguous().numpy()
-    return packed
+    parts = weight.unflatten(0, (-1, _LANES)).flatten(3)
+    torch.from_numpy(packed).copy_(parts.permute(0, 3, 2, 1))
 
 
 @lru_cache(maxsize=256)

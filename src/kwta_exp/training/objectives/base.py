@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from kwta_exp.attacks import Attack
 from kwta_exp.data.batches import Batch
 from kwta_exp.fields import STRICT, Count, Positive, Rate, Share
+from kwta_exp.models.stand_in import following
+
+Search = Literal["exact", "fast"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -78,25 +82,36 @@ class AdversarialTraining(Training):
     Args:
         attack: the inner maximiser, with its own norm, eps and steps. Any object of this project's attack
             interface will do.
+        search: ``"fast"`` lets it see a stand-in of the network as it is at that moment
+            (:class:`~kwta_exp.models.stand_in.StandIn`), the same up to rounding; ``"exact"`` the network. What
+            is learned from, and judged, is the network's answer either way.
     """
 
     attack: Attack
+    search: Search = "exact"
 
     def attacked(self, model: nn.Module, batch: Batch) -> Tensor:
         """What ``attack`` makes of the images, seeing the network in eval mode as in the k-WTA study."""
-        network = unwrapped(model)
-        with eval_mode(network):
-            return self.attack(network, batch.x, batch.y, batch.keys)
+        return search(self.attack, model, batch, self.search)
 
     def robustly_correct(self, model: nn.Module, batch: Batch) -> Tensor:
-        return withstands(self.attack, model, batch)
+        return withstands(self.attack, model, batch, self.search)
 
 
-def withstands(attack: Attack, model: nn.Module, batch: Batch) -> Tensor:
-    """Which images ``(N,)`` are classified correctly after ``attack``, the network in eval mode."""
+def search(attack: Attack, model: nn.Module, batch: Batch, how: Search) -> Tensor:
+    """What ``attack`` makes of the images, on the network in eval mode or on its stand-in."""
     network = unwrapped(model)
     with eval_mode(network):
-        return correct(network(attack(network, batch.x, batch.y, batch.keys)), batch.y)
+        searched = following(network, batch.x[:2]) if how == "fast" else network
+        return attack(searched, batch.x, batch.y, batch.keys)
+
+
+def withstands(attack: Attack, model: nn.Module, batch: Batch, how: Search = "exact") -> Tensor:
+    """Which images ``(N,)`` are classified correctly after ``attack``, the network in eval mode."""
+    x_adv = search(attack, model, batch, how)
+    network = unwrapped(model)
+    with eval_mode(network):
+        return correct(network(x_adv), batch.y)
 
 
 @contextmanager

@@ -41,7 +41,7 @@ class FastTraining(AdversarialTraining):
         return self.cross_entropy(logits, batch.y), logits
 
     def robustly_correct(self, model: nn.Module, batch: Batch) -> Tensor:
-        return withstands(self.probe, model, batch)
+        return withstands(self.probe, model, batch, self.search)
 
     def warning(self, history: Sequence[Mapping[str, float]]) -> str | None:
         last = history[-1]

@@ -1,0 +1,165 @@
+"""A faster stand-in for a frozen network, for attacks to search with. Nothing is judged by it."""
+
+import copy
+import logging
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
+
+from kwta_exp.models import sparse
+
+log = logging.getLogger(__name__)
+
+
+class StandIn(nn.Module):
+    """The same function, up to rounding, of the same images in [0, 1].
+
+    BatchNorm is folded into the convolution before it, where the network can be traced and the result
+    is the same in float64; convolutions run in channels-last order and, on hardware that has it, in bfloat16.
+    On a CPU, convolutions of sparse activations skip the zeros (:mod:`kwta_exp.models.sparse`).
+    Logits are float32.
+
+    Weights are copies. Modules without parameters, buffers or modules of their own are the network's own, so
+    that an activation whose ratio changes, or that is hooked, is so in both.
+
+    Args:
+        network: in eval mode.
+        sample: a few images, on the network's device.
+    """
+
+    def __init__(self, network: nn.Module, sample: Tensor) -> None:
+        super().__init__()
+        traced, self._folded = with_folded_batch_norms(network, sample) or (None, {})
+        self.network = (traced or copy.deepcopy(network)).to(memory_format=torch.channels_last)
+        if traced and sparse.pays(sample.device):
+            log.debug("%d convolutions skip zeros in the search", sparse.make_sparse(traced))
+        self.eval()
+        for name, module in network.named_modules(remove_duplicate=False):
+            if _is_bare(module) and name and _has(self.network, name):
+                self.network.set_submodule(name, module)
+        self._in_bfloat16 = computes_in_bfloat16(sample.device)
+        self._densities = list(_densities(network))
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self._in_bfloat16):
+            logits: Tensor = self.network(x.contiguous(memory_format=torch.channels_last))
+        return logits.float()
+
+    def suits(self, network: nn.Module) -> bool:
+        """Whether it is still built as one for ``network``, of which it was made, would be."""
+        return self._densities == list(_densities(network))
+
+    @torch.no_grad()
+    def follow(self, network: nn.Module) -> None:
+        """Take over the present weights of ``network``, of which it was made."""
+        theirs = dict(network.named_parameters()) | dict(network.named_buffers())
+        for name, norm_name in self._folded.items():
+            convolution: Any = network.get_submodule(name)
+            norm: Any = network.get_submodule(norm_name)
+            weight, bias = fuse_conv_bn_weights(
+                convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps,
+                norm.weight, norm.bias,
+            )  # fmt: skip
+            theirs |= {f"{name}.weight": weight, f"{name}.bias": bias}
+        for name, tensor in [*self.network.named_parameters(), *self.network.named_buffers()]:
+            if name in theirs:  # else a constant of the tracer's
+                tensor.copy_(theirs[name])
+        for module in self.network.modules():
+            if isinstance(module, sparse.SparseConv2d):
+                module.pack()
+
+
+_kept: WeakKeyDictionary[nn.Module, StandIn] = WeakKeyDictionary()
+
+
+def following(network: nn.Module, sample: Tensor) -> StandIn:
+    """A stand-in for ``network`` as it is now; made at the first call, brought up to date at others.
+
+    Arguments as for :class:`StandIn`.
+    """
+    known = _kept.get(network)
+    with torch.autocast(sample.device.type, enabled=False):
+        if known is None or not known.suits(network):
+            known = _kept[network] = StandIn(network, sample)
+        known.follow(network)  # a new one, too: whether it is new decides no bit
+    return known
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 faster than float32, instead of imitating it."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    can = torch.cpu.get_capabilities()
+    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+
+
+@torch.no_grad()
+def with_folded_batch_norms(network: nn.Module, sample: Tensor) -> tuple[fx.GraphModule, dict[str, str]] | None:
+    """A copy of ``network`` without the BatchNorms that follow a convolution directly; None if that fails.
+
+    The arithmetic is PyTorch's own; it is done in float64 and held against the network on ``sample``.
+
+    Returns:
+        The copy, and the BatchNorm that was folded into each convolution, by their names.
+    """
+    double = copy.deepcopy(network).double().eval()
+    folded: dict[str, str] = {}
+    try:
+        traced = fx.GraphModule(double, _Tracer().trace(double))
+        modules = dict(traced.named_modules())
+        for norm in [node for node in traced.graph.nodes if _is(modules, node, nn.BatchNorm2d)]:
+            convolution = norm.args[0]
+            if _is(modules, convolution, nn.Conv2d) and len(convolution.users) == 1:
+                fused = fuse_conv_bn_eval(modules[convolution.target], modules[norm.target])
+                traced.set_submodule(convolution.target, fused)
+                norm.replace_all_uses_with(convolution)
+                traced.graph.erase_node(norm)
+                folded[convolution.target] = norm.target
+        traced.recompile()
+        traced.delete_all_unused_submodules()
+        expected, found = double(sample.double()), traced(sample.double())
+    except Exception as error:  # tracing fails in any way whatever
+        log.info("BatchNorm is not folded for the search: the network cannot be traced (%s)", error)
+        return None
+    if not torch.allclose(found, expected, rtol=1e-6, atol=1e-8):
+        log.info("BatchNorm is not folded for the search: the traced network differs")
+        return None
+    log.debug("%d BatchNorms folded for the search", len(folded))
+    return traced.float(), folded
+
+
+class _Tracer(fx.Tracer):
+    """Does not look into modules without modules of their own: an activation stays one."""
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return super().is_leaf_module(module, qualified_name) or next(module.children(), None) is None
+
+
+def _is(modules: dict[str, nn.Module], node: object, kind: type[nn.Module]) -> bool:
+    """Does ``node`` call a module of this very class, once in the network?"""
+    if not isinstance(node, fx.Node) or node.op != "call_module":
+        return False
+    calls = [other for other in node.graph.nodes if other.op == "call_module" and other.target == node.target]
+    return type(modules[str(node.target)]) is kind and len(calls) == 1
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Has ``module`` no parameters, buffers or modules?"""
+    return not any(True for some in (module.parameters(), module.buffers(), module.children()) for _ in some)
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    try:
+        module.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _densities(network: nn.Module) -> Iterator[float | None]:
+    return (getattr(module, "density", None) for module in network.modules())
