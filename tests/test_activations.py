@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from kwta_exp.activations import KWTA, LWTA, kwta, lwta
 from kwta_exp.activations.selection import kth_largest
@@ -242,3 +243,41 @@ def test_selection_is_a_sort_in_short_and_long_rows(length: int, dtype: torch.dt
     for k in {min(k, length) for k in (1, 2, 7, 50, 99, length // 3 + 1, length)}:
         expected = rows.double().sort(dim=1, descending=True).values[:, k - 1 : k].to(dtype)
         torch.testing.assert_close(kth_largest(rows, k), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, of its forward mode
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("over", ["volume", "channel"])
+def test_transforms_and_forward_mode(over: Any, layout: torch.memory_format) -> None:
+    """Every way to a derivative gives that of the winners; none gives zeros in silence."""
+    torch.manual_seed(0)
+    x, v = (torch.randn(4, 3, 5, 5).contiguous(memory_format=layout) for _ in range(2))
+
+    def f(x: Tensor) -> Tensor:
+        return (kwta(x, 0.2, over=over) ** 3).sum()
+
+    winners = kwta(x, 0.2, over=over)
+    assert 0.1 < (winners != 0).double().mean() < 0.3
+    gradient = 3 * winners**2
+    alone = torch.func.grad(lambda image: f(image[None]))
+
+    torch.testing.assert_close(torch.func.grad(f)(x), gradient)
+    torch.testing.assert_close(torch.vmap(alone)(x), gradient)
+    torch.testing.assert_close(
+        torch.vmap(alone, in_dims=3, out_dims=3)(x.permute(1, 2, 3, 0)), gradient.permute(1, 2, 3, 0)
+    )
+    torch.testing.assert_close(torch.func.jvp(f, (x,), (v,))[1], (gradient * v).sum())
+    torch.testing.assert_close(
+        torch.vmap(lambda v: torch.func.jvp(f, (x,), (v,))[1])(v[None]), (gradient * v).sum()[None]
+    )
+    forward, reverse = (
+        jacobian(lambda x: kwta(x, 0.2, over=over))(x) for jacobian in (torch.func.jacfwd, torch.func.jacrev)
+    )
+    torch.testing.assert_close(forward, reverse)
+    torch.testing.assert_close(reverse.flatten(4).flatten(0, 3).diagonal(), (winners != 0).float().flatten())
+    torch.testing.assert_close(
+        torch.func.hessian(f)(x).flatten(4).flatten(0, 3).diagonal(), 6 * winners.flatten()
+    )
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(kwta(forward_ad.make_dual(x, v), 0.2, over=over)).tangent
+    torch.testing.assert_close(tangent, v * (winners != 0))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # Defined the short way: torch.library.custom_op loads the compiler (2 s) at the first call.
 torch.library.define(
@@ -42,13 +43,17 @@ def keep(x: Tensor, k: int, per_channel: bool, by_magnitude: bool) -> Tensor:
     Returns:
         A tensor like ``x``, in its memory format. NaN ranks above every number and stays; where it is the
         k-th largest, nothing finite is kept. The gradient is that of what is kept; for it one bit a value
-        is saved.
+        is saved. ``torch.func``'s transforms and forward mode are supported.
 
     Raises:
         TypeError: for a dtype other than float16, bfloat16, float32 and float64.
     """
     if x.dtype not in _BITS:
         raise TypeError(f"k-WTA expects float16, bfloat16, float32 or float64, got {x.dtype}")
+    under_transform = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if under_transform and not torch.compiler.is_compiling():
+        transformed: Tensor = _Keep.apply(x, k, per_channel, by_magnitude)[0]
+        return transformed
     kept: Tensor = torch.ops.kwta_exp.keep(x, k, per_channel, by_magnitude)[0]
     return kept
 
@@ -252,3 +257,74 @@ def _pass_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
 
 torch.library.register_autograd("kwta_exp::keep", _keep_backward, setup_context=_save_bits)
 torch.library.register_autograd("kwta_exp::pass_winners", _pass_backward, setup_context=_save_same)
+
+
+class _Keep(torch.autograd.Function):
+    """``keep`` for the transforms of ``torch.func``, and forward mode, which an operator's rules do not reach.
+
+    (A rule for autograd is passed over by forward mode in silence: tangents would come out 0.) Always in the
+    plain memory format, since what a transform wraps may lie differently in memory from what it shows.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, k: int, per_channel: bool, by_magnitude: bool) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = torch.ops.kwta_exp.keep(x.contiguous(), k, per_channel, by_magnitude)
+        return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+        ctx.save_for_forward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor, None, None, None]:
+        return _Pass.apply(gradient, ctx.saved_tensors[0]), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Tensor, None]:
+        return _Pass.apply(tangent, ctx.saved_tensors[0]), None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, k: int, per_channel: bool, by_magnitude: bool
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        folded = _fold(x, in_dims[0], info.batch_size)
+        found = _Keep.apply(folded, k, per_channel, by_magnitude)
+        return tuple(each.unflatten(0, (info.batch_size, -1)) for each in found), (0, 0)
+
+
+class _Pass(torch.autograd.Function):
+    """``pass_winners`` for the same; linear in the gradient."""
+
+    @staticmethod
+    def forward(gradient: Tensor, bits: Tensor) -> Tensor:
+        passed: Tensor = torch.ops.kwta_exp.pass_winners(gradient, bits, False)
+        return passed
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Pass.apply(gradient, ctx.saved_tensors[0]), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
+        passed: Tensor = _Pass.apply(tangent, ctx.saved_tensors[0])
+        return passed
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, int | None], gradient: Tensor, bits: Tensor
+    ) -> tuple[Tensor, int]:
+        both = [_fold(each, dim, info.batch_size) for each, dim in zip((gradient, bits), in_dims, strict=True)]
+        return _Pass.apply(*both).unflatten(0, (info.batch_size, -1)), 0
+
+
+def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """The dimension that is mapped over joined to the first."""
+    batched = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return batched.flatten(0, 1)
