@@ -5,14 +5,17 @@
 Every timed pass makes its own output, as a layer does, with the default allocator.
 """
 
+import copy
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.baselines import published_kwta
 from benchmarks.timing import Row, arguments, interleaved, report
-from kwta_exp.activations import kwta
+from kwta_exp.activations import KWTA, kwta
+from kwta_exp.models import ResNet, sparse
 
 SHAPE = (128, 64, 32, 32)
 
@@ -37,6 +40,11 @@ def main() -> None:
             raise SystemExit(f"the two k-WTA differ in {kind}: nothing to compare")
         names = sides if kind == "float32" else ("ReLU", "k-WTA")
         rows += compared(kind, x, {name: sides[name] for name in names}, asked.rounds)
+    x = activations(asked.ratio, asked.device)
+    kind = "bfloat16, channels last, half the batch, a ResNet's activations"
+    rows += compared(kind, x, {name: sides[name] for name in ("ReLU", "k-WTA")}, asked.rounds)
+    if sparse.pays(x.device):
+        rows += convolutions(asked.ratio, asked.rounds)
     notes = [roofline(rows, asked.rounds, asked.device)]
     report(f"k-WTA {asked.ratio:g} on {SHAPE}", rows, notes, asked)
 
@@ -69,6 +77,44 @@ def compared(kind: str, x: Tensor, sides: dict[str, Callable[[Tensor], Tensor]],
         topk = interleaved({"topk": lambda: ranked.topk(ranked.shape[1] // 10, dim=1)}, rounds, 2, device)
         rows.append(Row(f"forward, {kind}", ours, "torch.topk", 1000 * topk["topk"], "ms", "speed-up", 10))
     return rows
+
+
+@torch.no_grad()
+def activations(ratio: float, device: str) -> Tensor:
+    """What a k-WTA layer of an untrained ResNet-18 is given: its channels differ, unlike random numbers'."""
+    network = ResNet(partial(KWTA, ratio=ratio), num_classes=10, in_channels=3).to(device).eval()
+    given: list[Tensor] = []
+    layer = next(module for module in network.modules() if isinstance(module, KWTA))
+    layer.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    network(torch.rand(SHAPE[0] // 2, 3, *SHAPE[2:], device=device))
+    return given[0].to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+
+
+def convolutions(ratio: float, rounds: int) -> list[Row]:
+    """3x3 convolutions of winners, and the gradients that winners let back, without the zeros and with."""
+    rows = []
+    for shape in ((64, 64, 32, 32), (64, 512, 4, 4)):
+        dense = nn.Conv2d(shape[1], shape[1], 3, padding=1).requires_grad_(False)
+        skipping = sparse.SparseConv2d(dense, sparse_gradient=True)
+        dense = copy.deepcopy(dense).to(torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        x, gradient = (
+            kwta(torch.randn(shape), ratio).to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+            for _ in range(2)
+        )
+        if (skipping(x).float() - dense(x).float()).abs().max() > 0.1:
+            raise SystemExit("the two convolutions differ: nothing to compare")
+        sides = {
+            name: partial(there_and_back, side, x.clone().requires_grad_(), gradient)
+            for name, side in (("ours", skipping), ("dense", dense))
+        }
+        took = interleaved(sides, rounds, 2, "cpu")
+        what = f"3x3 convolution of winners {shape} and back, bfloat16"
+        rows.append(Row(what, 1000 * took["ours"], "torch", 1000 * took["dense"], "ms", "speed-up"))
+    return rows
+
+
+def there_and_back(side: Callable[[Tensor], Tensor], leaf: Tensor, gradient: Tensor) -> None:
+    torch.autograd.grad(side(leaf), leaf, gradient)
 
 
 def roofline(rows: list[Row], rounds: int, device: str) -> str:

@@ -49,8 +49,8 @@ def agree(dense: nn.Conv2d, x: Tensor, gradient: Tensor | None = None) -> None:
     seed=st.integers(0, 10_000),
     batch=st.integers(1, 7),
     size=st.tuples(st.integers(5, 19), st.integers(5, 19)),
-    channels=st.sampled_from([1, 3, 16, 64, 65, 128, 130]),
-    out=st.sampled_from([64, 128]),
+    channels=st.sampled_from([1, 3, 16, 48, 64, 65, 128, 160]),
+    out=st.sampled_from([1, 48, 64, 128, 160]),
     kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
@@ -122,13 +122,14 @@ def test_threads_change_nothing() -> None:
 @pytest.mark.parametrize(
     "convolution",
     [
-        nn.Conv2d(64, 60, 3),
+        nn.Conv2d(64, 32, 3),
+        nn.Conv2d(48, 64, 3),
         nn.Conv2d(64, 64, 3, groups=2),
         nn.Conv2d(64, 64, 3, padding=1, padding_mode="circular"),
         nn.Conv2d(64, 64, 3, padding="same"),
     ],
 )
-def test_what_it_cannot_do_it_does_not_claim(convolution: nn.Conv2d) -> None:
+def test_what_it_cannot_do_or_not_faster_it_does_not_claim(convolution: nn.Conv2d) -> None:
     assert not fits(convolution)
 
 
@@ -158,7 +159,7 @@ def test_which_convolutions_of_a_resnet_become_sparse(monkeypatch: pytest.Monkey
     assert {name for name, each in found.items() if each} == {  # what conv2 adds to goes through BatchNorm
         "network.block2.layer.0.conv1", "network.block3.layer.0.conv1",
     }  # fmt: skip
-    assert len(found) == 9
+    assert len(found) == 7  # of the first block, what is given 16 channels stays dense
 
     for activation in (nn.ReLU, partial(KWTA, ratio=0.3), partial(KWTA, k=5), LWTA):
         network = ResNet(activation, num_classes=10, in_channels=3).eval()  # type: ignore[arg-type]

@@ -51,12 +51,12 @@ def make_sparse(traced: fx.GraphModule) -> int:
 
 
 def fits(convolution: nn.Conv2d) -> bool:
-    """Whether :class:`SparseConv2d` can replace ``convolution``."""
+    """Whether :class:`SparseConv2d` can replace ``convolution``, and be faster where its input is sparse."""
     return (
         convolution.groups == 1
         and convolution.padding_mode == "zeros"
         and not isinstance(convolution.padding, str)
-        and convolution.out_channels % _LANES == 0
+        and _worth_it(convolution.in_channels, convolution.out_channels)
     )
 
 
@@ -78,8 +78,8 @@ class SparseConv2d(nn.Conv2d):
         )  # fmt: skip
         self.weight, self.bias = dense.weight, dense.bias
         self._weight = _room(dense.out_channels, dense.in_channels, dense.kernel_size)
-        self._bias = np.zeros(dense.out_channels, np.float32)
-        sparse_gradient = sparse_gradient and dense.in_channels % _LANES == 0
+        self._bias = np.zeros(_LANES * len(self._weight), np.float32)
+        sparse_gradient = sparse_gradient and _worth_it(dense.out_channels, dense.in_channels)
         room = _room(dense.in_channels, dense.out_channels, dense.kernel_size)
         self._transposed = room if sparse_gradient else None
         self.pack()
@@ -89,7 +89,7 @@ class SparseConv2d(nn.Conv2d):
         """Take over the present weights."""
         _pack(self.weight, self._weight)
         if self.bias is not None:
-            torch.from_numpy(self._bias).copy_(self.bias)
+            torch.from_numpy(self._bias)[: len(self.bias)].copy_(self.bias)
         if self._transposed is not None:
             _pack(self.weight.transpose(0, 1), self._transposed)
 
@@ -104,7 +104,7 @@ class SparseConv2d(nn.Conv2d):
         """The convolution of ``x (N, C, H, W)``."""
         sizes = self._sizes(x.shape[2:])
         tables = tuple(_reached(*each) for each in zip(x.shape[2:], sizes, *self._geometry(), strict=True))
-        return _scattered(x, self._weight, self._bias, tables, sizes)
+        return _scattered(x, self._weight, self._bias, tables, (self.out_channels, *sizes))
 
     def pulled_back(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of an input of ``shape``, given that of the output."""
@@ -116,7 +116,9 @@ class SparseConv2d(nn.Conv2d):
         tables = tuple(
             _reached_back(*each) for each in zip(gradient.shape[2:], sizes, *self._geometry(), strict=True)
         )
-        return _scattered(gradient, self._transposed, np.zeros(shape[1], np.float32), tables, sizes)
+        return _scattered(
+            gradient, self._transposed, np.zeros_like(self._transposed[:, 0, 0]).ravel(), tables, shape[1:]
+        )
 
     def _geometry(self) -> tuple[tuple[int, int], ...]:
         return self.kernel_size, self.stride, self.padding, self.dilation  # type: ignore[return-value]
@@ -141,18 +143,17 @@ class _Convolution(torch.autograd.Function):
 
 
 def _scattered(
-    x: Tensor, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32], tables: Any, sizes: Any
+    x: Tensor, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32], tables: Any, shape: Any
 ) -> Tensor:
     from kwta_exp.activations.selection_numba import on_threads
     from kwta_exp.models.sparse_numba import convolve
 
-    shape = (len(x), len(bias), *sizes)
-    out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    out = torch.empty((len(x), *shape), dtype=x.dtype, memory_format=torch.channels_last)
     values = _bits(x.detach().contiguous(memory_format=torch.channels_last))
     work: Callable[..., None] = convolve
     on_threads(
         work, (len(x), values[0].size), torch.get_num_threads(),
-        values, weight, bias, *tables, sizes[1], _bits(out),
+        values, weight, bias, *tables, shape[2], _bits(out),
     )  # fmt: skip
     return out
 
@@ -170,12 +171,19 @@ def _looks_sparse(x: Tensor) -> bool:
     return int(some.count_nonzero()) <= 1.5 * SPARSE * some.numel()
 
 
+def _worth_it(given: int, summed: int) -> bool:
+    """Whether there are values enough for every sum, and not too many lanes left idle."""
+    return given >= _LANES and -(-summed // _LANES) * _LANES <= 1.34 * summed
+
+
 def _room(k: int, c: int, window: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    return np.empty((k // _LANES, window[0] * window[1], c, _LANES), np.float32)
+    return np.empty((-(-k // _LANES), window[0] * window[1], c, _LANES), np.float32)
 
 
 def _pack(weight: Tensor, packed: npt.NDArray[np.float32]) -> None:
-    """``(K, C, R, S)`` as ``(K / 64, R * S, C, 64)``."""
+    """``(K, C, R, S)`` as ``(ceil(K / 64), R * S, C, 64)``."""
+    if missing := -len(weight) % _LANES:
+        weight = torch.cat([weight, weight.new_zeros(missing, *weight.shape[1:])])
     parts = weight.unflatten(0, (-1, _LANES)).flatten(3)
     torch.from_numpy(packed).copy_(parts.permute(0, 3, 2, 1))
 

@@ -34,8 +34,8 @@ def convolve(first, last, values, weight, bias, rows_to, columns_to, width, out)
         first: the first image.
         last: the image after the last.
         values: the bits of the images, uint16 (bfloat16) or uint32 (float32), ``(N, H * W, C)``.
-        weight: float32 ``(K / 64, R * S, C, 64)``.
-        bias: float32 ``(K,)``.
+        weight: float32 ``(ceil(K / 64), R * S, C, 64)``, padded with zeros.
+        bias: float32, padded likewise.
         rows_to: int64 ``(R, H)``: the output row that row i reaches through row r of the window, or -1.
         columns_to: int64 ``(S, W)``, likewise.
         width: pixels in a row of the output.
@@ -118,9 +118,14 @@ def _scatter(  # type: ignore[no-untyped-def]
 def _store(sums, out, channel):  # type: ignore[no-untyped-def]
     """Round to the type of ``out``."""
     images, pixels, channels = out.shape
-    flat = out.reshape(-1)
+    flat, few = out.reshape(-1), np.empty(LANES, out.dtype)
     for pixel in range(images * pixels):
-        _round_to(sums, pixel * LANES, flat, pixel * channels + channel)
+        to = pixel * channels + channel
+        if channel + LANES <= channels:
+            _round_to(sums, pixel * LANES, flat, to)
+        else:
+            _round_to(sums, pixel * LANES, few, 0)
+            flat[to : to + channels - channel] = few[: channels - channel]
 
 
 @_intrinsic
