@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from kwta_exp.activations import KWTA, LWTA, kwta, lwta
-from kwta_exp.activations.selection import kth_largest
+from kwta_exp.activations.kwta import kwta_threshold
+from kwta_exp.activations.selection import keep, kth_largest
 
 SHAPES = [(5, 12), (3, 4, 6), (2, 3, 5, 4), (2, 3, 2, 4, 3)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -281,3 +282,19 @@ def test_transforms_and_forward_mode(over: Any, layout: torch.memory_format) -> 
     with forward_ad.dual_level():
         tangent = forward_ad.unpack_dual(kwta(forward_ad.make_dual(x, v), 0.2, over=over)).tangent
     torch.testing.assert_close(tangent, v * (winners != 0))
+
+
+def test_a_rank_out_of_range_is_refused_before_it_reads_outside() -> None:
+    for dtype in DTYPES:
+        x = torch.randn(2, 600).to(dtype)
+        for k in (-(10**12), -1, 0, 601, 10**13):
+            with pytest.raises(ValueError, match=f"k={k}"):
+                keep(x, k, False, False)
+            with pytest.raises(ValueError, match=f"k={k}"):
+                kth_largest(x, k)
+    with pytest.raises(TypeError, match="int64"):
+        kth_largest(torch.arange(6)[None], 2)
+    with pytest.raises(ValueError, match="no value"):
+        keep(torch.randn(0, 6), 1, False, False)
+    assert kwta_threshold(torch.randn(0, 3, 4, 4), 0.1).shape == (0, 1, 1, 1)
+    assert kwta_threshold(torch.randn(2, 3, 0, 4), 0.1, over="channel").shape == (2, 3, 1, 1)

@@ -1,5 +1,6 @@
 """Attacks: in their ball, without side effects, and as strong as the closed form on a linear model."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,10 +27,11 @@ from kwta_exp.attacks import (
     Transfer,
 )
 from kwta_exp.attacks.apgd import ascend
-from kwta_exp.attacks.losses import LossName, attack_loss, dlr, margin, targeted_dlr
+from kwta_exp.attacks.losses import LossName, attack_loss, dlr, excess, margin, targeted_dlr
 from kwta_exp.attacks.pgd import Best
 from kwta_exp.attacks.together import together
 from kwta_exp.evaluation.counting import Counted
+from kwta_exp.evaluation.judge import errs
 from kwta_exp.fields import Norm
 from kwta_exp.randomness import fold, key
 
@@ -477,3 +479,54 @@ def test_no_attack_costs_more_than_its_forecast(name: str, classes: int) -> None
     assert counted.forwards <= 3 * forwards <= slack * counted.forwards + 60
     assert counted.backwards <= 3 * backwards <= slack * counted.backwards
     assert counted.queries.sum() == counted.forwards or name == "twin"  # which may err where the model does not
+
+
+class Breaking(nn.Module):
+    """Gives NaN, or a tie that is an error, where the image is bright."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        bright = x.flatten(1).mean(1)
+        if self.kind == "tie":
+            first = torch.where(bright > 0.52, 0, -1.0)
+            return torch.stack([first, 0 * bright, -1 + bright * 0.01], 1)
+        over = torch.where(bright > 0.52, {"nan": math.nan, "inf": math.inf}[self.kind], 0.0)
+        return torch.stack([bright + over, 2 - bright + over, 0 * bright], 1)
+
+
+@pytest.mark.parametrize("kind", ["nan", "tie"])
+@pytest.mark.parametrize(
+    "attack",
+    [
+        PGD(norm="linf", eps=0.1, steps=10, loss="margin"),
+        PGD(norm="l2", eps=1.0, steps=10, loss="margin"),
+        APGD(norm="linf", eps=0.1, steps=20, loss="margin"),
+        SmoothedPGD(norm="linf", eps=0.1, steps=10, samples=3, loss="margin"),
+        EvolutionStrategies(norm="linf", eps=0.1, steps=20, samples=40, sigma=0.02),
+    ],
+)
+def test_an_error_without_a_margin_is_kept(attack: Attack, kind: str) -> None:
+    """A NaN is an error to the judge, and so is a tie that the wrong class wins; no attack loses one it met."""
+    torch.manual_seed(0)
+    model = Breaking(kind)
+    x = 0.5 + 0.01 * torch.randn(8, 3, 4, 4)
+    y = torch.ones(8, dtype=torch.long)
+    assert not errs(model(x), y).any()
+    x_adv = attack(model, x, y, torch.arange(8))
+    assert x_adv.isfinite().all()
+    assert errs(model(x_adv), y).all()
+
+
+def test_the_excess_is_positive_exactly_where_the_judge_finds_an_error() -> None:
+    nan, inf = math.nan, math.inf
+    logits = torch.tensor([
+        [0, 1, 0], [1, 0, 0], [1, 1, 0], [0, 1, 1], [nan, 1, 0], [0, nan, 0], [inf, inf, 0], [0, inf, inf],
+        [-inf, -inf, -inf], [0, -inf, 0],
+    ])  # fmt: skip
+    y = torch.ones(len(logits), dtype=torch.long)
+    assert torch.equal(excess(logits, y) > 0, errs(logits, y))
+    assert not excess(logits, y).isnan().any()
+    assert torch.equal(excess(logits, y)[:2], margin(logits, y)[:2])

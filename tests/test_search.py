@@ -17,7 +17,7 @@ from kwta_exp.data.batches import Split
 from kwta_exp.data.datasets import Digits
 from kwta_exp.evaluation import evaluate
 from kwta_exp.models import CNN, DenseNet, ResNet, WideResNet, stand_in
-from kwta_exp.models.stand_in import StandIn, following, with_folded_batch_norms
+from kwta_exp.models.stand_in import StandIn, following, stand_in_for, with_folded_batch_norms
 from kwta_exp.training import PGDTraining
 from tests.test_training import INNER, After, KilledError, train
 
@@ -231,7 +231,7 @@ def test_a_success_on_the_stand_in_alone_does_not_end_the_search(
     suite = {"pgd": PGD(norm="linf", eps=0.1, steps=20)}
     settings = {"threat": THREAT, "seed": 0, "batch_size": 30}
     _, exact, _ = evaluate(network, images, suite, folder=tmp_path / "exact", **settings)  # type: ignore[arg-type]
-    monkeypatch.setattr("kwta_exp.evaluation.chunks.StandIn", Liar)
+    monkeypatch.setattr("kwta_exp.evaluation.chunks.stand_in_for", Liar)
 
     _, fast, _ = evaluate(
         network, images, suite, folder=tmp_path / "fast", fast_search=True, **settings  # type: ignore[arg-type]
@@ -241,6 +241,113 @@ def test_a_success_on_the_stand_in_alone_does_not_end_the_search(
     assert 0.1 < fooled.mean() < 0.9
     assert np.array_equal(fast["pgd"].columns["fooled"], fooled)
     assert fast["pgd"].forwards > exact["pgd"].forwards  # those wasted on the liar count
+
+
+class Forgetful(nn.Module):
+    """Errs only while the whole chunk is there; asked about some of it again, it denies everything."""
+
+    def __init__(self, network: nn.Module, sample: Tensor) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(x)
+        return -logits if len(x) == 30 else logits
+
+
+def test_an_error_seen_during_the_search_is_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, images = trained(nn.ReLU), digits(30)
+    suite = {"square": Settling(), "pgd": PGD(norm="linf", eps=0.1, steps=10)}
+    settings = {"threat": THREAT, "seed": 0, "batch_size": 30}
+    _, exact, _ = evaluate(network, images, suite, folder=tmp_path / "exact", **settings)  # type: ignore[arg-type]
+    monkeypatch.setattr("kwta_exp.evaluation.chunks.stand_in_for", Forgetful)
+    _, fast, _ = evaluate(
+        network, images, suite, folder=tmp_path / "fast", fast_search=True, **settings  # type: ignore[arg-type]
+    )  # fmt: skip
+    for name in suite:
+        assert np.array_equal(fast[name].columns["fooled"], exact[name].columns["fooled"])
+    again = ~fast["square"].columns["fooled"]
+    assert (fast["square"].columns["queries"][again] > exact["square"].columns["queries"][again]).all()
+
+
+class Settling:
+    """Ends when it sees an error, and returns something else."""
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+        with torch.no_grad():
+            if (model(x).argmax(1) != y).any():
+                return x
+        return PGD(norm="linf", eps=0.1, steps=5)(model, x, y, keys)
+
+
+class Flattening(nn.Module):
+    """Views what lies channels first, as many networks do; and no batch that is empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 64, 3, padding=1), nn.BatchNorm2d(64), KWTA(ratio=0.1))
+        self.more, self.head = nn.Conv2d(64, 64, 3, padding=1), nn.Linear(64 * 64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.more(self.body(x))
+        logits: Tensor = self.head(h.view(h.size(0), -1))
+        return logits
+
+
+class Insisting(Flattening):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dtype == torch.float32
+        h = self.body(x)
+        assert h.dtype == torch.float32
+        logits: Tensor = self.head(self.more(h).flatten(1))
+        return logits
+
+
+def test_networks_that_no_stand_in_suits_are_searched_all_the_same(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(3, 1, 8, 8)
+    viewed = stand_in_for(Flattening().eval(), x)
+    assert isinstance(viewed, StandIn)
+    assert viewed._layout == torch.contiguous_format
+
+    undying = Flattening().eval()
+    with pytest.warns(FutureWarning):
+        torch.nn.utils.weight_norm(undying.more)
+    with torch.enable_grad():
+        undying(x)  # from here on its weight is the outcome of a calculation, which cannot be copied
+    for number, network in enumerate((Flattening().eval(), Insisting().eval(), undying)):
+        for eps in (0.05, 1.0):  # at 1, every image of a chunk falls
+            threat = Threat(norm="linf", eps=eps)
+            _, records, _ = evaluate(
+                network, digits(200), {"pgd": PGD(norm="linf", eps=eps, steps=5)}, threat, 0, 20,
+                tmp_path / f"{number} {eps}", fast_search=True,
+            )  # fmt: skip
+            assert len(records["pgd"]) > 5
+        assert following(network, x)(x).shape == (3, 10)
+    assert following(undying, x) is undying
+
+
+class Inner(nn.Module):
+    """An activation with a module in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.relu(x) - 0.1 * self.relu(-x)
+        return out
+
+
+def test_an_activation_with_modules_of_its_own_stays_one() -> None:
+    torch.manual_seed(0)
+    network = ResNet(Inner, num_classes=10, in_channels=1, width=8).eval()
+    fast = StandIn(network, torch.rand(2, 1, 8, 8))
+    count = sum(isinstance(module, Inner) for module in network.modules())
+    assert sum(isinstance(module, Inner) for module in fast.modules()) == count
+    assert batch_norms(fast) == 0
 
 
 @pytest.mark.slow

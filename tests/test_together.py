@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kwta_exp.attacks import APGD, PGD, Attack, SmoothedPGD, Threat
-from kwta_exp.attacks.together import Climb, Query, input_gradient, together
+from kwta_exp.attacks import APGD, PGD, Attack, EvolutionStrategies, SmoothedPGD, Threat
+from kwta_exp.attacks.together import Climb, Query, in_parts, input_gradient, together
 from kwta_exp.data.batches import Split
 from kwta_exp.evaluation import evaluate
 from kwta_exp.evaluation.evaluator import BATCHES_OF_A_CHUNK
@@ -121,6 +121,31 @@ def test_an_attack_that_fails_midway_is_heard(images: Any) -> None:
 
     with pytest.raises(LookupError, match="here"):
         together(model, climb, torch.arange(9), 4)
+
+
+def test_fewer_images_where_memory_does_not_suffice() -> None:
+    class Small(Watched):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > 11:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x)
+
+    model = Small().eval()
+    x = torch.rand(50, 3, 4, 4, dtype=torch.float64)
+    asked = in_parts(model, 40)
+    torch.testing.assert_close(asked(x), model.layers(x))
+    assert model.sizes == [10] * 5  # not 40, not 20
+    assert asked(x[:0]).shape == (0, 5)
+    attack = EvolutionStrategies(norm="linf", eps=EPS, steps=2, samples=60, chunk=40)
+    y = model.layers(x[:2]).argmax(1)
+    found = attack(model, x[:2], y, torch.arange(2))
+    torch.testing.assert_close(found, attack(Watched().eval(), x[:2], y, torch.arange(2)))
+
+    def hopeless(x: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        in_parts(hopeless, None)(x)  # type: ignore[arg-type]
 
 
 def test_the_network_is_never_shown_more_than_a_batch(tmp_path: Path) -> None:

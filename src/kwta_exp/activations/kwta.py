@@ -76,6 +76,9 @@ def kwta_threshold(
     Arguments as for :func:`kwta`. ``inf`` where k or more values are NaN: nothing finite wins there.
     """
     per_channel = over == "channel" and x.dim() > 2
+    if x.numel() == 0:
+        lead = 2 if per_channel else 1
+        return x.new_full((*x.shape[:lead], *[1] * (x.dim() - lead)), math.inf)
     rows = _rows(x.abs() if by == "magnitude" else x, per_channel)
     threshold = kth_largest(rows, _winners(x, ratio, k, per_channel))
     threshold = threshold.masked_fill(threshold.isnan(), math.inf)

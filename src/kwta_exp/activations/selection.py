@@ -47,6 +47,7 @@ def keep(x: Tensor, k: int, per_channel: bool, by_magnitude: bool) -> Tensor:
 
     Raises:
         TypeError: for a dtype other than float16, bfloat16, float32 and float64.
+        ValueError: for a ``k`` out of its range, or an empty ``x``.
     """
     if x.dtype not in _BITS:
         raise TypeError(f"k-WTA expects float16, bfloat16, float32 or float64, got {x.dtype}")
@@ -67,6 +68,9 @@ def kth_largest(rows: Tensor, k: int) -> Tensor:
 
     Returns:
         ``(N, 1)`` in the dtype of ``rows``. NaN ranks above every number, as in ``torch.topk``.
+
+    Raises:
+        TypeError, ValueError: as :func:`keep`.
     """
     selected: Tensor = torch.ops.kwta_exp.kth_largest(rows, k)
     return selected
@@ -87,6 +91,8 @@ def _laid_out(x: Tensor, channels_last: bool) -> Tensor:
 def _rows(x: Tensor, bits: Tensor | None = None, per_channel: bool = False) -> Tensor:
     """Dense ``x`` as its rows, in the order of memory: within a row, order is irrelevant to selection."""
     count = len(bits) if bits is not None else x.shape[0] * (x.shape[1] if per_channel else 1)
+    if not x.numel():
+        raise ValueError(f"no value to select from: {tuple(x.shape)}")
     return x.as_strided((count, x.numel() // count), (x.numel() // count, 1))
 
 
@@ -111,6 +117,7 @@ def _keep_on_cpu(x: Tensor, k: int, per_channel: bool, by_magnitude: bool) -> tu
 
     dense, _ = _on_its_own_layout(x.detach(), per_channel)
     rows = _rows(dense, per_channel=per_channel)
+    _require(k, rows)
     kept = _fresh_like(dense)
     bits = torch.empty(len(rows), -(-rows.shape[1] // 8), dtype=torch.uint8)
     selection_numba.on_threads(
@@ -144,6 +151,7 @@ def _select_on_cpu(rows: Tensor, k: int) -> Tensor:
     from kwta_exp.activations import selection_numba
 
     rows = rows.detach().contiguous()
+    _require(k, rows)
     selected = rows.new_empty(len(rows), 1)
     selection_numba.on_threads(
         selection_numba.select,
@@ -152,6 +160,19 @@ def _select_on_cpu(rows: Tensor, k: int) -> Tensor:
         _integers(rows), k, _infinity(rows.dtype), False, _integers(selected)[:, 0],
     )  # fmt: skip
     return selected
+
+
+def _require(k: int, rows: Tensor) -> None:
+    """Kernels trust their arguments.
+
+    Raises:
+        ValueError: for a ``k`` out of its range.
+        TypeError: for values without an order-preserving integer form here.
+    """
+    if not 1 <= k <= rows.shape[1]:
+        raise ValueError(f"k={k}; expected 1 to {rows.shape[1]}, the values of a row")
+    if rows.dtype not in _BITS:
+        raise TypeError(f"the k-th largest: expected float16, bfloat16, float32 or float64, got {rows.dtype}")
 
 
 def _fresh_like(x: Tensor) -> Tensor:

@@ -64,7 +64,17 @@ def _team(member: Callable[[Any], None], threads: int) -> None:
     cores as threads one of our own would have to fight them for its core.
     """
     if _gomp is not None:
-        _gomp.GOMP_parallel(_MEMBER(member), None, threads, 0)
+        ended = threading.Event()
+        caller = threading.get_ident()
+
+        def noted(_: Any) -> None:
+            member(None)
+            if threading.get_ident() == caller:
+                ended.set()
+
+        _gomp.GOMP_parallel(_MEMBER(noted), None, threads, 0)
+        if not ended.is_set():  # ctypes drops what a signal's handler raises between the lines of a callback
+            raise KeyboardInterrupt
         return
     others = [threading.Thread(target=member, args=(None,)) for _ in range(threads - 1)]
     for other in others:

@@ -6,12 +6,15 @@ nothing about the neighbourhood; differences over a distance that spans many jum
 of Wierstra et al., "Natural Evolution Strategies", JMLR 2014, with antithetic draws.
 """
 
+from collections.abc import Callable
+
 import torch
 from pydantic import dataclasses
 from torch import Tensor, nn
 
-from kwta_exp.attacks.losses import margin
+from kwta_exp.attacks.losses import excess, margin
 from kwta_exp.attacks.threat import Threat
+from kwta_exp.attacks.together import in_parts
 from kwta_exp.fields import STRICT, Count, Eps, Norm, Positive, Several
 from kwta_exp.randomness import fold, normal
 
@@ -30,7 +33,7 @@ class EvolutionStrategies:
         samples: queries of each step, half of them on each side; an even number.
         sigma: s, the distance of the queries, in pixel units.
         step_size: length of a step, in pixel units.
-        chunk: the most images sent through the network at once.
+        chunk: the most images sent through the network at once; fewer where a GPU's memory does not suffice.
     """
 
     norm: Norm
@@ -54,16 +57,16 @@ class EvolutionStrategies:
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         """Adversarial images inside the ball and [0, 1]; see :class:`~kwta_exp.attacks.Attack`."""
         threat = Threat(norm=self.norm, eps=self.eps)
-        x_adv = x.clone()
+        x_adv, asked = x.clone(), in_parts(model, self.chunk)
         standing = torch.arange(len(x), device=x.device)
         step = 0
         for steps, samples in self.schedule:
             for _ in range(steps):
-                standing = standing[margin(model(x_adv[standing]), y[standing]) <= 0]
+                standing = standing[excess(asked(x_adv[standing]), y[standing]) <= 0]
                 if not len(standing):
                     return x_adv
                 for i in standing.split(1):
-                    direction = self._estimate(model, x_adv[i], y[i], fold(step, keys[i]), samples)
+                    direction = self._estimate(asked, x_adv[i], y[i], fold(step, keys[i]), samples)
                     moved = x_adv[i] + self.step_size * threat.steepest(direction)
                     x_adv[i] = threat.project(moved, x[i])
                 step += 1
@@ -73,7 +76,9 @@ class EvolutionStrategies:
         """The most passes, forward and backward, for one image."""
         return sum(steps * (samples + 1) for steps, samples in self.schedule), 0
 
-    def _estimate(self, model: nn.Module, x: Tensor, y: Tensor, key: Tensor, samples: int) -> Tensor:
+    def _estimate(
+        self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, key: Tensor, samples: int
+    ) -> Tensor:
         """The gradient of the margin at one image ``(1, C, H, W)``, up to a factor."""
         total = torch.zeros_like(x)
         numbers = torch.arange(samples // 2, device=x.device)
@@ -82,7 +87,8 @@ class EvolutionStrategies:
             queries = torch.cat([x + self.sigma * u, x - self.sigma * u])
             values = margin(model(queries), y.expand(len(queries)))
             ahead, behind = values.chunk(2)
-            total += torch.einsum("n,nchw->chw", (ahead - behind).to(u), u)
+            differences = (ahead - behind).to(u).nan_to_num(0.0, 0.0, 0.0)  # those without a number say nothing
+            total += torch.einsum("n,nchw->chw", differences, u)
         return total
 
 
@@ -96,7 +102,7 @@ class NES:
     Args:
         norm: ``"linf"``.
         eps: radius of the ball; theirs was 0.031.
-        chunk: the most images sent through the network at once.
+        chunk: the most images sent through the network at once; fewer where a GPU's memory does not suffice.
 
     Raises:
         ValueError: for another norm.

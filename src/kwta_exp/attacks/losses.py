@@ -1,5 +1,6 @@
 """What an attack raises: one number an image, larger when the model is nearer to an error."""
 
+import math
 from collections.abc import Callable
 from typing import Literal, Protocol
 
@@ -29,6 +30,17 @@ def margin(logits_NK: Tensor, y_N: Tensor) -> Tensor:
     true_N1 = logits_NK.gather(1, y_N[:, None])
     others_NK = logits_NK.scatter(1, y_N[:, None], float("-inf"))
     return others_NK.amax(1) - true_N1[:, 0]
+
+
+def excess(logits_NK: Tensor, y_N: Tensor) -> Tensor:
+    """The margin, positive exactly where the judge finds an error; to rank images by, not to differentiate.
+
+    A logit that is NaN is an error beyond any margin; of logits tied for the largest, the first decides.
+    """
+    erred = logits_NK.argmax(1) != y_N
+    m = margin(logits_NK, y_N).nan_to_num(0.0, math.inf, -math.inf)  # of two infinite logits, say
+    m = torch.where(erred & (m <= 0), torch.finfo(m.dtype).tiny, m)
+    return torch.where(logits_NK.isnan().any(1), math.inf, m)
 
 
 def dlr(logits_NK: Tensor, y_N: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from pydantic import dataclasses
 from torch import Tensor, nn
 
-from kwta_exp.attacks.losses import Loss, LossName, attack_loss, margin, targeted_loss, wrong_classes
+from kwta_exp.attacks.losses import Loss, LossName, attack_loss, excess, targeted_loss, wrong_classes
 from kwta_exp.attacks.threat import Threat
 from kwta_exp.attacks.together import Climb, Query, in_parts, together
 from kwta_exp.fields import STRICT, Count, Eps, Natural, NonNegative, Norm, Positive
@@ -158,11 +158,11 @@ class Best:
             rounding undoes, by 5% of the range of its logits, or else after the second success.
         """
         y = self._y[at]
-        found = margin(logits, y).to(self.margin)
+        found = excess(logits, y).to(self.margin)
         better = found > self.margin[at]
         self.x[at[better]] = x_adv[better]
         self.margin[at[better]] = found[better]
-        self._successes[at] += logits.argmax(1) != y
+        self._successes[at] += found > 0
         settled = found > _SETTLED * (logits.amax(1) - logits.amin(1))
         return (self._successes[at] < 2) & ~settled
 

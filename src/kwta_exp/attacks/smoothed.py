@@ -45,7 +45,7 @@ class SmoothedPGD:
         """Adversarial images inside the ball and [0, 1]; see :class:`~kwta_exp.attacks.Attack`."""
         threat = Threat(norm=self.norm, eps=self.eps)
         loss = attack_loss(self.loss, model, x, y)
-        scale = self.sigma * (threat.eps if self.norm == "linf" else threat.eps / x[0].numel() ** 0.5)
+        scale = self.sigma * (threat.eps if self.norm == "linf" else threat.eps / x.shape[1:].numel() ** 0.5)
         step_size = self.relative_step_size * self.eps / self.steps
         best = Best(x, y)
         at, origin, x_adv = best.standing, x, threat.random_point(x, fold(-1, keys))
@@ -58,7 +58,8 @@ class SmoothedPGD:
             total = torch.zeros_like(x_adv)
             for sample in range(self.samples):
                 noise = normal(fold(step * self.samples + sample, keys[at]), x.shape[1:]).to(x)
-                total += input_gradient(model, x_adv + scale * noise, partial(loss, at=at))[0]
+                gradient, *_ = input_gradient(model, x_adv + scale * noise, partial(loss, at=at))
+                total += gradient.nan_to_num(0.0)
             x_adv = threat.project(x_adv + step_size * threat.steepest(total), origin)
         with torch.no_grad():
             best.update(x_adv, model(x_adv), at)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from kwta_exp.attacks.losses import margin
+from kwta_exp.attacks.losses import excess
 
 Try = Callable[[Tensor], Tensor]
 """Given positions ``(n,)`` in the batch, adversarial images for these."""
@@ -22,7 +22,7 @@ def best_of(tries: Iterable[Try], model: Callable[[Tensor], Tensor], x: Tensor, 
     for attempt in tries:
         found = attempt(standing)
         with torch.no_grad():
-            reached = margin(model(found), y[standing]).to(best_margin)
+            reached = excess(model(found), y[standing]).to(best_margin)
         better = reached > best_margin[standing]
         best[standing[better]] = found[better]
         best_margin[standing[better]] = reached[better]

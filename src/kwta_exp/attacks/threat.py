@@ -38,7 +38,8 @@ class Threat:
         return delta * (self.eps / _l2(delta).clamp_min(1e-12)).clamp_max(1)
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        """The direction of unit norm that a linear loss rises fastest in; 0 where it is flat."""
+        """The direction of unit norm that a linear loss rises fastest in; 0 where it is flat, or NaN."""
+        gradient = gradient.nan_to_num(0.0)
         if self.norm == "linf":
             return gradient.sign()
         # Scaled twice, because the squares of a confident network's gradients underflow.

@@ -92,10 +92,24 @@ def input_gradient(
 
 
 def in_parts(model: nn.Module, at_once: int | None) -> Callable[[Tensor], Tensor]:
-    """``model``, shown at most ``at_once`` images at a time."""
+    """``model``, shown at most ``at_once`` images at a time; fewer once a GPU's memory did not suffice."""
+    most = at_once
 
     def ask(x: Tensor) -> Tensor:
-        return torch.cat([model(part) for part in x.split(at_once or max(1, len(x)))])
+        nonlocal most
+        parts: list[Tensor] = []
+        done = 0
+        while done < len(x) or not parts:
+            some = x[done : done + (most or len(x))]
+            try:
+                parts.append(model(some))
+            except torch.OutOfMemoryError:
+                if len(some) < 2:
+                    raise
+                most = (len(some) + 1) // 2
+                continue
+            done += max(1, len(some))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     return ask
 

@@ -24,7 +24,7 @@ from kwta_exp.errors import UserError
 from kwta_exp.evaluation.counting import Counted
 from kwta_exp.evaluation.judge import Judge, errs, predicted
 from kwta_exp.evaluation.records import Column
-from kwta_exp.models.stand_in import StandIn
+from kwta_exp.models.stand_in import stand_in_for
 from kwta_exp.randomness import fold, isolated, key
 from kwta_exp.storage import image_digests
 
@@ -55,7 +55,7 @@ class Bench:
         if not task.fast_search:
             return cls(judge, judge.network)
         some = torch.arange(min(2, len(task.images)), device=task.images.y.device)
-        return cls(judge, StandIn(task.network, to_float(task.images.x[some])))
+        return cls(judge, stand_in_for(task.network, to_float(task.images.x[some])))
 
 
 @dataclass(frozen=True)
@@ -72,34 +72,40 @@ class Outcome:
 def attacked(task: Task, bench: Bench, name: str, chunk: Tensor) -> Outcome:
     """Attack the images at positions ``chunk`` with the attack called ``name`` and judge what it returns.
 
-    Where the attack searched with a stand-in and fooled that alone, the image is attacked again, on the
-    network itself: a success that was no success must not end a search.
+    Where the attack searched with a stand-in and fooled that alone (at any time: it may have left off), the
+    image is attacked again, on the network itself: a success that was no success must not end a search.
 
     Raises:
         NotApplicableError: from the attack.
         UserError: if the attack fails or returns something other than images, naming it.
     """
-    outcome = _attacked(task, bench.judge, bench.searched, name, chunk)
-    if bench.searched is bench.judge.network:
-        return outcome
+    outcome, ended = _attacked(task, bench.judge, bench.searched, name, chunk)
     withstood = torch.from_numpy(np.flatnonzero(~outcome.rows["fooled"])).to(chunk.device)
-    with torch.no_grad():
-        asked = in_parts(bench.searched, task.batch_size)
-        claimed = errs(asked(outcome.x_adv[withstood]), task.images.y[chunk[withstood]])
-    again = withstood[claimed]
-    if len(again):
-        second = _attacked(task, bench.judge, bench.judge.network, name, chunk[again])
-        for column, values in second.rows.items():
-            outcome.rows[column][again.cpu().numpy()] = values
-        outcome.x_adv[again] = second.x_adv
-        outcome = Outcome(
-            outcome.rows, outcome.x_adv, outcome.forwards + second.forwards,
-            outcome.backwards + second.backwards, outcome.seconds + second.seconds,
-        )  # fmt: skip
-    return outcome
+    if bench.searched is bench.judge.network or not len(withstood):
+        return outcome
+    asked = in_parts(bench.searched, task.batch_size)
+    with torch.no_grad(), isolated(key(task.seed, "claimed", name, int(chunk[0]))):
+        ended = ended[withstood] | errs(asked(outcome.x_adv[withstood]), task.images.y[chunk[withstood]])
+    again = withstood[ended]
+    if not len(again):
+        return outcome
+    second, _ = _attacked(task, bench.judge, bench.judge.network, name, chunk[again])
+    at = again.cpu().numpy()
+    for column in ("queries", "steps"):
+        second.rows[column] += outcome.rows[column][at]
+    for column, values in second.rows.items():
+        outcome.rows[column][at] = values
+    outcome.x_adv[again] = second.x_adv
+    return Outcome(
+        outcome.rows, outcome.x_adv, outcome.forwards + second.forwards,
+        outcome.backwards + second.backwards, outcome.seconds + second.seconds,
+    )  # fmt: skip
 
 
-def _attacked(task: Task, judge: Judge, searched: nn.Module, name: str, chunk: Tensor) -> Outcome:
+def _attacked(
+    task: Task, judge: Judge, searched: nn.Module, name: str, chunk: Tensor
+) -> tuple[Outcome, Tensor]:
+    """The outcome, and for which images the attack saw ``searched`` err inside the threat."""
     images, threat = task.images, task.threat
     x, y = to_float(images.x[chunk]), images.y[chunk]
     keys = fold(key(task.seed, "attack", name), images.index[chunk])
@@ -134,7 +140,8 @@ def _attacked(task: Task, judge: Judge, searched: nn.Module, name: str, chunk: T
             "steps": counted.steps.cpu().numpy(),
             "key": keys.cpu().numpy(),
         }
-    return Outcome(rows, x_adv, counted.forwards, counted.backwards, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return Outcome(rows, x_adv, counted.forwards, counted.backwards, seconds), counted.seen_to_err
 
 
 def rows_of(images: Split, chunk: Tensor, logits: Tensor) -> dict[str, Column]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from kwta_exp.attacks import Threat
 from kwta_exp.attacks.base import answers_are_exact
+from kwta_exp.attacks.losses import excess
 
 _ROUNDING = 1e-6
 """How far float32 may carry an image over the edge of its ball."""
@@ -48,6 +49,11 @@ class Counted(nn.Module):
         self._owners = Owners(x, threat)
         self.train(network.training)
 
+    @property
+    def seen_to_err(self) -> Tensor:
+        """Which of the originals had a misclassified query inside the threat, bool ``(N,)``."""
+        return ~self._standing
+
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.network(x)
         self.forwards += len(x)
@@ -57,7 +63,7 @@ class Counted(nn.Module):
             change = self._threat.distance(x, self._owners.x[owner].to(x))
             inside = (change <= self._threat.eps + _ROUNDING) & ((x >= 0) & (x <= 1)).flatten(1).all(1)
             if answers_are_exact.get():
-                self._standing[owner[inside & (logits.argmax(1) != self._y[owner])]] = False
+                self._standing[owner[inside & (excess(logits, self._y[owner]) > 0)]] = False
         if logits.requires_grad:
             logits.register_hook(lambda gradient: self._count_backward(gradient, owner))
         return logits

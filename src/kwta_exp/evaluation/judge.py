@@ -63,7 +63,7 @@ class Judge:
                 with torch.autocast(x.device.type, enabled=False):
                     again = [self._double(some.double()) for some in x.split(self.batch_size)]
                 return errs(torch.cat(again), y)
-            except (RuntimeError, TypeError) as error:  # somebody's network that insists on float32
+            except Exception as error:  # somebody's network that insists on float32, in whatever way
                 self._has_double = False
                 log.info(
                     "no float64 copy of the network runs (%s); errors are confirmed in float32 alone", error

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 from kwta_exp.models import sparse
+from kwta_exp.randomness import isolated
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +24,8 @@ class StandIn(nn.Module):
     On a CPU, convolutions of sparse activations skip the zeros (:mod:`kwta_exp.models.sparse`).
     Logits are float32.
 
-    Weights are copies. Modules without parameters, buffers or modules of their own are the network's own, so
-    that an activation whose ratio changes, or that is hooked, is so in both.
+    Weights are copies. Modules without parameters or buffers are the network's own, so that an activation
+    whose ratio changes, or that is hooked, is so in both.
 
     Args:
         network: in eval mode.
@@ -34,20 +35,36 @@ class StandIn(nn.Module):
     def __init__(self, network: nn.Module, sample: Tensor) -> None:
         super().__init__()
         traced, self._folded = with_folded_batch_norms(network, sample) or (None, {})
-        self.network = (traced or copy.deepcopy(network)).to(memory_format=torch.channels_last)
-        if traced and sparse.pays(sample.device):
-            log.debug("%d convolutions skip zeros in the search", sparse.make_sparse(traced))
-        self.eval()
+        self.network = traced or copy.deepcopy(network)
+        self._in_bfloat16 = computes_in_bfloat16(sample.device)
+        self._layout = torch.channels_last
+        self.network.to(memory_format=self._layout)
+        try:
+            if traced and sparse.pays(sample.device):
+                log.debug("%d convolutions skip zeros in the search", sparse.make_sparse(traced))
+            self.eval()
+            self._try(sample)
+        except RuntimeError as error:  # a view, say, of what lies in another order than expected
+            log.info("the search keeps the plain memory format (%s)", error)
+            self._layout = torch.contiguous_format
+            self.network = copy.deepcopy(network).to(memory_format=self._layout)
+            self._folded = {}
+            self.eval()
+            self._try(sample)
         for name, module in network.named_modules(remove_duplicate=False):
             if _is_bare(module) and name and _has(self.network, name):
                 self.network.set_submodule(name, module)
-        self._in_bfloat16 = computes_in_bfloat16(sample.device)
         self._densities = list(_densities(network))
         self.requires_grad_(False)
 
+    def _try(self, sample: Tensor) -> None:
+        with torch.enable_grad():
+            x = sample.detach().requires_grad_()
+            torch.autograd.grad(self(x).sum(), x, allow_unused=True)
+
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self._in_bfloat16):
-            logits: Tensor = self.network(x.contiguous(memory_format=torch.channels_last))
+            logits: Tensor = self.network(x.contiguous(memory_format=self._layout))
         return logits.float()
 
     def suits(self, network: nn.Module) -> bool:
@@ -74,18 +91,35 @@ class StandIn(nn.Module):
                 module.pack()
 
 
-_kept: WeakKeyDictionary[nn.Module, StandIn] = WeakKeyDictionary()
-
-
-def following(network: nn.Module, sample: Tensor) -> StandIn:
-    """A stand-in for ``network`` as it is now; made at the first call, brought up to date at others.
+def stand_in_for(network: nn.Module, sample: Tensor) -> nn.Module:
+    """A stand-in for ``network``, or the network itself where none can be had, which is logged.
 
     Arguments as for :class:`StandIn`.
     """
+    try:
+        with isolated(0), torch.autocast(sample.device.type, enabled=False):
+            return StandIn(network, sample)
+    except Exception as error:  # it cannot be copied, or insists on a type: whatever a network may do
+        log.warning("the search is exact: no stand-in for the network can be had (%s)", error)
+        return network
+
+
+_kept: WeakKeyDictionary[nn.Module, StandIn | None] = WeakKeyDictionary()
+"""None: there is none."""
+
+
+def following(network: nn.Module, sample: Tensor) -> nn.Module:
+    """A stand-in for ``network`` as it is now; made at the first call, brought up to date at others.
+
+    Arguments as for :class:`StandIn`; ``network`` itself where none can be had.
+    """
     known = _kept.get(network)
+    if network not in _kept or (known is not None and not known.suits(network)):
+        made = stand_in_for(network, sample)
+        known = _kept[network] = made if isinstance(made, StandIn) else None
+    if known is None:
+        return network
     with torch.autocast(sample.device.type, enabled=False):
-        if known is None or not known.suits(network):
-            known = _kept[network] = StandIn(network, sample)
         known.follow(network)  # a new one, too: whether it is new decides no bit
     return known
 
@@ -107,9 +141,9 @@ def with_folded_batch_norms(network: nn.Module, sample: Tensor) -> tuple[fx.Grap
     Returns:
         The copy, and the BatchNorm that was folded into each convolution, by their names.
     """
-    double = copy.deepcopy(network).double().eval()
     folded: dict[str, str] = {}
     try:
+        double = copy.deepcopy(network).double().eval()
         traced = fx.GraphModule(double, _Tracer().trace(double))
         modules = dict(traced.named_modules())
         for norm in [node for node in traced.graph.nodes if _is(modules, node, nn.BatchNorm2d)]:
@@ -134,10 +168,11 @@ def with_folded_batch_norms(network: nn.Module, sample: Tensor) -> tuple[fx.Grap
 
 
 class _Tracer(fx.Tracer):
-    """Does not look into modules without modules of their own: an activation stays one."""
+    """Does not look into modules with nothing to fold: an activation stays one, for attacks to find."""
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return super().is_leaf_module(module, qualified_name) or next(module.children(), None) is None
+        has_any = any(isinstance(inner, nn.Conv2d | nn.BatchNorm2d) for inner in module.modules())
+        return super().is_leaf_module(module, qualified_name) or not has_any
 
 
 def _is(modules: dict[str, nn.Module], node: object, kind: type[nn.Module]) -> bool:
@@ -149,8 +184,8 @@ def _is(modules: dict[str, nn.Module], node: object, kind: type[nn.Module]) -> b
 
 
 def _is_bare(module: nn.Module) -> bool:
-    """Has ``module`` no parameters, buffers or modules?"""
-    return not any(True for some in (module.parameters(), module.buffers(), module.children()) for _ in some)
+    """Has ``module`` no parameters or buffers, nor any module in it?"""
+    return not any(True for some in (module.parameters(), module.buffers()) for _ in some)
 
 
 def _has(module: nn.Module, name: str) -> bool:
