@@ -34,7 +34,8 @@ REST = """\
 - **Adversarial training**: inner attacks ask for the gradient of the input alone, under the run's own
   precision (`runtime.precision=bf16-mixed runtime.channels_last=true`). `training.search=fast` shows them the
   stand-in described below, brought up to date at every step (30 ms for a ResNet-18 on this machine).
-  `runtime.compile=true` adds `torch.compile`.
+  `runtime.compile=true` adds `torch.compile`, which took 40 s here and then 0.37 s for a natural step of 32
+  images in bfloat16 instead of 0.39 s.
 - **Attacks**: an image is left alone once it is fooled, and another takes its place in the batch.
   `evaluation.search=fast` searches on a stand-in with BatchNorm folded, channels last and in bfloat16; the
   network itself judges what comes back, and an image on which the stand-in was fooled but the network was not
@@ -52,6 +53,11 @@ and 98.1% against 98.6, 98.9 and 98.6%. Of 500 digits (those classified correctl
 44.8% of a ReLU network with the exact search and 45.2% with the fast one, and 40.0% and 39.2% of a k-WTA
 network; the surrogate leaves 21.0% and 20.8% of that. A test holds the fast search to within a point
 ([test_search.py](../tests/test_search.py)).
+
+Digits again, adversarial training, `python run.py -m experiment=digits training=pgd
+training.search=exact,fast seed=0,1,2 suite=quick runtime.threads=1`: PGD leaves 78.9, 83.9 and 80.0% of
+k-WTA 0.1 trained with the exact search and 77.2, 79.2 and 79.7% trained with the fast one; the surrogate, which
+sees through both, 40.0, 52.5 and 51.7%, and 47.2, 53.6 and 57.2%. Seeds differ by as much.
 
 The CUDA kernels are checked through Triton's interpreter and compiled for sm_90, but were not run on a GPU
 yet, so no figure here is of one; `make bench-gpu` measures them.
