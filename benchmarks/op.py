@@ -132,8 +132,8 @@ def roofline(rows: list[Row], rounds: int, device: str) -> str:
         f" {speed:.0f} GiB/s, that takes {least:.1f} ms. k-WTA took {forward.ours:.1f} ms and ReLU"
         f" {forward.theirs:.1f} ms, each of which must have its output mapped first: k-WTA by 2 MiB at a time,"
         " where it is 32 MiB or more (Linux's transparent huge pages), ReLU by 4 KiB. With half the batch,"
-        " memory is used again and nothing is mapped, unless the C library happens to give it back between passes:"
-        " that row came out between 1.5x and 4.3x in runs on this page's machine."
+        " memory is used again and nothing is mapped, unless the C library happens to give it back between"
+        " passes: that row came out between 1.5x and 4.3x in runs on this page's machine."
     )
 
 
