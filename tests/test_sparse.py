@@ -105,6 +105,28 @@ def test_a_gradient_that_is_not_sparse_after_all_is_right_too() -> None:
     assert sparse._looks_sparse(winners(9, 64, 7, 7, ratio=0.2))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, of its forward mode
+def test_second_derivatives_and_transforms_are_the_dense_convolutions() -> None:
+    torch.manual_seed(0)
+    dense = nn.Conv2d(64, 64, 3, padding=1)
+    fast, x = SparseConv2d(dense, True), winners(2, 64, 5, 5)
+
+    def slope(convolution: nn.Module, x: Tensor) -> Tensor:
+        return F.softplus(convolution(x)).pow(2).sum()
+
+    second = []
+    for convolution in (dense, fast):
+        asked = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(slope(convolution, asked), asked, create_graph=True)
+        second.append(torch.autograd.grad(first.pow(2).sum(), asked)[0])
+    torch.testing.assert_close(second[1], second[0], rtol=1e-3, atol=1e-4 * second[0].abs().max().item())
+    for transform in (torch.func.grad, torch.func.jacfwd, torch.func.jacrev):
+        expected, found = (transform(partial(slope, each))(x) for each in (dense, fast))
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(fast(x[0]), dense(x[0]), rtol=1e-4, atol=1e-5)
+
+
 def test_threads_change_nothing() -> None:
     torch.manual_seed(0)
     fast, x = SparseConv2d(nn.Conv2d(64, 64, 3, padding=1), True), winners(37, 64, 16, 16)

@@ -51,12 +51,16 @@ def keep(x: Tensor, k: int, per_channel: bool, by_magnitude: bool) -> Tensor:
     """
     if x.dtype not in _BITS:
         raise TypeError(f"k-WTA expects float16, bfloat16, float32 or float64, got {x.dtype}")
-    under_transform = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if under_transform and not torch.compiler.is_compiling():
+    if under_transform() and not torch.compiler.is_compiling():
         transformed: Tensor = _Keep.apply(x, k, per_channel, by_magnitude)[0]
         return transformed
     kept: Tensor = torch.ops.kwta_exp.keep(x, k, per_channel, by_magnitude)[0]
     return kept
+
+
+def under_transform() -> bool:
+    """Whether ``torch.func`` or forward mode is at work: custom operators do not suit them."""
+    return torch._C._are_functorch_transforms_active() or bool(forward_ad._current_level >= 0)
 
 
 def kth_largest(rows: Tensor, k: int) -> Tensor:

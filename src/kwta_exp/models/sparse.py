@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.grad import conv2d_input
 
+from kwta_exp.activations.selection import under_transform
+
 SPARSE = 0.2
 """Share of values other than 0 up to which a convolution of them is faster than a dense one in bfloat16."""
 
@@ -64,7 +66,8 @@ class SparseConv2d(nn.Conv2d):
     """A frozen convolution; any input is right, a sparse one is fast.
 
     Sums are float32's also for images in bfloat16. Images of other types, or on other devices, go through
-    PyTorch's own convolution.
+    PyTorch's own convolution, and so do gradients that are to be differentiated again, and what
+    ``torch.func`` transforms.
 
     Args:
         dense: what it does, in float32; parameters are shared. See :func:`fits`.
@@ -94,7 +97,8 @@ class SparseConv2d(nn.Conv2d):
             _pack(self.weight.transpose(0, 1), self._transposed)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype not in _BITS or x.device.type != "cpu" or not x.numel():
+        fits = x.dtype in _BITS and x.device.type == "cpu" and x.dim() == 4 and x.numel()
+        if not fits or under_transform():
             out: Tensor = super().forward(x)
         else:
             out = _Convolution.apply(x, self)
@@ -108,7 +112,8 @@ class SparseConv2d(nn.Conv2d):
 
     def pulled_back(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of an input of ``shape``, given that of the output."""
-        if self._transposed is None or not _looks_sparse(gradient):
+        again = torch.is_grad_enabled()  # create_graph=True
+        if self._transposed is None or again or not _looks_sparse(gradient):
             weight = self.weight.detach().to(gradient.dtype)
             pulled: Tensor = conv2d_input(shape, weight, gradient, self.stride, self.padding, self.dilation)
             return pulled
@@ -137,7 +142,6 @@ class _Convolution(torch.autograd.Function):
         return convolution.convolved(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.convolution.pulled_back(gradient, ctx.shape), None
 
