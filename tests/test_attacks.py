@@ -8,6 +8,7 @@ from typing import Any
 import foolbox
 import pytest
 import torch
+from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
 from kwta_exp.activations import KWTA
@@ -19,6 +20,7 @@ from kwta_exp.attacks import (
     AutoAttack,
     EvolutionStrategies,
     FoolboxAttack,
+    NotApplicableError,
     SmoothedPGD,
     SmoothTwin,
     Square,
@@ -159,8 +161,8 @@ def test_dlr_attacks_reach_the_optimum_of_a_linear_model(loss, threat, images) -
 @pytest.mark.parametrize("name", MAKERS)
 def test_attacks_break_a_linear_model_inside_the_ball(name, threat, images, linear_model) -> None:  # type: ignore[no-untyped-def]
     x, _, keys = images
-    if name == "square" and threat.norm == "l2":
-        x = x.repeat(1, 1, 2, 1)  # the library's squares do not fit into 4x4
+    if name in ("square", "autoattack") and threat.norm == "l2":
+        x = x.repeat(1, 1, 2, 1)  # the library's tiles do not fit into 4x4, those of a height of 8 do
         linear_model = nn.Sequential(nn.AvgPool2d((2, 1)), linear_model)
         threat = Threat(norm="l2", eps=1.2)
     if name == "noise":  # it has no aim, and needs a larger ball
@@ -199,13 +201,34 @@ def test_attacks_leave_no_trace(name, images) -> None:  # type: ignore[no-untype
     assert torch.equal(x, given)
 
 
+@pytest.mark.parametrize("height", range(3, 35))
+def test_l2_square_is_inapplicable_exactly_where_the_library_cannot_begin(height: int) -> None:
+    """What would fail at the end of a long evaluation is recorded as a reason, and nothing else is refused."""
+    for width in (height, height + 1, 32):
+        x = torch.rand(1, 1, height, width, generator=torch.Generator().manual_seed(height))
+        model = nn.Sequential(nn.Flatten(), nn.Linear(height * width, 3)).requires_grad_(False)
+        y, keys = model(x).argmax(1), torch.arange(1)
+        search = SquareAttack(
+            model, norm="L2", eps=1e-4, n_queries=2, seed=0, device="cpu", resc_schedule=False
+        )
+        attack = Square(norm="l2", eps=1e-4, queries=2)
+        try:
+            search.perturb(x.clone(), y)
+        except (RuntimeError, ZeroDivisionError):
+            for refused in (attack, AutoAttack(norm="l2", eps=1e-4, steps=2, queries=2)):
+                with pytest.raises(NotApplicableError, match=f"{height}x{width}"):
+                    refused(model, x, y, keys)
+        else:
+            assert attack(model, x, y, keys).shape == x.shape
+
+
 def test_images_at_the_edge_stay_in_range(linear_model) -> None:  # type: ignore[no-untyped-def]
     x, linear_model = torch.cat([torch.zeros(4, 3, 4, 4), torch.ones(4, 3, 4, 4)]), linear_model.float()
     y = linear_model(x).argmax(1)
     for threat in THREATS:
         for name, make in MAKERS.items():
             if name in ("square", "autoattack") and threat.norm == "l2":
-                continue  # Square's squares do not fit into 4x4
+                continue  # not for 4x4
             x_adv = make(threat)(linear_model, x, y, torch.arange(8))
             assert 0 <= x_adv.min() <= x_adv.max() <= 1, name
             assert threat.distance(x_adv, x).max() <= threat.eps + 1e-6

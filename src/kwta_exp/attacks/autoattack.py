@@ -13,7 +13,7 @@ import torch
 from pydantic import dataclasses
 from torch import Tensor, nn
 
-from kwta_exp.attacks.base import frozen
+from kwta_exp.attacks.base import NotApplicableError, frozen
 from kwta_exp.fields import STRICT, Count, Eps, Norm
 from kwta_exp.randomness import isolated
 
@@ -35,6 +35,9 @@ class AutoAttack:
 
     It draws from global generators, which are seeded from the images' keys for the call and put back
     after: outcomes depend on the batch.
+
+    Raises:
+        NotApplicableError: from a call, as :class:`Square`'s.
     """
 
     norm: Norm
@@ -47,6 +50,7 @@ class AutoAttack:
         """Adversarial images; see :class:`~kwta_exp.attacks.Attack`."""
         import pyautoattack
 
+        _require_tiles(self.norm, x)
         seed = int(keys.sum()) % 2**31
         with isolated(seed), frozen(model), _quiet():
             ensemble: Any = pyautoattack.AutoAttack(
@@ -89,6 +93,10 @@ class Square:
         queries: of each restart.
         restarts: independent searches, each on the images that still stand.
         p_init: share of the pixels in the first squares; 0.8 in AutoAttack.
+
+    Raises:
+        NotApplicableError: from a call, under ``norm="l2"`` for images of a side that the library cannot
+            begin on: under 5 pixels, 12, 14, 18, 19 or 24, and some whose sides differ.
     """
 
     norm: Norm
@@ -101,6 +109,7 @@ class Square:
         """Adversarial images; see :class:`~kwta_exp.attacks.Attack`."""
         from pyautoattack.square import SquareAttack
 
+        _require_tiles(self.norm, x)
         seed = int(keys.sum()) % 2**31
         with isolated(seed), _quiet():
             search = SquareAttack(
@@ -113,6 +122,17 @@ class Square:
     def passes(self, classes: int) -> tuple[int, int]:
         """The most passes, forward and backward, for one image."""
         return self.restarts * (self.queries + 3) + 1, 0
+
+
+def _require_tiles(norm: Norm, x: Tensor) -> None:
+    """The library covers an image with tiles, five to its height, before an L2 search; some do not fit in."""
+    height, width = x.shape[2:]
+    tile = height // 5
+    margin = (height - 5 * tile) // 2
+    if norm == "l2" and (
+        tile == 0 or (tile > 1 and any(margin + side // tile * tile > side for side in (height, width)))
+    ):
+        raise NotApplicableError(f"pyautoattack's L2 Square attack cannot begin on {height}x{width} images")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ in its place. Here the gate of each value, 0 or 1, is differentiated as a sigmoi
 threshold, so the gradient also tells which losers are about to win.
 """
 
+import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -59,8 +60,15 @@ def soft_lwta(module: LWTA, x: Tensor, temperature: float) -> Tensor:
 
 
 def _spread(x: Tensor, first: int) -> Tensor:
-    """The standard deviation over dimensions ``first`` and up, kept above 0; no gradient."""
-    return x.detach().std(tuple(range(first, x.dim())), keepdim=True).clamp_min(1e-12)
+    """The standard deviation over dimensions ``first`` and up, kept above 0; no gradient.
+
+    In two passes: on a CPU ``std`` takes one that costs three to seven times as much.
+    """
+    x, over = x.detach(), tuple(range(first, x.dim()))
+    from_mean = x - x.mean(over, keepdim=True)
+    freedom = max(1, math.prod(x.shape[first:]) - 1)
+    spread: Tensor = torch.linalg.vector_norm(from_mean, dim=over, keepdim=True) / freedom**0.5
+    return spread.clamp_min(1e-12)
 
 
 GATES: dict[type[nn.Module], Gate] = {KWTA: soft_kwta, LWTA: soft_lwta}
