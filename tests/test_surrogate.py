@@ -57,6 +57,39 @@ def test_forward_is_exact_and_backward_is_the_gate(module: nn.Module) -> None:
     assert not torch.allclose(found, plain)
 
 
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("module", ACTIVATIONS, ids=repr)
+def test_each_image_has_its_own_temperature(module: nn.Module, exact: bool) -> None:
+    x = torch.randn(3, 4, 5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def output_and_gradient(x: Tensor, temperature: Any) -> tuple[Tensor, Tensor]:
+        x = x.clone().requires_grad_()
+        with softened([(module, GATES[type(module)])], temperature, exact_forward=exact):
+            out = module(x)
+        return out, torch.autograd.grad(out.square().sum(), x)[0]
+
+    temperatures = [0.5, 0.1, 0.02]
+    together = output_and_gradient(x, torch.tensor(temperatures, dtype=torch.float64))
+    alone = [output_and_gradient(x[i : i + 1], temperatures[i]) for i in range(3)]
+    for found, each in zip(together, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.cat(each))
+
+
+def test_where_rows_are_not_images_all_have_the_mean_temperature() -> None:
+    module, x = KWTA(0.3), torch.randn(12, 20, dtype=torch.float64, requires_grad=True)
+    found = []
+    for temperature in (torch.tensor([0.1, 0.2, 0.6], dtype=torch.float64), 0.3):
+        with softened([(module, GATES[KWTA])], temperature):
+            found += torch.autograd.grad(module(x).sum(), x)
+    torch.testing.assert_close(*found)
+
+
+def test_half_precision_stays_half_precision() -> None:
+    module, x = KWTA(0.3), torch.randn(2, 20, dtype=torch.bfloat16, requires_grad=True)
+    with softened([(module, GATES[KWTA])], torch.tensor([0.1, 0.2]), exact_forward=False):
+        assert module(x).dtype == torch.bfloat16
+
+
 def test_a_cold_gate_is_the_plain_gradient() -> None:
     module, x = KWTA(0.3), torch.randn(2, 50, dtype=torch.float64, requires_grad=True)
     with softened([(module, GATES[KWTA])], 1e-9):

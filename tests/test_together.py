@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kwta_exp.attacks import APGD, PGD, Attack, EvolutionStrategies, SmoothedPGD, Threat
+from kwta_exp.activations import KWTA
+from kwta_exp.attacks import (
+    APGD,
+    PGD,
+    Attack,
+    EvolutionStrategies,
+    SmoothedPGD,
+    SmoothTwin,
+    SurrogatePGD,
+    Threat,
+)
 from kwta_exp.attacks.together import Climb, Query, in_parts, input_gradient, together
 from kwta_exp.data.batches import Split
 from kwta_exp.evaluation import evaluate
@@ -18,10 +28,10 @@ from kwta_exp.evaluation.evaluator import BATCHES_OF_A_CHUNK
 class Watched(nn.Module):
     """Notes how many images it is shown at a time; some of them fall at once, some late, some never."""
 
-    def __init__(self) -> None:
+    def __init__(self, activation: nn.Module) -> None:
         super().__init__()
         torch.manual_seed(1)
-        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(48, 30), nn.Tanh(), nn.Linear(30, 5)).double()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(48, 30), activation, nn.Linear(30, 5)).double()
         self.sizes: list[int] = []
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,7 +42,11 @@ class Watched(nn.Module):
 
 @pytest.fixture
 def images() -> tuple[Watched, Tensor, Tensor, Tensor]:
-    model = Watched().eval()
+    return images_for(nn.Tanh())
+
+
+def images_for(activation: nn.Module) -> tuple[Watched, Tensor, Tensor, Tensor]:
+    model = Watched(activation).eval()
     x = torch.rand(50, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     y = model(x).argmax(1)
     model.sizes.clear()
@@ -53,11 +67,20 @@ ATTACKS: dict[str, Any] = {
 }
 
 
+SURROGATES: dict[str, Any] = {
+    "surrogate": SurrogatePGD(norm="linf", eps=EPS, steps=15, restarts=2),
+    "surrogate, l2": SurrogatePGD(norm="l2", eps=4 * EPS, steps=8, restarts=1, loss="ce"),
+    "surrogate of pgd": SurrogatePGD(norm="linf", eps=EPS, steps=8, restarts=3, ascent="pgd"),
+    "surrogate of apgd": SurrogatePGD(norm="linf", eps=EPS, steps=20, restarts=2, ascent="apgd"),
+    "twin": SmoothTwin(norm="linf", eps=EPS, steps=8, restarts=3),
+}
+
+
 @pytest.mark.parametrize("at_once", [1, 7, 16, 50, 1000])
-@pytest.mark.parametrize("name", list(ATTACKS))
-def test_company_changes_nothing(name: str, at_once: int, images: Any) -> None:
-    model, x, y, keys = images
-    attack = ATTACKS[name]
+@pytest.mark.parametrize("name", [*ATTACKS, *SURROGATES])
+def test_company_changes_nothing(name: str, at_once: int) -> None:
+    model, x, y, keys = images_for(KWTA(0.3) if name in SURROGATES else nn.Tanh())
+    attack = (ATTACKS | SURROGATES)[name]
     expected = attack(model, x, y, keys)
     queries, most = sum(model.sizes), max(model.sizes)
     assert most == 50
@@ -76,6 +99,15 @@ def test_batches_are_refilled(images: Any) -> None:
     """Where many fall early and some never do, batches stay full until nobody is left waiting."""
     model, x, y, keys = images
     attack = PGD(norm="linf", eps=2 * EPS, steps=40)
+    assert_refilled(attack, model, x, y, keys)
+
+
+def test_batches_of_the_surrogate_are_refilled() -> None:
+    """Images at different temperatures share a batch."""
+    assert_refilled(SurrogatePGD(norm="linf", eps=1.5 * EPS, steps=40, restarts=1), *images_for(KWTA(0.3)))
+
+
+def assert_refilled(attack: Any, model: Watched, x: Tensor, y: Tensor, keys: Tensor) -> None:
     attack(model, x, y, keys, at_once=12)
     refilled = list(model.sizes)
     model.sizes.clear()
@@ -130,7 +162,7 @@ def test_fewer_images_where_memory_does_not_suffice() -> None:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return super().forward(x)
 
-    model = Small().eval()
+    model = Small(nn.Tanh()).eval()
     x = torch.rand(50, 3, 4, 4, dtype=torch.float64)
     asked = in_parts(model, 40)
     torch.testing.assert_close(asked(x), model.layers(x))
@@ -139,7 +171,7 @@ def test_fewer_images_where_memory_does_not_suffice() -> None:
     attack = EvolutionStrategies(norm="linf", eps=EPS, steps=2, samples=60, chunk=40)
     y = model.layers(x[:2]).argmax(1)
     found = attack(model, x[:2], y, torch.arange(2))
-    torch.testing.assert_close(found, attack(Watched().eval(), x[:2], y, torch.arange(2)))
+    torch.testing.assert_close(found, attack(Watched(nn.Tanh()).eval(), x[:2], y, torch.arange(2)))
 
     def hopeless(x: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")

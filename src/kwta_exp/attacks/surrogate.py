@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import dataclasses
@@ -24,19 +24,22 @@ from kwta_exp.activations import KWTA, LWTA
 from kwta_exp.activations.kwta import kwta_threshold
 from kwta_exp.attacks.apgd import APGD
 from kwta_exp.attacks.base import NotApplicableError, answers_are_exact
-from kwta_exp.attacks.losses import LossName, attack_loss
+from kwta_exp.attacks.losses import Loss, LossName, attack_loss
 from kwta_exp.attacks.pgd import PGD, Best
 from kwta_exp.attacks.standing import Try, best_of
 from kwta_exp.attacks.threat import Threat
-from kwta_exp.attacks.together import input_gradient
+from kwta_exp.attacks.together import Climb, Query, in_parts, together
 from kwta_exp.fields import STRICT, Count, Eps, Norm, Positive
 from kwta_exp.randomness import fold
 
-Gate = Callable[[Any, Tensor, float], Tensor]
-"""``gate(module, x, temperature)``: a smooth stand-in for ``module(x)``."""
+Temperature = float | Tensor
+"""Of all images, or of each: then it has the dimensions of what it divides, all but the first of size 1."""
+
+Gate = Callable[[Any, Tensor, Any], Tensor]
+"""``gate(module, x, temperature)``: a smooth stand-in for ``module(x)``; see :data:`Temperature`."""
 
 
-def soft_kwta(module: KWTA, x: Tensor, temperature: float) -> Tensor:
+def soft_kwta(module: KWTA, x: Tensor, temperature: Temperature) -> Tensor:
     """``x * sigmoid((s - t) / (temperature * std(s)))``: s the score, t the k-th largest of it.
 
     The threshold and the standard deviation, one for each row of competitors, count as constants.
@@ -49,7 +52,7 @@ def soft_kwta(module: KWTA, x: Tensor, temperature: float) -> Tensor:
     return x * torch.sigmoid((score - threshold) / (temperature * _spread(score, first)))
 
 
-def soft_lwta(module: LWTA, x: Tensor, temperature: float) -> Tensor:
+def soft_lwta(module: LWTA, x: Tensor, temperature: Temperature) -> Tensor:
     """``x * sigmoid((x - r) / (temperature * std(x)))``: r the best rival within the group."""
     if module.group_size == 1:
         return x
@@ -99,6 +102,7 @@ class SurrogatePGD:
         loss: ``"ce"`` or ``"margin"``.
         gates: for activations of your own: dotted path of the class to dotted path of its gate, a
             function ``(module, x, temperature)`` that returns a smooth stand-in for ``module(x)``.
+            ``"anneal"`` hands it a temperature for each image, of ``x``'s dimensions, the others a float.
 
     Raises:
         NotApplicableError: from a call, if the model has no module of a class with a gate. It is then
@@ -130,7 +134,11 @@ class SurrogatePGD:
         """What the attack found to work on, for the record."""
         return {"activations_replaced": len(self._gated(model))}
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+    refills: ClassVar = True
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, at_once: int | None = None
+    ) -> Tensor:
         """Adversarial images inside the ball and [0, 1]; see :class:`~kwta_exp.attacks.Attack`."""
         gated = self.require(model)
         descent = self._descent
@@ -141,41 +149,50 @@ class SurrogatePGD:
             def attempt(at: Tensor) -> Tensor:
                 keys_of_run = fold(restart, keys[at])
                 if self.ascent == "anneal":
-                    return self._anneal(model, gated, x[at], y[at], keys_of_run)
+                    best = Best(x[at], y[at])
+                    climb = partial(
+                        self._anneal, keys_of_run, best, attack_loss(self.loss, model, x[at], y[at])
+                    )
+                    together(soft, climb, best.standing, at_once)
+                    return best.x
                 with softened(gated, temperature):
-                    return descent(model, x[at], y[at], keys_of_run)
+                    return descent(model, x[at], y[at], keys_of_run, at_once=at_once)
 
             return attempt
 
-        return best_of(map(run, range(self.restarts)), model, x, y)
+        def soft(x: Tensor, temperatures: Tensor | None = None) -> Tensor:
+            if temperatures is None:
+                return asked(x)
+            with softened(gated, temperatures):
+                logits: Tensor = model(x)
+            return logits
 
-    def _anneal(
-        self, model: nn.Module, gated: Sequence[tuple[nn.Module, Gate]], x: Tensor, y: Tensor, keys: Tensor
-    ) -> Tensor:
+        asked = in_parts(model, at_once)
+        return best_of(map(run, range(self.restarts)), asked, x, y)
+
+    def _anneal(self, keys: Tensor, best: Best, loss: Loss, at: Tensor) -> Climb:
         """One run of ``ascent="anneal"``; momentum as in Dong et al. 2018, equation 6, weaker and decaying."""
         threat = Threat(norm=self.norm, eps=self.eps)
-        loss = attack_loss(self.loss, model, x, y)
         warm, cold = max(self.temperatures), min(self.temperatures)
-        best = Best(x, y)
-        at, origin, x_adv = best.standing, x, threat.random_point(x, keys)
-        velocity = torch.zeros_like(x)
+        origin = best.origin[at]
+        x_adv = threat.random_point(origin, keys[at])
+        velocity = torch.zeros_like(origin)
         for step in range(self.steps):
             progress = step / self.steps
-            with softened(gated, warm * (cold / warm) ** progress):
-                gradient, logits, _ = input_gradient(model, x_adv, partial(loss, at=at))
+            temperatures = x_adv.new_full((len(at),), warm * (cold / warm) ** progress)
+            gradient, logits, _ = yield Query(x_adv, partial(loss, at=at), temperatures)
             if not (go_on := best.update(x_adv, logits, at)).all():
                 at, origin, x_adv, gradient, velocity = (
                     each[go_on] for each in (at, origin, x_adv, gradient, velocity)
                 )
                 if not len(at):
-                    return best.x
-            scale = gradient.abs().mean(tuple(range(1, x.dim())), keepdim=True)
+                    return
+            scale = gradient.abs().mean(tuple(range(1, origin.dim())), keepdim=True)
             velocity = _MOMENTUM * velocity + gradient / scale.clamp_min(1e-30)
             length = _FIRST_STEP * self.eps * (1 - progress)
             x_adv = threat.project(x_adv + length * threat.steepest(velocity), origin)
-        with torch.no_grad():
-            best.update(x_adv, model(x_adv), at)
-        return best.x
+        _, logits, _ = yield Query(x_adv)
+        best.update(x_adv, logits, at)
 
     def passes(self, classes: int) -> tuple[int, int]:
         """The most passes, forward and backward, for one image."""
@@ -231,7 +248,11 @@ class SmoothTwin:
         """The most passes, forward and backward, for one image; those through the twin count."""
         return self.restarts * (self.steps + 1), self.restarts * self.steps
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+    refills: ClassVar = True
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, at_once: int | None = None
+    ) -> Tensor:
         """Adversarial images inside the ball and [0, 1]; see :class:`~kwta_exp.attacks.Attack`."""
         gated = _require_gates(model, self.gates)
         descent = PGD(norm=self.norm, eps=self.eps, steps=self.steps, loss=self.loss, keep_best=False)
@@ -241,11 +262,11 @@ class SmoothTwin:
 
             def attempt(at: Tensor) -> Tensor:
                 with softened(gated, temperature, exact_forward=False):
-                    return descent(model, x[at], y[at], fold(restart, keys[at]))
+                    return descent(model, x[at], y[at], fold(restart, keys[at]), at_once=at_once)
 
             return attempt
 
-        return best_of(map(run, range(self.restarts)), model, x, y)
+        return best_of(map(run, range(self.restarts)), in_parts(model, at_once), x, y)
 
 
 def gated_modules(model: nn.Module, own: Mapping[str, str] | None) -> list[tuple[nn.Module, Gate]]:
@@ -263,10 +284,13 @@ def _require_gates(model: nn.Module, own: Mapping[str, str] | None) -> list[tupl
 
 @contextmanager
 def softened(
-    gated: Sequence[tuple[nn.Module, Gate]], temperature: float, exact_forward: bool = True
+    gated: Sequence[tuple[nn.Module, Gate]], temperature: Temperature, exact_forward: bool = True
 ) -> Iterator[None]:
     """Let gradients of ``gated`` modules pass through their gates; what they return is unchanged, unless
     ``exact_forward`` is off: then it is the gates' too.
+
+    The ``temperature`` is a float or, of each image, ``(n,)``. Where a network has made more or fewer rows of
+    its images, all of these get the mean.
     """
 
     def hook_for(gate: Gate) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor | None]:
@@ -278,7 +302,7 @@ def softened(
                 return None
             inside = True  # a gate may call the module itself
             try:
-                soft = gate(module, inputs[0], temperature)
+                soft = gate(module, inputs[0], _shaped_for(inputs[0], temperature))
             finally:
                 inside = False
             passed: Tensor = _StraightThrough.apply(output.detach(), soft) if exact_forward else soft
@@ -294,6 +318,13 @@ def softened(
         answers_are_exact.reset(token)
         for handle in handles:
             handle.remove()
+
+
+def _shaped_for(x: Tensor, temperature: Temperature) -> Temperature:
+    if isinstance(temperature, float):
+        return temperature
+    each = temperature if len(temperature) == len(x) else temperature.mean().expand(len(x))
+    return each.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
 
 class _StraightThrough(torch.autograd.Function):

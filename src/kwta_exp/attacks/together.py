@@ -5,17 +5,23 @@ whether other images were in the batch is nothing to it.
 """
 
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Query(NamedTuple):
-    """Images ``x`` whose logits are wanted; with a ``loss`` of these, its gradient by ``x`` as well."""
+    """Images ``x`` whose logits are wanted; with a ``loss`` of these, its gradient by ``x`` as well.
+
+    What is ``told`` of each image, ``(n,)``, is the model's second argument: all of an attack's queries with a
+    loss have it, or none.
+    """
 
     x: Tensor
     loss: Callable[[Tensor], Tensor] | None = None
+    told: Tensor | None = None
 
 
 class Answer(NamedTuple):
@@ -31,12 +37,12 @@ Climb = Generator[Query, Answer, None]
 
 
 def together(
-    model: nn.Module, climb: Callable[[Tensor], Climb], positions: Tensor, at_once: int | None
+    model: Callable[..., Tensor], climb: Callable[[Tensor], Climb], positions: Tensor, at_once: int | None
 ) -> None:
     """Run ``climb`` on all ``positions``, group by group.
 
     Args:
-        model: images to logits.
+        model: images to logits; with a second argument where a query has one.
         climb: begins the attack on the images at some positions.
         positions: int64 ``(n,)``.
         at_once: the most images in a batch. A group begins whenever a quarter of it is free. ``None``: all
@@ -61,10 +67,12 @@ def together(
                 continue
 
 
-def answers(model: nn.Module, queries: Sequence[Query]) -> list[Answer]:
+def answers(model: Callable[..., Tensor], queries: Sequence[Query]) -> list[Answer]:
     """The answers to ``queries``, either all with a loss or all without."""
     sizes = [len(query.x) for query in queries]
-    x = queries[0].x if len(queries) == 1 else torch.cat([query.x for query in queries])
+    x = _joined([query.x for query in queries])
+    if told := [query.told for query in queries if query.told is not None]:
+        model = partial(_telling, model, _joined(told))
     losses = [query.loss for query in queries if query.loss is not None]
     if not losses:
         with torch.no_grad():
@@ -72,15 +80,22 @@ def answers(model: nn.Module, queries: Sequence[Query]) -> list[Answer]:
         return [Answer(some[:0], some, some[:0, 0]) for some in logits.split(sizes)]
 
     def value_of(logits: Tensor) -> Tensor:
-        values = [loss(some) for loss, some in zip(losses, logits.split(sizes), strict=True)]
-        return values[0] if len(values) == 1 else torch.cat(values)
+        return _joined([loss(some) for loss, some in zip(losses, logits.split(sizes), strict=True)])
 
     parts = (each.split(sizes) for each in input_gradient(model, x, value_of))
     return [Answer(*each) for each in zip(*parts, strict=True)]
 
 
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _telling(model: Callable[..., Tensor], told: Tensor, x: Tensor) -> Tensor:
+    return model(x, told)
+
+
 def input_gradient(
-    model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]
+    model: Callable[[Tensor], Tensor], x: Tensor, loss: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss's gradient with respect to the input alone, the logits, and the loss ``(N,)``."""
     x = x.detach().requires_grad_()
@@ -91,7 +106,7 @@ def input_gradient(
     return gradient, logits.detach(), value.detach()
 
 
-def in_parts(model: nn.Module, at_once: int | None) -> Callable[[Tensor], Tensor]:
+def in_parts(model: Callable[[Tensor], Tensor], at_once: int | None) -> Callable[[Tensor], Tensor]:
     """``model``, shown at most ``at_once`` images at a time; fewer once a GPU's memory did not suffice."""
     most = at_once
 
@@ -109,7 +124,7 @@ def in_parts(model: nn.Module, at_once: int | None) -> Callable[[Tensor], Tensor
                 most = (len(some) + 1) // 2
                 continue
             done += max(1, len(some))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return _joined(parts)
 
     return ask
 
