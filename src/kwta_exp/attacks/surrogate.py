@@ -321,7 +321,7 @@ def softened(
 
 
 def _shaped_for(x: Tensor, temperature: Temperature) -> Temperature:
-    if isinstance(temperature, float):
+    if not isinstance(temperature, Tensor):
         return temperature
     each = temperature if len(temperature) == len(x) else temperature.mean().expand(len(x))
     return each.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
