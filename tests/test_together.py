@@ -70,6 +70,7 @@ ATTACKS: dict[str, Any] = {
 SURROGATES: dict[str, Any] = {
     "surrogate": SurrogatePGD(norm="linf", eps=EPS, steps=15, restarts=2),
     "surrogate, l2": SurrogatePGD(norm="l2", eps=4 * EPS, steps=8, restarts=1, loss="ce"),
+    "surrogate, kl": SurrogatePGD(norm="linf", eps=EPS, steps=8, restarts=2, loss="kl"),
     "surrogate of pgd": SurrogatePGD(norm="linf", eps=EPS, steps=8, restarts=3, ascent="pgd"),
     "surrogate of apgd": SurrogatePGD(norm="linf", eps=EPS, steps=20, restarts=2, ascent="apgd"),
     "twin": SmoothTwin(norm="linf", eps=EPS, steps=8, restarts=3),

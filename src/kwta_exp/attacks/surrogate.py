@@ -140,7 +140,7 @@ class SurrogatePGD:
         self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, at_once: int | None = None
     ) -> Tensor:
         """Adversarial images inside the ball and [0, 1]; see :class:`~kwta_exp.attacks.Attack`."""
-        gated = self.require(model)
+        gated, asked = self.require(model), in_parts(model, at_once)
         descent = self._descent
 
         def run(restart: int) -> Try:
@@ -150,10 +150,8 @@ class SurrogatePGD:
                 keys_of_run = fold(restart, keys[at])
                 if self.ascent == "anneal":
                     best = Best(x[at], y[at])
-                    climb = partial(
-                        self._anneal, keys_of_run, best, attack_loss(self.loss, model, x[at], y[at])
-                    )
-                    together(soft, climb, best.standing, at_once)
+                    loss = attack_loss(self.loss, asked, x[at], y[at])
+                    together(soft, partial(self._anneal, keys_of_run, best, loss), best.standing, at_once)
                     return best.x
                 with softened(gated, temperature):
                     return descent(model, x[at], y[at], keys_of_run, at_once=at_once)
@@ -167,7 +165,6 @@ class SurrogatePGD:
                 logits: Tensor = model(x)
             return logits
 
-        asked = in_parts(model, at_once)
         return best_of(map(run, range(self.restarts)), asked, x, y)
 
     def _anneal(self, keys: Tensor, best: Best, loss: Loss, at: Tensor) -> Climb:
