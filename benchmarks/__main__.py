@@ -33,11 +33,10 @@ REST = """\
   operation and would keep another's from the core.
 - **Adversarial training**: inner attacks ask for the gradient of the input alone, under the run's own
   precision (`runtime.precision=bf16-mixed runtime.channels_last=true`). `training.search=fast` shows them the
-  stand-in described below, brought up to date at every step (30 ms for a ResNet-18 on this machine).
-  `runtime.compile=true` adds `torch.compile`, which took 40 s here and then 0.37 s for a natural step of 32
-  images in bfloat16 instead of 0.39 s.
+  stand-in described below, brought up to date at every step. `runtime.compile=true` adds `torch.compile`,
+  which is not measured here.
 - **Attacks**: an image is left alone once it is fooled, and another takes its place in the batch (PGD,
-  Auto-PGD, the surrogate and the twin; the demo's surrogate, in batches of 128, took 4.6 s so, not 7.7 s).
+  Auto-PGD, the surrogate and the twin).
   `evaluation.search=fast` searches on a stand-in with BatchNorm folded, channels last and in bfloat16; the
   network itself judges what comes back, and an image on which the stand-in was fooled but the network was not
   is attacked again on the network.

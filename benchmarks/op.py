@@ -133,7 +133,7 @@ def roofline(rows: list[Row], rounds: int, device: str) -> str:
         f" {forward.theirs:.1f} ms, each of which must have its output mapped first: k-WTA by 2 MiB at a time,"
         " where it is 32 MiB or more (Linux's transparent huge pages), ReLU by 4 KiB. With half the batch,"
         " memory is used again and nothing is mapped, unless the C library happens to give it back between"
-        " passes: those rows came out between 1.5x and 5.0x in runs on this page's machine."
+        " passes: those rows vary from run to run."
     )
 
 

@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "kwta_exp"
 LAYERS = [
     {"errors", "fields", "randomness", "progress", "environment"},
     {"activations", "storage", "runtime", "explain"},
-    {"run_folder", "download"},
+    {"run_folder", "download", "targets"},
     {"attacks", "models", "data", "checkpoint"},
     {"training", "evaluation"},
     {"report"},

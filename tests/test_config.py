@@ -10,10 +10,11 @@ import yaml
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from kwta_exp.config import TRUSTED, adopt_run, build, call, local_code, run_name, settings, targets
+from kwta_exp.config import adopt_run, build, call, run_name, settings
 from kwta_exp.errors import UserError
 from kwta_exp.models.factory import with_facts
 from kwta_exp.run_folder import RunFolder
+from kwta_exp.targets import TRUSTED, local_code, targets
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"

@@ -18,7 +18,8 @@ from kwta_exp.data.batches import Split, to_float
 from kwta_exp.evaluation import Diagnosis, Roles, diagnose, evaluate, summarise
 from kwta_exp.evaluation.binarization import last_linear, plant, readout
 from kwta_exp.evaluation.counting import Owners
-from kwta_exp.evaluation.diagnostics import _ascent, _most_successful, _unseen_change
+from kwta_exp.evaluation.diagnostics import _most_successful
+from kwta_exp.evaluation.probes import _ascent, _unseen_change
 from kwta_exp.evaluation.records import Record
 from kwta_exp.evaluation.verdict import CHECKS, SIGNS, WITH_INTERVAL, Tried, verdict
 from kwta_exp.randomness import fold

@@ -1,6 +1,5 @@
 """From Hydra's configuration to objects and plain values: the one place that knows both."""
 
-import importlib.util
 import inspect
 import os
 import re
@@ -22,7 +21,7 @@ from kwta_exp.errors import UserError
 from kwta_exp.explain import explain_validation, explanation
 from kwta_exp.fields import STRICT, Count, Natural, Sha256
 from kwta_exp.run_folder import readable
-from kwta_exp.storage import sha256_of_file
+from kwta_exp.targets import require_trusted
 
 GROUPS = (
     "dataset", "threat", "recipe", "activation", "model", "optimizer", "lr_schedule", "sparsity", "training",
@@ -257,20 +256,6 @@ def run_name(cfg: DictConfig, chosen: Mapping[str, str], scale: str) -> str:
 
 ADOPTED = ("dataset", "threat", "activation", "model")
 
-TRUSTED = frozenset({
-    "torch.nn.ReLU",
-    *(f"kwta_exp.activations.{name}" for name in ("KWTA", "LWTA")),
-    *(f"kwta_exp.models.{name}" for name in (
-        "CNN", "Converted", "DenseNet", "MLP", "ResNet", "Torchvision", "VGG", "WideResNet",
-    )),
-    *(f"kwta_exp.data.datasets.{name}" for name in (
-        "Arrays", "CIFAR10", "CIFAR100", "Digits", "FashionMNIST", "MNIST", "SVHN", "Synthetic",
-    )),
-    "kwta_exp.data.folder.ImageFolder",
-    "kwta_exp.attacks.Threat",
-})  # fmt: skip
-"""What a run folder may have built: it can come from anybody, and a ``_target_`` can be any function."""
-
 
 def adopt_ratio(cfg: DictConfig, ratio: float, given: Sequence[str]) -> None:
     """When weights are only evaluated: the ratio that they were trained to, unless the command line has one."""
@@ -306,9 +291,6 @@ def adopt_run(cfg: DictConfig, chosen: dict[str, str], run: Path, given: Sequenc
 DATA = "${oc.env:KWTA_EXP_DATA,data}"
 """What ``paths.data`` is in ``conf/config.yaml``."""
 
-_PLAIN_INTERPOLATION = re.compile(r"\$\{(activation|paths\.data)\}[\w./-]*")
-"""The interpolations that a group of a run folder may hold: a resolver could make anything of a text."""
-
 
 def recorded_config(run: Path) -> DictConfig:
     """What a run folder says of its :data:`ADOPTED` groups and of where its data lay, and nothing else of it.
@@ -340,80 +322,7 @@ def check_trust(source: DictConfig, group: str, run: Path) -> None:
     """
     content = OmegaConf.to_container(source, resolve=False)
     assert isinstance(content, dict)
-    for text in _texts(content[group]):
-        if "${" in text and not _PLAIN_INTERPOLATION.fullmatch(text):
-            raise UserError(
-                f"weights={run}: its {group} holds {text!r}, which is not resolved on a folder's word"
-            )
-    for target in targets(content[group]):
-        if target not in TRUSTED:
-            raise UserError(
-                f"weights={run}: its {group} is a {target}, which is not this project's and is not"
-                f" built on a folder's word; expected {group}=... on the command line"
-            )
-
-
-def _texts(content: Any) -> Iterator[str]:
-    """Every text in a plain configuration, keys too."""
-    if isinstance(content, Mapping):
-        for key, value in content.items():
-            yield str(key)
-            yield from _texts(value)
-    elif isinstance(content, list):
-        for value in content:
-            yield from _texts(value)
-    elif isinstance(content, str):
-        yield content
-
-
-def targets(content: Any) -> Iterator[str]:
-    """Every ``_target_`` in a plain configuration."""
-    if isinstance(content, Mapping):
-        if "_target_" in content:
-            yield str(content["_target_"])
-        for value in content.values():
-            yield from targets(value)
-    elif isinstance(content, list):
-        for value in content:
-            yield from targets(value)
-
-
-def local_code(content: Any) -> dict[str, str]:
-    """SHA-256 of the source files that the targets in ``content`` come from, outside installed packages.
-
-    A user's own class decides results as much as any value does, and it has no version.
-    """
-    digests = {}
-    for target in (*targets(content), *_gates(content)):
-        module = target
-        while "." in module:
-            module = module.rpartition(".")[0]
-            if module.split(".")[0] in ("kwta_exp", "torch", "torchvision", "foolbox"):
-                break
-            try:
-                origin = getattr(importlib.util.find_spec(module), "origin", None)
-            except (ImportError, ValueError):
-                continue
-            if (
-                origin
-                and Path(origin).is_file()
-                and not {"site-packages", "dist-packages"} & {*Path(origin).parts}
-            ):
-                digests[module] = sha256_of_file(Path(origin))
-                break
-    return digests
-
-
-def _gates(content: Any) -> Iterator[str]:
-    """Every class and function named in a ``gates`` mapping (of the surrogate attack)."""
-    if isinstance(content, Mapping):
-        for key, value in content.items():
-            if key == "gates" and isinstance(value, Mapping):
-                yield from map(str, (*value.keys(), *value.values()))
-            yield from _gates(value)
-    elif isinstance(content, list):
-        for value in content:
-            yield from _gates(value)
+    require_trusted(content[group], group, run)
 
 
 def _mapping(path: Path) -> DictConfig:

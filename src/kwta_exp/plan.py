@@ -18,7 +18,6 @@ from kwta_exp.config import (
     check_trust,
     choices,
     is_multirun,
-    local_code,
     overrides,
     plain,
     recorded_config,
@@ -31,6 +30,7 @@ from kwta_exp.errors import UserError
 from kwta_exp.run_folder import RunFolder, compare_commits, read_results, readable
 from kwta_exp.runtime import Runtime
 from kwta_exp.storage import sha256_of_file, trained_ratio
+from kwta_exp.targets import local_code
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,8 @@
 
 ``keep`` zeroes the losers and notes the winners in one bit each, ``pass_winners`` is its gradient,
 ``kth_largest`` the threshold alone. They are opaque to ``torch.compile``, which needs no graph break for
-them. On a CPU the kernels are Numba's (:mod:`.selection_numba`), on CUDA Triton's (:mod:`.selection_triton`).
+them. On a CPU the kernels are Numba's (:mod:`.selection_numba`), on CUDA Triton's (:mod:`.selection_triton`);
+``torch.func`` and forward mode have a way of their own (:mod:`.selection_func`).
 """
 
 import ctypes
@@ -11,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from kwta_exp.activations.selection_func import Keep, under_transform
 
 # Defined the short way: torch.library.custom_op loads the compiler (2 s) at the first call.
 torch.library.define(
@@ -52,15 +54,10 @@ def keep(x: Tensor, k: int, per_channel: bool, by_magnitude: bool) -> Tensor:
     if x.dtype not in _BITS:
         raise TypeError(f"k-WTA expects float16, bfloat16, float32 or float64, got {x.dtype}")
     if under_transform() and not torch.compiler.is_compiling():
-        transformed: Tensor = _Keep.apply(x, k, per_channel, by_magnitude)[0]
+        transformed: Tensor = Keep.apply(x, k, per_channel, by_magnitude)[0]
         return transformed
     kept: Tensor = torch.ops.kwta_exp.keep(x, k, per_channel, by_magnitude)[0]
     return kept
-
-
-def under_transform() -> bool:
-    """Whether ``torch.func`` or forward mode is at work: custom operators do not suit them."""
-    return torch._C._are_functorch_transforms_active() or bool(forward_ad._current_level >= 0)
 
 
 def kth_largest(rows: Tensor, k: int) -> Tensor:
@@ -118,13 +115,14 @@ def _infinity(dtype: torch.dtype) -> int:
 @torch.library.impl("kwta_exp::keep", "CPU")
 def _keep_on_cpu(x: Tensor, k: int, per_channel: bool, by_magnitude: bool) -> tuple[Tensor, Tensor]:
     from kwta_exp.activations import selection_numba
+    from kwta_exp.activations.compiled import on_threads
 
     dense, _ = _on_its_own_layout(x.detach(), per_channel)
     rows = _rows(dense, per_channel=per_channel)
     _require(k, rows)
     kept = _fresh_like(dense)
     bits = torch.empty(len(rows), -(-rows.shape[1] // 8), dtype=torch.uint8)
-    selection_numba.on_threads(
+    on_threads(
         selection_numba.keep,
         rows.shape,
         torch.get_num_threads(),
@@ -137,11 +135,12 @@ def _keep_on_cpu(x: Tensor, k: int, per_channel: bool, by_magnitude: bool) -> tu
 @torch.library.impl("kwta_exp::pass_winners", "CPU")
 def _pass_on_cpu(gradient: Tensor, bits: Tensor, channels_last: bool) -> Tensor:
     from kwta_exp.activations import selection_numba
+    from kwta_exp.activations.compiled import on_threads
 
     gradient = _laid_out(gradient.detach(), channels_last)
     passed = _fresh_like(gradient)
     rows = _rows(gradient, bits)
-    selection_numba.on_threads(
+    on_threads(
         selection_numba.pass_winners,
         rows.shape,
         torch.get_num_threads(),
@@ -153,11 +152,12 @@ def _pass_on_cpu(gradient: Tensor, bits: Tensor, channels_last: bool) -> Tensor:
 @torch.library.impl("kwta_exp::kth_largest", "CPU")
 def _select_on_cpu(rows: Tensor, k: int) -> Tensor:
     from kwta_exp.activations import selection_numba
+    from kwta_exp.activations.compiled import on_threads
 
     rows = rows.detach().contiguous()
     _require(k, rows)
     selected = rows.new_empty(len(rows), 1)
-    selection_numba.on_threads(
+    on_threads(
         selection_numba.select,
         rows.shape,
         torch.get_num_threads(),
@@ -282,74 +282,3 @@ def _pass_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
 
 torch.library.register_autograd("kwta_exp::keep", _keep_backward, setup_context=_save_bits)
 torch.library.register_autograd("kwta_exp::pass_winners", _pass_backward, setup_context=_save_same)
-
-
-class _Keep(torch.autograd.Function):
-    """``keep`` for the transforms of ``torch.func``, and forward mode, which an operator's rules do not reach.
-
-    (A rule for autograd is passed over by forward mode in silence: tangents would come out 0.) Always in the
-    plain memory format, since what a transform wraps may lie differently in memory from what it shows.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, k: int, per_channel: bool, by_magnitude: bool) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = torch.ops.kwta_exp.keep(x.contiguous(), k, per_channel, by_magnitude)
-        return found
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
-        ctx.save_for_forward(output[1])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor, None, None, None]:
-        return _Pass.apply(gradient, ctx.saved_tensors[0]), None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Tensor, None]:
-        return _Pass.apply(tangent, ctx.saved_tensors[0]), None
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], x: Tensor, k: int, per_channel: bool, by_magnitude: bool
-    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        folded = _fold(x, in_dims[0], info.batch_size)
-        found = _Keep.apply(folded, k, per_channel, by_magnitude)
-        return tuple(each.unflatten(0, (info.batch_size, -1)) for each in found), (0, 0)
-
-
-class _Pass(torch.autograd.Function):
-    """``pass_winners`` for the same; linear in the gradient."""
-
-    @staticmethod
-    def forward(gradient: Tensor, bits: Tensor) -> Tensor:
-        passed: Tensor = torch.ops.kwta_exp.pass_winners(gradient, bits, False)
-        return passed
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _Pass.apply(gradient, ctx.saved_tensors[0]), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
-        passed: Tensor = _Pass.apply(tangent, ctx.saved_tensors[0])
-        return passed
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, int | None], gradient: Tensor, bits: Tensor
-    ) -> tuple[Tensor, int]:
-        both = [_fold(each, dim, info.batch_size) for each, dim in zip((gradient, bits), in_dims, strict=True)]
-        return _Pass.apply(*both).unflatten(0, (info.batch_size, -1)), 0
-
-
-def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """The dimension that is mapped over joined to the first."""
-    batched = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-    return batched.flatten(0, 1)

@@ -33,7 +33,7 @@ from kwta_exp.fields import STRICT, Count, Eps, Norm, Positive
 from kwta_exp.randomness import fold
 
 Temperature = float | Tensor
-"""Of all images, or of each: then it has the dimensions of what it divides, all but the first of size 1."""
+"""Of all images, or of each: ``(n,)``, for a gate with the dimensions of ``x``, the others of size 1."""
 
 Gate = Callable[[Any, Tensor, Any], Tensor]
 """``gate(module, x, temperature)``: a smooth stand-in for ``module(x)``; see :data:`Temperature`."""
@@ -65,7 +65,7 @@ def soft_lwta(module: LWTA, x: Tensor, temperature: Temperature) -> Tensor:
 def _spread(x: Tensor, first: int) -> Tensor:
     """The standard deviation over dimensions ``first`` and up, kept above 0; no gradient.
 
-    In two passes: on a CPU ``std`` takes one that costs three to seven times as much.
+    In two passes: on a CPU ``std``, with one, is several times slower.
     """
     x, over = x.detach(), tuple(range(first, x.dim()))
     from_mean = x - x.mean(over, keepdim=True)

@@ -5,7 +5,6 @@ whether other images were in the batch is nothing to it.
 """
 
 from collections.abc import Callable, Generator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -71,27 +70,23 @@ def answers(model: Callable[..., Tensor], queries: Sequence[Query]) -> list[Answ
     """The answers to ``queries``, either all with a loss or all without."""
     sizes = [len(query.x) for query in queries]
     x = _joined([query.x for query in queries])
-    if told := [query.told for query in queries if query.told is not None]:
-        model = partial(_telling, model, _joined(told))
+    told = [query.told for query in queries if query.told is not None]
+    aside = [_joined(told)] if told else []
     losses = [query.loss for query in queries if query.loss is not None]
     if not losses:
         with torch.no_grad():
-            logits = model(x)
+            logits = model(x, *aside)
         return [Answer(some[:0], some, some[:0, 0]) for some in logits.split(sizes)]
 
     def value_of(logits: Tensor) -> Tensor:
         return _joined([loss(some) for loss, some in zip(losses, logits.split(sizes), strict=True)])
 
-    parts = (each.split(sizes) for each in input_gradient(model, x, value_of))
+    parts = (each.split(sizes) for each in input_gradient(lambda x: model(x, *aside), x, value_of))
     return [Answer(*each) for each in zip(*parts, strict=True)]
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def _telling(model: Callable[..., Tensor], told: Tensor, x: Tensor) -> Tensor:
-    return model(x, told)
 
 
 def input_gradient(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.grad import conv2d_input
 
-from kwta_exp.activations.selection import under_transform
+from kwta_exp.activations.selection_func import under_transform
 
 SPARSE = 0.2
 """Share of values other than 0 up to which a convolution of them is faster than a dense one in bfloat16."""
@@ -149,7 +149,7 @@ class _Convolution(torch.autograd.Function):
 def _scattered(
     x: Tensor, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32], tables: Any, shape: Any
 ) -> Tensor:
-    from kwta_exp.activations.selection_numba import on_threads
+    from kwta_exp.activations.compiled import on_threads
     from kwta_exp.models.sparse_numba import convolve
 
     out = torch.empty((len(x), *shape), dtype=x.dtype, memory_format=torch.channels_last)

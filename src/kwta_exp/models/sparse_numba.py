@@ -13,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from kwta_exp.activations.selection_numba import jit
+from kwta_exp.activations.compiled import jit
 
 LANES = 64
 """Output channels done at once, and values tested at once for being 0."""
