@@ -1,15 +1,13 @@
 """Recompute a run's worst case from weights and images alone.
 
-    python -m kwta_exp.verify RUN_FOLDER
+    kwta-exp verify RUN_FOLDER
 
 For evaluations made with ``evaluation.save_images=true``: reads the adversarial images, checks that each lies
 inside the threat around the test image it claims to come from, and judges it again. No attack is run and no
 record is believed.
 """
 
-import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,29 +15,30 @@ import torch
 from torch import nn
 
 from kwta_exp.attacks import Threat
-from kwta_exp.config import build, check_trust
 from kwta_exp.data.base import Images
 from kwta_exp.data.batches import first_test_images, to_float
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.judge import Judge, errs
-from kwta_exp.parts import network_of_run
-from kwta_exp.plan import source_run
+from kwta_exp.parts import planned_network
+from kwta_exp.plan import Plan
 from kwta_exp.run_folder import read_results
 
 _ROUNDING = 1e-6
 """How far float32 may carry an image over the edge of its ball."""
 
 
-def verify(folder: Path) -> list[str]:
+def verify(plan: Plan, folder: Path) -> list[str]:
     """What was found of each evaluation with images in a run folder, one line each.
+
+    Args:
+        plan: of judging the folder's run again, from :func:`~kwta_exp.plan.plan_to_judge`.
+        folder: the run folder.
 
     Raises:
         UserError: if there is none, an image is not what it claims, or a number cannot be had again.
     """
-    _, cfg = source_run(str(folder), "RUN_FOLDER")
-    check_trust(cfg, "dataset", folder)
-    data = build(cfg, "dataset").load()
-    network = network_of_run(str(folder), "RUN_FOLDER", data).eval().requires_grad_(False)
+    data = plan.dataset.load()
+    network = planned_network(plan, data).eval().requires_grad_(False)
 
     evaluations = sorted(path.parent for path in folder.glob("evaluation/*/images"))
     if not evaluations:
@@ -85,17 +84,3 @@ def _verify_one(evaluation: Path, network: nn.Module, data: Images) -> str:
     if found != claimed:
         raise UserError(f"{evaluation}: found {said}, but results.json says {claimed}")
     return f"{evaluation}: {said} (n = {len(images)}), as results.json says"
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path, metavar="RUN_FOLDER")
-    try:
-        print("\n".join(verify(parser.parse_args().folder)))
-    except UserError as error:
-        sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,14 +1,12 @@
 """Two runs on the same images: which is more robust, image by image?
 
-    python -m kwta_exp.report.compare RUN_FOLDER RUN_FOLDER
+    kwta-exp compare RUN_FOLDER RUN_FOLDER
 
 Two accuracies with overlapping intervals may still differ for certain, because the images are the same. Only
 those on which the runs disagree tell them apart (McNemar, "Note on the sampling error of the difference between
 correlated proportions or percentages", Psychometrika 1947; here the exact binomial form).
 """
 
-import argparse
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,19 +102,3 @@ def _mcnemar(only_a: int, only_b: int) -> str:
     p = binomtest(only_a, only_a + only_b).pvalue
     verdict = "no difference is shown" if p >= 0.05 else f"{'A' if only_a > only_b else 'B'} has more right"
     return f"p = {p:.2g}: {verdict}"
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for name in ("first", "second"):
-        parser.add_argument(name, type=Path, metavar="RUN_FOLDER")
-    given = parser.parse_args()
-    try:
-        print(compare(Outcomes.of(given.first), Outcomes.of(given.second)))
-    except UserError as error:
-        sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main()
