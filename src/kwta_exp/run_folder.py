@@ -174,5 +174,5 @@ def read_results(path: Path) -> dict[str, Any] | None:
 
 
 def readable(text: str) -> str:
-    """``text`` as a part of a folder's name."""
-    return re.sub(r"[^A-Za-z0-9._+]+", "_", text).strip("_")
+    """``text`` as a part of a folder's name, 48 characters at most: six of them are a name on any file system."""
+    return re.sub(r"[^A-Za-z0-9._+]+", "_", text).strip("_")[:48]

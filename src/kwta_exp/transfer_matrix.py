@@ -25,6 +25,7 @@ from kwta_exp.data.batches import first_test_images
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation import Diagnosis, Roles, evaluate, summarise
 from kwta_exp.fields import Eps
+from kwta_exp.naming import as_name
 from kwta_exp.parts import network_of_run
 from kwta_exp.plan import source_run
 from kwta_exp.storage import sha256_of_file, sha256_of_json, write_json
@@ -90,7 +91,7 @@ def matrix(
 
 def _name(folder: Path) -> str:
     path = folder.resolve()
-    return f"{path.parent.name}-{path.name}"
+    return as_name(f"{path.parent.name}-{path.name}")
 
 
 def _images(folders: Sequence[Path]) -> tuple[Images, str]:
