@@ -15,12 +15,12 @@ from kwta_exp.errors import UserError
 from kwta_exp.evaluation import evaluate
 from kwta_exp.experiment import run
 from kwta_exp.naming import LONGEST, as_name, safe_name, safe_names
-from kwta_exp.run_folder import readable
+from kwta_exp.run_folder import RunFolder, readable
 
 CANNOT = [
     "", "../x", "../../etc/x", "/etc/x", "a/b", "a\\b", "C:\\x", "a\0b", "a\nb", "a\n", "a\tb", "\x1b[31mred",
-    ".", "..", ".hidden", "-rf", "a b", "a:b", "a*", "\u00e9", "\u0430", "\u202egnp", "\ud800", "a" * (LONGEST + 1),
-    "$(id)", "${seed}",
+    ".", "..", ".hidden", "-rf", "a b", "a:b", "a*", "\u00e9", "\u0430", "\u202egnp", "\ud800",
+    "a" * (LONGEST + 1), "$(id)", "${seed}",
 ]  # fmt: skip
 
 TAKEN = [
@@ -110,6 +110,12 @@ def test_what_was_chosen_names_a_folder_of_limited_length_and_no_other_one() -> 
     for text in (*CANNOT, "x" * 5000):
         assert Path("outputs", f"digits-{readable(text)}").parent == Path("outputs")
         assert len(readable(text)) <= 48
+
+
+@pytest.mark.parametrize("outputs", ["a" * 300, "a\0b"], ids=ascii)
+def test_outputs_that_cannot_be_are_one_message(outputs: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="^paths.outputs=.*: no folder can be made there"):
+        RunFolder.of(tmp_path / outputs, "digits-cnn", 0, {})
 
 
 def images(n: int) -> Split:

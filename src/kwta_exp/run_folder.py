@@ -35,8 +35,19 @@ class RunFolder:
 
     @classmethod
     def of(cls, outputs: Path, name: str, seed: int, identity: Mapping[str, Any]) -> "RunFolder":
-        """The folder for ``identity``: everything that decides the trained weights."""
-        return cls(outputs / name / f"s{seed}-{sha256_of_json(identity)[:_HASH_DIGITS]}")
+        """The folder for ``identity``: everything that decides the trained weights.
+
+        Raises:
+            UserError: if there cannot be a folder of this name.
+        """
+        path = outputs / name / f"s{seed}-{sha256_of_json(identity)[:_HASH_DIGITS]}"
+        try:
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # whether it can be made is seen when it is
+        except (OSError, ValueError) as error:  # too long, links in circles, a NUL in it
+            raise UserError(f"paths.outputs={outputs}: no folder can be made there ({error})") from error
+        return cls(path)
 
     @property
     def config(self) -> Path:
@@ -174,5 +185,5 @@ def read_results(path: Path) -> dict[str, Any] | None:
 
 
 def readable(text: str) -> str:
-    """``text`` as a part of a folder's name, 48 characters at most: six of them are a name on any file system."""
+    """``text`` as a part of a folder's name, of 48 characters at most: file systems take 255 in all."""
     return re.sub(r"[^A-Za-z0-9._+]+", "_", text).strip("_")[:48]
