@@ -114,7 +114,7 @@ def test_what_was_chosen_names_a_folder_of_limited_length_and_no_other_one() -> 
 
 @pytest.mark.parametrize("outputs", ["a" * 300, "a\0b"], ids=ascii)
 def test_outputs_that_cannot_be_are_one_message(outputs: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="^paths.outputs=.*: no folder can be made there"):
+    with pytest.raises(UserError, match=r"^paths\.outputs=.*: no folder can be made there"):
         RunFolder.of(tmp_path / outputs, "digits-cnn", 0, {})
 
 

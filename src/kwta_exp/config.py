@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from kwta_exp.errors import UserError
+from kwta_exp.errors import UserError, printable
 from kwta_exp.explain import explain_validation, explanation
 from kwta_exp.fields import STRICT, Count, Natural, Sha256
 from kwta_exp.run_folder import readable
@@ -36,6 +36,9 @@ Config = DictConfig
 
 class ConfigError(CompactHydraException):
     """A user's mistake, shown by Hydra as one message with exit status 1 and no traceback."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class Paths(BaseModel):

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from kwta_exp import environment
-from kwta_exp.errors import UserError
+from kwta_exp.errors import PrintableFormatter, UserError
 from kwta_exp.storage import PARTIAL, sha256_of_json, write_text
 
 log = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def opened(folder: RunFolder, texts: Mapping[str, str], command: str, rerun: boo
 def _log_file(path: Path) -> Iterator[logging.Logger]:
     """Everything logged, and every warning, goes to ``path`` too; the logger given goes nowhere else."""
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     file_only = logging.getLogger(f"{__name__}.file_only")
     file_only.propagate = False
     for logger in (logging.getLogger(), file_only):

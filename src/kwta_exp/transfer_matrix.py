@@ -22,7 +22,7 @@ from kwta_exp.attacks import APGD, PGD, Attack, SurrogatePGD, Threat, Transfer
 from kwta_exp.config import build, check_trust, plain, recorded_config
 from kwta_exp.data.base import Images
 from kwta_exp.data.batches import first_test_images
-from kwta_exp.errors import UserError
+from kwta_exp.errors import UserError, printable
 from kwta_exp.evaluation import Diagnosis, Roles, evaluate, summarise
 from kwta_exp.fields import Eps
 from kwta_exp.naming import as_name
@@ -151,7 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("outputs/transfer"), help="where records are kept")
     asked = parser.parse_args(arguments)
     try:
-        print(text(matrix(asked.folders, asked.attack, asked.n, asked.eps, asked.seed, asked.work)))
+        found = matrix(asked.folders, asked.attack, asked.n, asked.eps, asked.seed, asked.work)
+        print(printable(text(found)))
     except UserError as error:
         sys.exit(str(error))
 

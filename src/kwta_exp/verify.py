@@ -20,7 +20,7 @@ from kwta_exp.attacks import Threat
 from kwta_exp.config import build, check_trust
 from kwta_exp.data.base import Images
 from kwta_exp.data.batches import first_test_images, to_float
-from kwta_exp.errors import UserError
+from kwta_exp.errors import UserError, printable
 from kwta_exp.evaluation.judge import Judge, errs
 from kwta_exp.parts import network_of_run
 from kwta_exp.plan import source_run
@@ -92,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER")
     try:
-        print("\n".join(verify(parser.parse_args().folder)))
+        print(printable("\n".join(verify(parser.parse_args().folder))))
     except UserError as error:
         sys.exit(str(error))
 

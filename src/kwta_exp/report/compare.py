@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kwta_exp.errors import UserError
+from kwta_exp.errors import UserError, printable
 from kwta_exp.evaluation.records import Record
 from kwta_exp.run_folder import RunFolder, read_results
 
@@ -113,7 +113,7 @@ def main() -> None:
         parser.add_argument(name, type=Path, metavar="RUN_FOLDER")
     given = parser.parse_args()
     try:
-        print(compare(Outcomes.of(given.first), Outcomes.of(given.second)))
+        print(printable(compare(Outcomes.of(given.first), Outcomes.of(given.second))))
     except UserError as error:
         sys.exit(str(error))
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from kwta_exp.errors import UserError
+from kwta_exp.errors import UserError, printable
 from kwta_exp.report.compare import Outcomes
 from kwta_exp.run_folder import read_results
 
@@ -103,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER")
     try:
-        print("\n\n".join(text(curve) for curve in curves(parser.parse_args(arguments).folder)))
+        found = curves(parser.parse_args(arguments).folder)
+        print(printable("\n\n".join(map(text, found))))
     except UserError as error:
         sys.exit(str(error))
 
