@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "kwta_exp"
 
 LAYERS = [
     {"errors", "fields", "randomness", "progress", "environment"},
-    {"activations", "storage", "runtime", "explain", "naming"},
+    {"activations", "storage", "runtime", "explain", "naming", "received"},
     {"run_folder", "download", "targets"},
     {"attacks", "models", "data", "checkpoint"},
     {"training", "evaluation"},

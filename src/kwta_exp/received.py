@@ -1,0 +1,70 @@
+"""Files that anybody may have made, looked at before they are read: what they are, and how large inside."""
+
+import os
+import stat
+import zipfile
+from pathlib import Path
+from typing import IO
+
+MOST_EXPANDED = 2**32
+"""Bytes that an archive may always expand to."""
+
+MOST_EXPANSION = 100
+"""A larger archive may expand to this multiple of its own size: images compress up to ten times."""
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def regular_size(path: Path) -> int:
+    """Bytes of a regular file, or of the one that a link leads to; nothing is opened.
+
+    Anything else cannot be read to its end: a pipe waits for a writer, a device may go on for ever.
+
+    Raises:
+        ValueError: saying what is there instead.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError as error:
+        there = "a link to what is not there" if path.is_symlink() else "no such file"
+        raise ValueError(there) from error
+    except OSError as error:
+        raise ValueError(error.strerror) from error
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{_KINDS.get(stat.S_IFMT(found.st_mode), 'no regular file')}, not a file")
+    return found.st_size
+
+
+def refuse_bomb(file: IO[bytes]) -> None:
+    """Refuse a zip archive, such as ``.npz`` and torch files are, that would fill the memory; pass others.
+
+    Args:
+        file: open at any place, which stays as it is.
+
+    Raises:
+        ValueError: if its members together are larger than :data:`MOST_EXPANDED` and than
+            :data:`MOST_EXPANSION` times the file, or are packed in a way that bounds nothing.
+    """
+    place = file.tell()
+    try:
+        if not zipfile.is_zipfile(file):
+            return
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+        size = file.seek(0, os.SEEK_END)
+    finally:
+        file.seek(place)
+    if {member.compress_type for member in members} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+        raise ValueError("packed by another method than deflate")
+    expanded = sum(member.file_size for member in members)
+    if expanded > max(MOST_EXPANDED, MOST_EXPANSION * size):
+        raise ValueError(
+            f"{size:,} bytes that expand to {expanded:,}; expected {MOST_EXPANDED:,} or"
+            f" {MOST_EXPANSION} times the file at most"
+        )
