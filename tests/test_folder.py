@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from kwta_exp.data.batches import TrainingBatches, first_test_images, split_training
 from kwta_exp.data.folder import ImageFolder
@@ -218,7 +219,9 @@ def test_a_class_that_is_a_dangling_link_is_not_left_out_in_silence(root: Path) 
         dataset(root).load()
 
 
-def test_a_worker_that_dies_ends_the_run_with_one_message(root: Path) -> None:
+def test_a_worker_that_dies_ends_the_run_with_one_message(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch looks every five seconds whether its workers live.
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
     pixels = dataset(root, workers=1).load().x_train
     stream = pixels.stream([torch.arange(3)] * 50, None)
     next(stream)

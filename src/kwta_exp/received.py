@@ -1,10 +1,9 @@
 """Files that anybody may have made, looked at before they are read: what they are, and how large inside."""
 
-import os
 import stat
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
 MOST_EXPANDED = 2**32
 """Bytes that an archive may always expand to."""
@@ -41,25 +40,27 @@ def regular_size(path: Path) -> int:
     return found.st_size
 
 
-def refuse_bomb(file: IO[bytes]) -> None:
-    """Refuse a zip archive, such as ``.npz`` and torch files are, that would fill the memory; pass others.
+def require_plain(path: Path) -> None:
+    """Refuse what is no regular file, and an archive that would fill the memory.
 
-    Args:
-        file: open at any place, which stays as it is.
+    A zip archive, such as ``.npz`` and torch files are, is refused if its members together are larger than
+    :data:`MOST_EXPANDED` and than :data:`MOST_EXPANSION` times the file, or are packed in a way that bounds
+    nothing. Readers take no more of a member than the archive says that it holds.
 
     Raises:
-        ValueError: if its members together are larger than :data:`MOST_EXPANDED` and than
-            :data:`MOST_EXPANSION` times the file, or are packed in a way that bounds nothing.
+        ValueError: saying why.
+        OSError: if it cannot be read.
     """
-    place = file.tell()
-    try:
-        if not zipfile.is_zipfile(file):
-            return
-        with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-        size = file.seek(0, os.SEEK_END)
-    finally:
-        file.seek(place)
+    size = regular_size(path)
+    if zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                _refuse_bomb(archive.infolist(), size)
+        except (zipfile.BadZipFile, NotImplementedError) as error:
+            raise ValueError(str(error)) from error
+
+
+def _refuse_bomb(members: Sequence[zipfile.ZipInfo], size: int) -> None:
     if {member.compress_type for member in members} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
         raise ValueError("packed by another method than deflate")
     expanded = sum(member.file_size for member in members)
