@@ -1,7 +1,6 @@
 """Folders of images: found, read, cropped by each image's own key, in order, with or without workers."""
 
 import errno
-import multiprocessing
 import os
 import signal
 import socket
@@ -14,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from kwta_exp.config import ConfigError, user_errors
 from kwta_exp.data.batches import TrainingBatches, first_test_images, split_training
 from kwta_exp.data.folder import ImageFolder
 from kwta_exp.errors import UserError
@@ -220,16 +219,26 @@ def test_a_class_that_is_a_dangling_link_is_not_left_out_in_silence(root: Path) 
 
 
 def test_a_worker_that_dies_ends_the_run_with_one_message(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # torch looks every five seconds whether its workers live.
-    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
     pixels = dataset(root, workers=1).load().x_train
-    stream = pixels.stream([torch.arange(3)] * 50, None)
-    next(stream)
-    (worker,) = multiprocessing.active_children()
-    os.kill(worker.pid or 0, signal.SIGKILL)
-    worker.join(60)  # nothing is raised here, whatever torch's signal handler would
+    main = os.getpid()
+
+    def dies(path: Path, size: int) -> None:
+        assert os.getpid() != main
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("kwta_exp.data.folder._judged", dies)
     with pytest.raises(UserError, match=r"^dataset\.workers=1: a process that reads images died"):
-        list(stream)
+        list(pixels.stream([torch.arange(3)], None))
+
+
+def test_the_death_of_a_worker_is_one_message_wherever_torch_raises_it() -> None:
+    with (
+        pytest.raises(ConfigError, match=r"^dataset\.workers: a process that reads images died"),
+        user_errors(),
+    ):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    with pytest.raises(RuntimeError, match=r"^other$"), user_errors():
+        raise RuntimeError("other")
 
 
 def test_mistakes_are_named(root: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from kwta_exp.data.folder import DEATH_OF_WORKER, is_death_of_worker
 from kwta_exp.errors import UserError, printable
 from kwta_exp.explain import explain_validation, explanation
 from kwta_exp.fields import STRICT, Count, Natural, Sha256
@@ -82,6 +83,10 @@ def user_errors() -> Iterator[None]:
         yield
     except UserError as error:
         raise ConfigError(str(error)) from error
+    except RuntimeError as error:
+        if not is_death_of_worker(error):
+            raise
+        raise ConfigError(f"dataset.workers: {DEATH_OF_WORKER} ({error})") from error
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}: missing; expected {error.full_key}=VALUE") from None
     except OmegaConfBaseException as error:

@@ -1,8 +1,6 @@
 """Images in folders, one a class, read from disk as they are needed: for data that memory cannot hold."""
 
 import os
-import signal
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +19,6 @@ from kwta_exp.storage import sha256_of_file, sha256_of_json
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from torch.utils.data import DataLoader
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm"})
 
@@ -211,35 +208,23 @@ class FolderPixels:
             generator=torch.Generator(),  # or it draws from the global one
             pin_memory="cuda" in str(self.device),
         )
-        batches = _begun(loader)
-        while True:
-            try:
-                batch = next(batches, None)
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker"):
-                    raise
-                raise UserError(
-                    f"dataset.workers={self.workers}: a process that reads images died ({error}),"
-                    " for want of memory perhaps; expected fewer. The same command continues"
-                ) from error
-            if batch is None:
-                return
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch.to(self.device, non_blocking=True)
+        try:
+            for batch in loader:
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch.to(self.device, non_blocking=True)
+        except RuntimeError as error:
+            if not is_death_of_worker(error):
+                raise
+            raise UserError(f"dataset.workers={self.workers}: {DEATH_OF_WORKER} ({error})") from error
 
 
-def _begun(loader: "DataLoader[Any]") -> Iterator[Any]:
-    """An iterator that tells of a worker's death when it is asked for a batch.
+DEATH_OF_WORKER = "a process that reads images died, for want of memory perhaps; expected fewer workers"
 
-    torch would raise that from a signal handler, in whatever line of the main process runs at the time.
-    """
-    handled = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGCHLD) if handled else None
-    batches = iter(loader)
-    if before is not None:
-        signal.signal(signal.SIGCHLD, before)
-    return batches
+
+def is_death_of_worker(error: BaseException) -> bool:
+    """Whether it says that a reading process died: torch raises it in whatever line runs at the time."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
 
 
 @dataclass(frozen=True)
