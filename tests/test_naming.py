@@ -15,6 +15,7 @@ from kwta_exp.errors import UserError
 from kwta_exp.evaluation import evaluate
 from kwta_exp.experiment import run
 from kwta_exp.naming import LONGEST, as_name, safe_name, safe_names
+from kwta_exp.report.compare import Outcomes
 from kwta_exp.run_folder import RunFolder, readable
 
 CANNOT = [
@@ -136,6 +137,12 @@ def test_the_library_refuses_an_attack_s_bad_name_too(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"attack: name '\.\./x'"):
         evaluate(AlwaysFirst(), images(4), {"../x": attack}, Threat(norm="linf", eps=0.1), 0, 2, folder)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/x", "clean", "\x1b[31m"], ids=ascii)
+def test_a_received_folder_s_attack_leads_no_reader_out_of_it(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"results\.json: name "):
+        Outcomes.of_evaluation(tmp_path, {"attacks": {name: {}}})
 
 
 def test_an_attack_that_steps_aside_takes_no_other_s_images_with_it(tmp_path: Path) -> None:
