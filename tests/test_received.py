@@ -150,6 +150,28 @@ def test_a_packed_bomb_of_weights_is_refused(tmp_path: Path) -> None:
         read_weights(tmp_path / "bomb.pth")
 
 
+def _tangle(depth: int) -> bytes:
+    """A dictionary with a key of 2**depth objects, in a few bytes."""
+    tuples = [b"h%bh%b\x86q%b" % (bytes([i]), bytes([i]), bytes([i + 1])) for i in range(depth)]
+    return b"\x80\x02](K\x00\x85q\x00" + b"".join(tuples) + b"e}h" + bytes([depth]) + b"K\x01s\x86."
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_weights_that_take_for_ever_to_hash_are_refused(legacy: bool, tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(3)}, tmp_path / "plain.pth", _use_new_zipfile_serialization=not legacy)
+    read_weights(tmp_path / "plain.pth")
+    path = tmp_path / "tangled.pth"
+    if legacy:
+        content = (tmp_path / "plain.pth").read_bytes()
+        path.write_bytes(content[: content.index(b"\x80\x02}")] + _tangle(60))
+    else:
+        with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(path, "w") as tangled:
+            for name in plain.namelist():
+                tangled.writestr(name, _tangle(60) if name.endswith("data.pkl") else plain.read(name))
+    with pytest.raises(UserError, match=r"^weights=.*: more than 10,000,000 objects in a few bytes"):
+        read_weights(path)
+
+
 def test_a_link_to_a_file_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"12345")
     (tmp_path / "link").symlink_to("a")

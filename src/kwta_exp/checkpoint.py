@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kwta_exp.errors import UserError
-from kwta_exp.received import require_plain
+from kwta_exp.received import require_plain, require_untangled
 from kwta_exp.storage import write_bytes
 
 Weights = dict[str, Tensor]
@@ -38,6 +38,8 @@ def read_weights(path: Path) -> Weights:
     """
     try:
         require_plain(path)
+        if path.suffix != ".safetensors":
+            require_untangled(path)
     except (OSError, ValueError) as error:
         raise UserError(f"weights={path}: {error}; expected a checkpoint") from error
     if path.suffix == ".safetensors":

@@ -1,15 +1,21 @@
 """Files that anybody may have made, looked at before they are read: what they are, and how large inside."""
 
+import contextlib
+import pickletools
 import stat
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 MOST_EXPANDED = 2**32
 """Bytes that an archive may always expand to."""
 
 MOST_EXPANSION = 100
 """A larger archive may expand to this multiple of its own size: images compress up to ten times."""
+
+MOST_OBJECTS = 10**7
+"""Objects that the pickle in a torch file may stand for: hashing so many takes a second."""
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -58,6 +64,70 @@ def require_plain(path: Path) -> None:
                 _refuse_bomb(archive.infolist(), size)
         except (zipfile.BadZipFile, NotImplementedError) as error:
             raise ValueError(str(error)) from error
+
+
+def require_untangled(path: Path) -> None:
+    """Refuse a torch file whose pickles name few objects so often in each other that hashing them never ends.
+
+    A dictionary hashes its keys, and a tuple of a tuple twice, of a tuple twice, and so on, costs twice as much
+    with every three bytes. Nothing is built here; what is no pickle at all is left to its reader.
+
+    Raises:
+        ValueError: if so.
+        OSError: if it cannot be read.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.lower().endswith(".pkl"):
+                    with archive.open(name) as pickled:
+                        _refuse_tangle(pickled)
+    else:
+        with path.open("rb") as pickles:
+            for _ in range(5):  # a legacy file: a number, a version, a system, the content, the storages' keys
+                _refuse_tangle(pickles)
+
+
+def _refuse_tangle(pickled: IO[bytes]) -> None:
+    """Follow the pickle's stack with the size of each object, written out, in its place."""
+    stack: list[int | None] = []
+    memo: dict[object, int | None] = {}
+    with contextlib.suppress(IndexError, KeyError, UnicodeError, _ParseError):
+        for operation, argument in _operations(pickled):
+            if operation.name == "MARK":
+                stack.append(None)
+            elif operation.name.endswith("PUT") or operation.name == "MEMOIZE":
+                memo[len(memo) if operation.name == "MEMOIZE" else argument] = stack[-1]
+            elif operation.name.endswith("GET"):
+                stack.append(memo[argument])
+            else:
+                size = 1 + _taken(stack, operation)
+                if size > MOST_OBJECTS:
+                    raise ValueError(f"more than {MOST_OBJECTS:,} objects in a few bytes")
+                stack += [size] * len(operation.stack_after)
+
+
+def _operations(pickled: IO[bytes]) -> Iterator[tuple[pickletools.OpcodeInfo, object]]:
+    try:
+        for operation, argument, _ in pickletools.genops(pickled):
+            yield operation, argument
+    except ValueError as error:
+        raise _ParseError from error
+
+
+class _ParseError(Exception):
+    """What is read is no pickle."""
+
+
+def _taken(stack: list[int | None], operation: pickletools.OpcodeInfo) -> int:
+    """Take what ``operation`` works on from the stack, and say how large it is in all."""
+    size = 0
+    takes = list(operation.stack_before)
+    if pickletools.markobject in takes:
+        while (item := stack.pop()) is not None:
+            size += item
+        takes = takes[: takes.index(pickletools.markobject)]
+    return size + sum(stack.pop() or 0 for _ in takes)
 
 
 def _refuse_bomb(members: Sequence[zipfile.ZipInfo], size: int) -> None:
