@@ -17,7 +17,7 @@ from kwta_exp.data.datasets import Arrays
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.records import Record
 from kwta_exp.plan import _weights_file
-from kwta_exp.received import MOST_EXPANDED, regular_size, require_plain
+from kwta_exp.received import MOST_EXPANDED, MOST_YAML, read_yaml, regular_size, require_plain
 
 READERS: dict[str, Callable[[Path], object]] = {
     "dataset.path": lambda path: Arrays(path=str(path)).load(),
@@ -170,6 +170,31 @@ def test_weights_that_take_for_ever_to_hash_are_refused(legacy: bool, tmp_path: 
                 tangled.writestr(name, _tangle(60) if name.endswith("data.pkl") else plain.read(name))
     with pytest.raises(UserError, match=r"^weights=.*: more than 10,000,000 objects in a few bytes"):
         read_weights(path)
+
+
+NO_YAML: dict[str, tuple[str, str]] = {
+    "a bomb": ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "holds an alias"),
+    "a loop": ("a: &a {x: *a}\n", "holds an alias"),
+    "deep": ("a: " + "[" * 5000 + "]" * 5000, "nested more than 30 deep"),
+    "long": ("#" * (MOST_YAML + 1), "longer than 1,048,576 bytes"),
+    "code": ("a: !!python/object/apply:os.abort []\n", "no plain YAML"),
+    "torn": ("a: [1", "no plain YAML"),
+    "a large number": ("a: " + "1" * 10_000, "Exceeds the limit"),
+    "control characters": ("a: \x07", "no plain YAML"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_YAML)
+def test_yaml_that_is_no_plain_one_is_refused(kind: str, tmp_path: Path) -> None:
+    text, said = NO_YAML[kind]
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        read_yaml(tmp_path / "a.yaml")
+
+
+def test_plain_yaml_is_read_and_nothing_of_it_resolved(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("a: {b: [1, 0.5, null], c: '${oc.env:HOME}'}\n")
+    assert read_yaml(tmp_path / "a.yaml") == {"a": {"b": [1, 0.5, None], "c": "${oc.env:HOME}"}}
 
 
 def test_a_link_to_a_file_is_a_file(tmp_path: Path) -> None:

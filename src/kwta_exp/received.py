@@ -6,13 +6,18 @@ import stat
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import yaml
 
 MOST_EXPANDED = 2**32
 """Bytes that an archive may always expand to."""
 
 MOST_EXPANSION = 100
 """A larger archive may expand to this multiple of its own size: images compress up to ten times."""
+
+MOST_YAML = 2**20
+DEEPEST_YAML = 30
 
 MOST_OBJECTS = 10**7
 """Objects that the pickle in a torch file may stand for: hashing so many takes a second."""
@@ -64,6 +69,30 @@ def require_plain(path: Path) -> None:
                 _refuse_bomb(archive.infolist(), size)
         except (zipfile.BadZipFile, NotImplementedError) as error:
             raise ValueError(str(error)) from error
+
+
+def read_yaml(path: Path) -> Any:
+    """The plain values in a YAML file of at most :data:`MOST_YAML` bytes, nested and numbered within reason.
+
+    An alias stands for anything of any size, itself included, so there may be none.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+        OSError: if it cannot be read.
+    """
+    if regular_size(path) > MOST_YAML:
+        raise ValueError(f"longer than {MOST_YAML:,} bytes")
+    text, depth = path.read_text(encoding="utf-8"), 0
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("holds an alias; expected plain values")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST_YAML:
+                raise ValueError(f"nested more than {DEEPEST_YAML} deep")
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"no plain YAML ({str(error).splitlines()[0]})") from error
 
 
 def require_untangled(path: Path) -> None:
