@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "kwta_exp"
 
 LAYERS = [
     {"errors", "fields", "randomness", "progress", "environment"},
-    {"activations", "storage", "runtime", "explain", "settings"},
+    {"activations", "storage", "runtime", "explain", "naming", "received", "settings"},
     {"run_folder", "download", "targets"},
     {"recorded"},
     {"attacks", "models", "data", "checkpoint"},

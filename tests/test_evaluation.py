@@ -310,15 +310,15 @@ def test_networks_of_float32_alone_are_confirmed_too(tmp_path: Path) -> None:
 
 def test_beyond_the_diagnostic_images_an_attack_sees_only_what_stands(tmp_path: Path) -> None:
     split = images(0.45, 0.55, 0.46, 0.54, 0.2)
-    suite = {"up": shift(0.09), "down": shift(-0.09), "again": shift(0.09)}
+    suite = {"up": shift(0.09), "down": shift(-0.09), "up_again": shift(0.09)}
     _, records, results = judge(tmp_path, split, suite, diagnostic_n=2)
     seen = {name: (record.columns["index"] - 100).tolist() for name, record in records.items()}
-    assert seen == {"up": [0, 1, 2, 3, 4], "down": [0, 1, 3, 4], "again": [0, 1, 4]}
+    assert seen == {"up": [0, 1, 2, 3, 4], "down": [0, 1, 3, 4], "up_again": [0, 1, 4]}
     assert [results["attacks"][name]["n"] for name in suite] == [2, 2, 2]
     assert [results["attacks"][name]["robust_accuracy"] for name in suite] == [0.5, 0.5, 0.5]
     assert [results["attacks"][name]["cumulative"] for name in suite] == [0.6, 0.2, 0.2]
     assert results["worst_case"] == {**results["worst_case"], "robust_accuracy": 0.2, "n": 5}
-    assert results["worst_case"]["by"] == {"up": 0.4, "down": 0.4, "again": 0.0}
+    assert results["worst_case"]["by"] == {"up": 0.4, "down": 0.4, "up_again": 0.0}
     everything = judge(tmp_path / "all", split, suite)[2]
     assert everything["worst_case"] == results["worst_case"]
 

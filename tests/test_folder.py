@@ -1,5 +1,12 @@
 """Folders of images: found, read, cropped by each image's own key, in order, with or without workers."""
 
+import errno
+import os
+import signal
+import socket
+import struct
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from kwta_exp.config import user_errors
 from kwta_exp.data.batches import TrainingBatches, first_test_images, split_training
 from kwta_exp.data.folder import ImageFolder
 from kwta_exp.errors import UserError
@@ -103,6 +111,134 @@ def test_a_damaged_image_is_one_message_from_any_process(root: Path, workers: in
     with pytest.raises(UserError, match=r"^dataset\.root: .*cannot be read as an image") as caught:
         next(TrainingBatches(train, 4, 0, True, seed=0).epoch(0))
     assert "Traceback" not in str(caught.value)
+
+
+def _png(width: int, height: int) -> bytes:
+    """A valid PNG of one colour, small however large the image is."""
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    rows = zlib.compress((b"\0" * (1 + (width + 7) // 8)) * min(height, 5000))
+    chunks = ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+def _bind(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(path))
+
+
+NO_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "fifo": (lambda path: os.mkfifo(path), "is a named pipe, not a file"),
+    "socket": (_bind, "is a socket, not a file"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "is a device, not a file"),
+    "folder": (lambda path: path.mkdir(), "is a folder, not a file"),
+    "link to a folder": (lambda path: path.symlink_to("/"), "is a folder, not a file"),
+    "dangling": (lambda path: path.symlink_to("nowhere"), "is a link to what is not there"),
+    "loop": (lambda path: path.symlink_to(path.name), "is Too many levels of symbolic links"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_what_is_no_file_is_refused_before_anything_is_opened(kind: str, root: Path) -> None:
+    make, said = NO_FILES[kind]
+    make(root / "train" / "b" / "z.png")
+    with pytest.raises(UserError, match=rf"^dataset\.root: .*/train/b/z\.png {said}; expected an image$"):
+        dataset(root).fingerprint()
+    images = dataset(root).load()  # as a tool does that takes no fingerprint
+    where = [path.name for path in images.x_train.files].index("z.png")
+    with pytest.raises(UserError, match=rf"z\.png cannot be read as an image \({said[3:]}\)"):
+        images.x_train[torch.tensor([where])]
+
+
+def test_links_to_images_and_to_classes_are_followed(root: Path, tmp_path: Path) -> None:
+    plain = dataset(root).load().x_train[:]
+    farm = tmp_path / "farm"
+    for part in ("train", "val"):
+        (farm / part).mkdir(parents=True)
+        (farm / part / "c").symlink_to(root / part / "c")
+        for name in {"a", "b"} & {path.name for path in (root / part).iterdir()}:
+            (farm / part / name).mkdir()
+            for path in (root / part / name).glob("*.png"):
+                (farm / part / name / path.name).symlink_to(path)
+    assert torch.equal(dataset(farm).load().x_train[:], plain)
+    assert dataset(farm).fingerprint() == dataset(root).fingerprint()
+
+
+DAMAGED: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "cannot identify image file"),
+    "text": (b"no image", "cannot identify image file"),
+    "torn": (_png(64, 64)[:45], ""),
+    "another checksum": (_png(64, 64).replace(b"IDAT", b"IDAU"), ""),
+    "a bomb": (_png(40_000, 40_000), "exceeds limit"),
+    "many pixels": (_png(13_000, 11_000), "13000 x 11000 pixels; expected 134,217,728 in all at most"),
+    "a strip": (_png(1_000_000, 1), "18 x 18000000 pixels"),
+    "no pixels": (b"P6 0 0 255\n", ""),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot identify"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_or_monstrous_image_is_one_message(kind: str, root: Path) -> None:
+    content, said = DAMAGED[kind]
+    (root / "val" / "a" / "0.png").write_bytes(content)
+    images = dataset(root).load()
+    with pytest.raises(UserError, match=r"^dataset\.root: .*0\.png cannot be read as an image \(") as caught:
+        images.x_test[torch.tensor([0])]
+    assert said in str(caught.value)
+
+
+def test_a_large_image_is_still_an_image(root: Path) -> None:
+    (root / "val" / "a" / "0.png").write_bytes(_png(5000, 5000))
+    assert dataset(root).load().x_test[torch.tensor([0])].shape == (1, 3, 16, 16)
+
+
+def test_what_may_not_be_read_is_one_message(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(path: Path, *args: object, **kwargs: object) -> object:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:  # root may read everything, so the refusal is made up
+        patch.setattr("os.scandir", deny)
+        with pytest.raises(UserError, match=r"dataset\.root=.*/train/a cannot be read: Permission denied"):
+            dataset(root).fingerprint()
+    with monkeypatch.context() as patch:
+        patch.setattr("kwta_exp.data.folder.sha256_of_file", deny)
+        with pytest.raises(UserError, match=r"dataset\.root: .*0\.png cannot be read: Permission denied"):
+            dataset(root).fingerprint()
+    images = dataset(root).load()
+    monkeypatch.setattr("PIL.Image.open", deny)
+    with pytest.raises(UserError, match=r"0\.png cannot be read as an image .*Permission denied"):
+        images.x_train[torch.tensor([0])]
+
+
+def test_a_class_that_is_a_dangling_link_is_not_left_out_in_silence(root: Path) -> None:
+    (root / "train" / "d").symlink_to("nowhere")
+    with pytest.raises(UserError, match="train/d is a link to what is not there"):
+        dataset(root).load()
+
+
+def test_a_worker_that_dies_ends_the_run_with_one_message(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = dataset(root, workers=1).load().x_train
+    main = os.getpid()
+
+    def dies(path: Path, size: int) -> None:
+        assert os.getpid() != main
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("kwta_exp.data.folder._judged", dies)
+    with pytest.raises(UserError, match=r"^dataset\.workers=1: a process that reads images died"):
+        list(pixels.stream([torch.arange(3)], None))
+
+
+def test_the_death_of_a_worker_is_one_message_wherever_torch_raises_it() -> None:
+    with (
+        pytest.raises(UserError, match=r"^dataset\.workers: a process that reads images died"),
+        user_errors(),
+    ):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    with pytest.raises(RuntimeError, match=r"^other$"), user_errors():
+        raise RuntimeError("other")
 
 
 def test_mistakes_are_named(root: Path, tmp_path: Path) -> None:

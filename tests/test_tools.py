@@ -240,10 +240,10 @@ def test_a_wheel_carries_the_configuration_and_both_commands(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["verify", "nowhere"], "weights=nowhere: no such file or folder"),
+        (["verify", "nowhere"], "weights=nowhere: no such file"),
         (["compare", "nowhere", "nowhere"], "nowhere"),
         (["curve", "nowhere"], "nowhere"),
-        (["transfer", "nowhere"], "weights=nowhere: no such file or folder"),
+        (["transfer", "nowhere"], "weights=nowhere: no such file"),
         (["plan", "dataset=imagenet"], "dataset/imagenet"),
     ],
 )

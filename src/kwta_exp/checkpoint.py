@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kwta_exp.errors import UserError
+from kwta_exp.received import require_plain, require_untangled
 from kwta_exp.storage import write_bytes
 
 Weights = dict[str, Tensor]
@@ -33,10 +34,14 @@ def read_weights(path: Path) -> Weights:
     """Read a state dict from safetensors, or from a torch file of nothing but tensors.
 
     Raises:
-        UserError: if the file is missing, torn, no state dict, or a pickle that would run code.
+        UserError: if the file is missing, torn, a bomb, no state dict, or a pickle that would run code.
     """
-    if not path.is_file():
-        raise UserError(f"weights={path}: no such file")
+    try:
+        require_plain(path)
+        if path.suffix != ".safetensors":
+            require_untangled(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"weights={path}: {error}; expected a checkpoint") from error
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path)

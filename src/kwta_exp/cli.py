@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kwta_exp.errors import UserError
+from kwta_exp.errors import UserError, printable
 
 _JUDGING = (
     "OVERRIDES are those of run.py (activation=mine threat.eps=8/255); a group that they choose is not taken"
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     asked = _parser().parse_args(words)
     try:
-        print(asked.do(asked))
+        print(printable(asked.do(asked)))
     except UserError as error:
         sys.exit(str(error))
 

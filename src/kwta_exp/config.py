@@ -18,8 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from kwta_exp.data.folder import DEATH_OF_WORKER, is_death_of_worker
 from kwta_exp.environment import CONF
-from kwta_exp.errors import UserError
+from kwta_exp.errors import UserError, printable
 from kwta_exp.explain import explain_validation, explanation
 from kwta_exp.fields import STRICT, Natural
 from kwta_exp.recorded import RecordedRun
@@ -40,6 +41,9 @@ Config = DictConfig
 class ConfigError(CompactHydraException):
     """A user's mistake, shown by Hydra as one message with exit status 1 and no traceback."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
 
 @contextmanager
 def user_errors() -> Iterator[None]:
@@ -53,6 +57,10 @@ def user_errors() -> Iterator[None]:
         raise UserError(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}") from None
     except HydraException as error:
         raise UserError(str(error)) from None
+    except RuntimeError as error:
+        if not is_death_of_worker(error):
+            raise
+        raise UserError(f"dataset.workers: {DEATH_OF_WORKER} ({error})") from error
 
 
 def settings(cfg: DictConfig) -> Settings:

@@ -14,8 +14,8 @@ from kwta_exp.config import Config, build, call, explain, plain
 from kwta_exp.data.base import Images
 from kwta_exp.data.batches import to_float
 from kwta_exp.errors import UserError
-from kwta_exp.evaluation.evaluator import CLEAN
 from kwta_exp.models.factory import with_facts
+from kwta_exp.naming import safe_names
 from kwta_exp.plan import Plan, source_network
 from kwta_exp.randomness import key
 from kwta_exp.storage import trained_ratio
@@ -92,10 +92,8 @@ def built_suite(cfg: Config, threat: Threat) -> dict[str, Attack]:
     Raises:
         UserError: naming the key and value at fault.
     """
-    suite = {name: build(cfg, f"attack.{name}") for name in cfg.attack}
+    suite = {name: build(cfg, f"attack.{name}") for name in safe_names(cfg.attack)}
     for name, attack in suite.items():
-        if name == CLEAN:
-            raise UserError(f"attack.{CLEAN}: the record of clean images has this name; expected another")
         suite[name] = _as_attack(cfg, f"attack.{name}", attack, threat)
     return suite
 

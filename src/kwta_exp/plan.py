@@ -1,6 +1,7 @@
 """What will be run and where: settled without loading torch, so that a finished run is known at once."""
 
 import logging
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from kwta_exp.config import (
 from kwta_exp.data.datasets import Dataset, Synthetic, stand_in
 from kwta_exp.download import fetch, is_url
 from kwta_exp.errors import UserError
+from kwta_exp.received import regular_size
 from kwta_exp.recorded import PLACES, RecordedRun
 from kwta_exp.run_folder import RunFolder, compare_commits, read_results, readable
 from kwta_exp.runtime import Runtime
@@ -167,15 +169,17 @@ def _weights_file(weights: str | None, sha256: str | None, data: Path) -> Path |
     if weights is None:
         return None
     path = fetch(weights, sha256, data / "weights") if is_url(weights) else Path(weights)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, for names that are too long as well  # noqa: PTH112
         folder = RunFolder(path)
         if not folder.last.exists():
             raise UserError(
                 f"weights={weights}: no finished training there; expected a run folder with {folder.last}"
             )
         path = folder.best
-    if not path.is_file():
-        raise UserError(f"weights={weights}: no such file or folder; expected a checkpoint or a run folder")
+    try:
+        regular_size(path)
+    except ValueError as error:
+        raise UserError(f"weights={weights}: {error}; expected a checkpoint or a run folder") from error
     if sha256 is not None and sha256_of_file(path) != sha256:
         raise UserError(f"weights_sha256={sha256}: {weights} has SHA-256 {sha256_of_file(path)}")
     return path

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kwta_exp.errors import UserError
+from kwta_exp.received import read_yaml
 from kwta_exp.run_folder import readable
 from kwta_exp.targets import require_trusted
 
@@ -95,8 +94,8 @@ class RecordedRun:
 
 def _mapping(path: Path, key: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        content = read_yaml(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{key}={path.parent}: no readable {path.name} there ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{key}={path.parent}: its {path.name} is no mapping")

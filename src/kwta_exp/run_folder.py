@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from kwta_exp import environment
-from kwta_exp.errors import UserError
+from kwta_exp.errors import PrintableFormatter, UserError
 from kwta_exp.storage import PARTIAL, sha256_of_json, write_text
 
 log = logging.getLogger(__name__)
@@ -35,8 +35,19 @@ class RunFolder:
 
     @classmethod
     def of(cls, outputs: Path, name: str, seed: int, identity: Mapping[str, Any]) -> "RunFolder":
-        """The folder for ``identity``: everything that decides the trained weights."""
-        return cls(outputs / name / f"s{seed}-{sha256_of_json(identity)[:_HASH_DIGITS]}")
+        """The folder for ``identity``: everything that decides the trained weights.
+
+        Raises:
+            UserError: if there cannot be a folder of this name.
+        """
+        path = outputs / name / f"s{seed}-{sha256_of_json(identity)[:_HASH_DIGITS]}"
+        try:
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # whether it can be made is seen when it is
+        except (OSError, ValueError) as error:  # too long, links in circles, a NUL in it
+            raise UserError(f"paths.outputs={outputs}: no folder can be made there ({error})") from error
+        return cls(path)
 
     @property
     def config(self) -> Path:
@@ -138,7 +149,7 @@ def opened(folder: RunFolder, texts: Mapping[str, str], command: str, rerun: boo
 def _log_file(path: Path) -> Iterator[logging.Logger]:
     """Everything logged, and every warning, goes to ``path`` too; the logger given goes nowhere else."""
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     file_only = logging.getLogger(f"{__name__}.file_only")
     file_only.propagate = False
     for logger in (logging.getLogger(), file_only):
@@ -174,5 +185,5 @@ def read_results(path: Path) -> dict[str, Any] | None:
 
 
 def readable(text: str) -> str:
-    """``text`` as a part of a folder's name."""
-    return re.sub(r"[^A-Za-z0-9._+]+", "_", text).strip("_")
+    """``text`` as a part of a folder's name, of 48 characters at most: file systems take 255 in all."""
+    return re.sub(r"[^A-Za-z0-9._+]+", "_", text).strip("_")[:48]

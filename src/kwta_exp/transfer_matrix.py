@@ -21,6 +21,7 @@ from kwta_exp.data.base import Images
 from kwta_exp.data.batches import first_test_images
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation import Diagnosis, Roles, evaluate, summarise
+from kwta_exp.naming import as_name
 from kwta_exp.parts import planned_network
 from kwta_exp.plan import Plan
 from kwta_exp.storage import sha256_of_file, sha256_of_json, write_json
@@ -100,7 +101,7 @@ def names(folders: Sequence[Path]) -> dict[str, Path]:
     Raises:
         UserError: if one is given twice.
     """
-    named = {f"{path.resolve().parent.name}-{path.resolve().name}": path for path in folders}
+    named = {as_name(f"{path.resolve().parent.name}-{path.resolve().name}"): path for path in folders}
     if len(named) < len(folders):
         raise UserError("RUN_FOLDER: given twice; expected different runs")
     return named

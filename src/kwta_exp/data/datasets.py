@@ -13,6 +13,7 @@ from kwta_exp.data.base import Dataset, Images, Int64, UInt8, channels_first
 from kwta_exp.data.published import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
 from kwta_exp.errors import UserError
 from kwta_exp.fields import STRICT, Count, Several
+from kwta_exp.received import regular_size, require_plain
 from kwta_exp.storage import sha256_of_file, sha256_of_json
 
 __all__ = [
@@ -69,23 +70,26 @@ class Arrays(Dataset):
         return Path(self.path).is_file()
 
     def fingerprint(self) -> str:
-        if not self.present():
+        try:
+            regular_size(Path(self.path))
+            return sha256_of_file(Path(self.path))
+        except (OSError, ValueError) as error:
             raise UserError(
-                f"dataset.path={self.path}: no such file; expected an .npz with"
-                " x_train, y_train, x_test and y_test"
-            )
-        return sha256_of_file(Path(self.path))
+                f"dataset.path={self.path}: {error}; expected an .npz with x_train, y_train, x_test and y_test"
+            ) from error
 
     def load(self) -> Images:
         names = ("x_train", "y_train", "x_test", "y_test")
         try:
             # Pickled objects could run code, so they stay forbidden.
+            require_plain(Path(self.path))
             with Path(self.path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 if missing := [name for name in names if name not in file]:
                     raise UserError(
                         f"dataset.path={self.path}: lacks {', '.join(missing)}; expected {', '.join(names)}"
                     )
-                x_train, y_train, x_test, y_test = (file[name] for name in names)
+                # A member that is no array comes as bytes.
+                x_train, y_train, x_test, y_test = (np.asarray(file[name]) for name in names)
         except UserError:
             raise
         except Exception as error:  # damaged bytes make the reader fail in any way whatever

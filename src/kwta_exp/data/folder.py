@@ -1,5 +1,7 @@
 """Images in folders, one a class, read from disk as they are needed: for data that memory cannot hold."""
 
+import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from pydantic import dataclasses
 from kwta_exp.data.base import Dataset, Images, Int64
 from kwta_exp.errors import UserError
 from kwta_exp.fields import STRICT, Count, Natural
+from kwta_exp.received import regular_size
 from kwta_exp.storage import sha256_of_file, sha256_of_json
 
 if TYPE_CHECKING:
@@ -21,6 +24,12 @@ EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm"})
 
 READ_WHOLE = 2**32
 """Datasets of up to so many bytes are told apart by their content."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
+"""What is decoded, whatever the name says; Pillow knows formats that run other programs (EPS)."""
+
+MOST_PIXELS = 2**27
+"""Pixels that an image may have: 400 MB of memory."""
 
 RESIZE_OVER_CROP = 256 / 224
 """Judged images are resized to this multiple of the crop's side first (Krizhevsky et al. 2012)."""
@@ -57,15 +66,19 @@ class ImageFolder(Dataset):
         """Hex SHA-256 of every file's path below ``root`` and its content, or, where there are more than
         :data:`READ_WHOLE` bytes in all, its size (reading terabytes would take hours).
         """
-        listing = {part: _listing(Path(self.root), part) for part in ("train", "val")}
         sizes = {
-            part: [(str(path.relative_to(self.root)), path.stat().st_size) for path in paths]
-            for part, (paths, _, _) in listing.items()
+            part: [
+                (str(path.relative_to(self.root)), _size(path)) for path in _listing(Path(self.root), part)[0]
+            ]
+            for part in ("train", "val")
         }
         listed = [entry for part in sizes.values() for entry in part]
         if sum(size for _, size in listed) > READ_WHOLE:
             return sha256_of_json([sizes, self.image_size])
-        content = {name: sha256_of_file(Path(self.root) / name) for name, _ in listed}
+        try:
+            content = {name: sha256_of_file(Path(self.root) / name) for name, _ in listed}
+        except OSError as error:
+            raise UserError(f"dataset.root: {error.filename} cannot be read: {error.strerror}") from error
         return sha256_of_json([content, self.image_size])
 
     def load(self) -> Images:
@@ -85,25 +98,50 @@ class ImageFolder(Dataset):
 
 
 def _listing(root: Path, part: str) -> tuple[list[Path], Int64, list[str]]:
-    """The image files of one part, their labels, and the names of the classes."""
+    """What is named as an image in one part, the labels, and the names of the classes."""
     folder = root / part
     if not folder.is_dir():
         raise UserError(
             f"dataset.root={root}: no folder {folder}; expected train/<class>/* and val/<class>/* there"
         )
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    found = [
-        (path, label)
-        for label, name in enumerate(classes)
-        for path in sorted((folder / name).rglob("*"))
-        if path.suffix.lower() in EXTENSIONS
-    ]
+    try:
+        classes = sorted(entry.name for entry in folder.iterdir() if _is_class(entry))
+        found = [
+            (path, label) for label, name in enumerate(classes) for path in sorted(_named_images(folder / name))
+        ]
+    except OSError as error:
+        raise UserError(f"dataset.root={root}: {error.filename} cannot be read: {error.strerror}") from error
     if len(found) < 2:
         raise UserError(
             f"dataset.root={root}: {folder} holds {len(found)} images; expected <class>/*.jpg (or"
             f" {', '.join(sorted(EXTENSIONS))})"
         )
     return [path for path, _ in found], np.array([label for _, label in found], dtype=np.int64), classes
+
+
+def _is_class(entry: Path) -> bool:
+    if entry.is_symlink() and not entry.exists():
+        raise UserError(f"dataset.root: {entry} is a link to what is not there; expected a folder, one a class")
+    return entry.is_dir()
+
+
+def _named_images(folder: Path) -> Iterator[Path]:
+    """Everything below ``folder`` with an image's extension; links to folders are not followed."""
+
+    def fail(error: OSError) -> None:
+        raise error  # or images would be missing in silence
+
+    for here, folders, files in os.walk(folder, onerror=fail):
+        for name in (*folders, *files):
+            if (path := Path(here, name)).suffix.lower() in EXTENSIONS:
+                yield path
+
+
+def _size(path: Path) -> int:
+    try:
+        return regular_size(path)
+    except ValueError as error:
+        raise UserError(f"dataset.root: {path} is {error}; expected an image") from error
 
 
 @dataclass(frozen=True)
@@ -132,7 +170,21 @@ class FolderPixels:
         import torch
 
         places = range(len(self))[index] if isinstance(index, slice) else index.tolist()
-        return torch.stack([_judged(self.files[i], self.size) for i in places]).to(self.device)
+        return torch.stack([self.read(i, None) for i in places]).to(self.device)
+
+    def read(self, place: int, key: int | None) -> "Tensor":
+        """The image at ``place``, cropped and flipped at random by ``key``, or as it is judged.
+
+        Raises:
+            UserError: naming its file, for whatever is wrong with it.
+        """
+        path = self.files[place]
+        try:
+            return _judged(path, self.size) if key is None else _augmented(path, self, key)
+        except Exception as error:  # damaged bytes make a decoder fail in any way whatever
+            raise UserError(
+                f"dataset.root: {path} cannot be read as an image ({error}); expected {', '.join(FORMATS)}"
+            ) from error
 
     def stream(self, chunks: Sequence["Tensor"], keys: Sequence["Tensor"] | None) -> Iterator["Tensor"]:
         """The images of each chunk in turn, read ahead by worker processes.
@@ -156,10 +208,23 @@ class FolderPixels:
             generator=torch.Generator(),  # or it draws from the global one
             pin_memory="cuda" in str(self.device),
         )
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch.to(self.device, non_blocking=True)
+        try:
+            for batch in loader:
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch.to(self.device, non_blocking=True)
+        except RuntimeError as error:
+            if not is_death_of_worker(error):
+                raise
+            raise UserError(f"dataset.workers={self.workers}: {DEATH_OF_WORKER} ({error})") from error
+
+
+DEATH_OF_WORKER = "a process that reads images died, for want of memory perhaps; expected fewer workers"
+
+
+def is_death_of_worker(error: BaseException) -> bool:
+    """Whether it says that a reading process died: torch raises it in whatever line runs at the time."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
 
 
 @dataclass(frozen=True)
@@ -169,10 +234,8 @@ class _Reader:
     pixels: FolderPixels
 
     def __getitem__(self, wanted: tuple[int, int | None]) -> "Tensor | UserError":
-        place, key = wanted
-        path = self.pixels.files[place]
         try:
-            return _judged(path, self.pixels.size) if key is None else _augmented(path, self.pixels, key)
+            return self.pixels.read(*wanted)
         except UserError as error:
             return error  # raised in the main process, as one message
 
@@ -187,19 +250,27 @@ def _collate(items: "list[Tensor | UserError]") -> "Tensor | UserError":
 
 
 def _open(path: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    try:
-        with Image.open(path) as image:
+    regular_size(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is another
+        with Image.open(path, formats=FORMATS) as image:
+            _require_size(image.width, image.height)
             return image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"dataset.root: {path} cannot be read as an image ({error})") from error
+
+
+def _require_size(width: int, height: int) -> None:
+    if not 0 < width * height <= MOST_PIXELS:
+        raise ValueError(f"{width} x {height} pixels; expected {MOST_PIXELS:,} in all at most")
 
 
 def _judged(path: Path, size: int) -> "Tensor":
     from torchvision.transforms import functional as transforms
 
-    image = transforms.resize(_open(path), round(size * RESIZE_OVER_CROP))
+    image, side = _open(path), round(size * RESIZE_OVER_CROP)
+    _require_size(side, side * max(image.size) // min(image.size))  # a strip becomes as much longer
+    image = transforms.resize(image, side)
     pixels: Tensor = transforms.pil_to_tensor(transforms.center_crop(image, size))
     return pixels
 

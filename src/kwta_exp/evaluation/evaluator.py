@@ -1,6 +1,5 @@
 """Runs a suite of attacks over the test images, chunk by chunk, and trusts none of them."""
 
-import glob
 import io
 import logging
 import time
@@ -17,6 +16,7 @@ from kwta_exp.data.batches import Split, to_float
 from kwta_exp.evaluation.chunks import Bench, Task, Workers, rows_of
 from kwta_exp.evaluation.forecast import announce, within_budget
 from kwta_exp.evaluation.records import Record
+from kwta_exp.naming import safe_names
 from kwta_exp.progress import Progress
 from kwta_exp.randomness import isolated, key
 from kwta_exp.storage import write_bytes
@@ -80,8 +80,10 @@ def evaluate(
         each that does not.
 
     Raises:
-        UserError: if an attack fails or returns something other than images, naming the attack.
+        UserError: if an attack fails or returns something other than images, naming the attack, or has a name
+            that cannot be a file's (:func:`~kwta_exp.naming.safe_name`).
     """
+    safe_names(suite)
     network.eval().requires_grad_(False)
     task = Task(network, images, suite, threat, seed, batch_size, fast_search)
     bench = Bench.of(task)
@@ -135,7 +137,7 @@ def evaluate(
             except NotApplicableError as reason:  # whatever it found in chunks before counts for nothing
                 inapplicable[name] = str(reason)
                 log.info("%s is not applicable: %s", name, reason)
-                for path in (record.path, *(folder / "images").glob(f"{glob.escape(name)}-*.npz")):
+                for path in (record.path, *_images_of(name, folder)):
                     path.unlink(missing_ok=True)
                 continue
             records[name] = record
@@ -156,6 +158,11 @@ def _chunk_size(attack: Attack, batch_size: int) -> int:
     """How many images ``attack`` is given: more than a batch, where it gives their room to others when done."""
     most = min(BATCHES_OF_A_CHUNK * batch_size, MOST_OF_A_CHUNK)
     return max(batch_size, most) if refills(attack) else batch_size
+
+
+def _images_of(name: str, folder: Path) -> list[Path]:
+    """The files of an attack's images; those of ``pgd-2`` are none of ``pgd``'s."""
+    return [path for path in (folder / "images").glob("*.npz") if path.stem.rpartition("-")[0] == name]
 
 
 def _save_images(path: Path, index: Tensor, x_adv: Tensor) -> None:

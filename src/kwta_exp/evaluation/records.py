@@ -11,6 +11,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from kwta_exp.errors import UserError
+from kwta_exp.received import require_plain
 from kwta_exp.storage import write_bytes
 
 Column = npt.NDArray[Any]
@@ -50,6 +51,7 @@ class Record:
         if not path.exists():
             return cls(path)
         try:
+            require_plain(path)
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 columns = dict(file)
             costs = {name: columns.pop(name).item() for name in ("forwards", "backwards", "seconds")}

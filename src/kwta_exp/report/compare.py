@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.records import Record
+from kwta_exp.naming import safe_names
 from kwta_exp.run_folder import RunFolder, read_results
 
 
@@ -48,12 +49,17 @@ class Outcomes:
 
     @classmethod
     def of_evaluation(cls, folder: Path, results: Mapping[str, Any]) -> "Outcomes":
-        """Read the rows of the evaluation in ``folder``, whose ``results`` are known."""
+        """Read the rows of the evaluation in ``folder``, whose ``results`` are known.
+
+        Raises:
+            UserError: if an attack's name there leads out of it.
+        """
+        attacks = safe_names(results["attacks"], f"{folder}/results.json")
         clean = Record.open(folder / "clean.npz")
         right = clean.columns["prediction"] == clean.columns["label"]
         standing = right.copy()
         place = {index: number for number, index in enumerate(clean.columns["index"].tolist())}
-        for name in results["attacks"]:
+        for name in attacks:
             rows = Record.open(folder / f"{name}.npz").columns
             for index, fooled in zip(rows.get("index", []), rows.get("fooled", []), strict=True):
                 standing[place[int(index)]] &= not fooled

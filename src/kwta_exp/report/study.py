@@ -20,6 +20,7 @@ import numpy as np
 
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.records import Record as Rows
+from kwta_exp.naming import safe_names
 from kwta_exp.run_folder import RunFolder, read_results
 from kwta_exp.storage import write_json, write_text
 
@@ -89,7 +90,7 @@ def _late(folder: Path, results: Record) -> dict[str, Any] | None:
     here = [path for path in folder.glob("evaluation/*") if read_results(path / "results.json") == results]
     if "nes" not in results["attacks"] or not here:
         return None
-    rows = {name: Rows.open(here[0] / f"{name}.npz").columns for name in results["attacks"]}
+    rows = {name: Rows.open(here[0] / f"{name}.npz").columns for name in safe_names(results["attacks"])}
     if any("queries" not in columns for columns in rows.values()):
         return None
     hard = rows["nes"]["index"][rows["nes"]["queries"] > EARLY]

@@ -9,6 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from kwta_exp.errors import printable
+
 
 def results_table(results: Mapping[str, Any], width: int | None = None) -> str:
     """``results.json`` as text: each accuracy with n and interval, the worst case, the verdict.
@@ -46,19 +48,18 @@ def results_table(results: Mapping[str, Any], width: int | None = None) -> str:
 
     masking = results["masking"]
     output = io.StringIO()
-    console = Console(file=output, width=width or max(shutil.get_terminal_size().columns, 80))
+    console = Console(file=output, markup=False, width=width or max(shutil.get_terminal_size().columns, 80))
     console.print(table)
     console.print(
         f"Can this be believed? {masking['verdict'].upper()}. {masking['explanation']}",
         highlight=False,
-        markup=False,
     )
     for flag in masking["flags"]:
         sure = f" (at least {flag['lower95']:.3f})" if "lower95" in flag else ""
         console.print(
             f"  raised: {flag['check']} {flag['value']:.3f}{sure}, above {flag['threshold']:g}", highlight=False
         )
-    return "\n".join(line.rstrip() for line in output.getvalue().splitlines())
+    return printable("\n".join(line.rstrip() for line in output.getvalue().split("\n")).rstrip("\n"))
 
 
 def _cells(result: Mapping[str, Any], name: str) -> tuple[str, str, str]:

@@ -1,0 +1,158 @@
+"""Names that become file names: nothing is written outside the folder it belongs to."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from kwta_exp.attacks import NotApplicableError, Threat
+from kwta_exp.config import ConfigError
+from kwta_exp.data.batches import Split
+from kwta_exp.errors import UserError
+from kwta_exp.evaluation import evaluate
+from kwta_exp.experiment import run
+from kwta_exp.naming import LONGEST, as_name, safe_name, safe_names
+from kwta_exp.report.compare import Outcomes
+from kwta_exp.run_folder import RunFolder, readable
+
+CANNOT = [
+    "", "../x", "../../etc/x", "/etc/x", "a/b", "a\\b", "C:\\x", "a\0b", "a\nb", "a\n", "a\tb", "\x1b[31mred",
+    ".", "..", ".hidden", "-rf", "a b", "a:b", "a*", "\u00e9", "\u0430", "\u202egnp", "\ud800",
+    "a" * (LONGEST + 1), "$(id)", "${seed}",
+]  # fmt: skip
+
+TAKEN = [
+    "clean",
+    "Clean",
+    "CLEAN",
+    "again",
+    "images",
+    "Results",
+    "evaluation",
+    "planted-0123456789",
+    "Planted-x",
+]
+
+
+@pytest.mark.parametrize("name", CANNOT, ids=ascii)
+def test_a_name_that_is_no_plain_file_name_is_refused(name: str) -> None:
+    with pytest.raises(
+        UserError, match=r"^attack: name .* cannot name a file; expected letters, digits"
+    ) as caught:
+        safe_name(name)
+    assert len(str(caught.value)) < 300
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_a_name_of_the_evaluation_s_own_files_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=rf"^attack: name '{name}' is taken"):
+        safe_name(name)
+
+
+@pytest.mark.parametrize("name", [3, 1.5, True, None, ("a", "b"), b"pgd"], ids=repr)
+def test_a_name_that_is_no_text_is_refused(name: object) -> None:
+    with pytest.raises(UserError, match=r"^attack: name .* is a \w+; expected text"):
+        safe_name(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["pgd", "pgd-20", "PGD_l2+0.5", "3", "_x", "+x", "a" * LONGEST, "planted", "cleaned"]
+)
+def test_plain_names_stay_as_they_are(name: str) -> None:
+    assert safe_name(name) == name
+
+
+def test_names_that_differ_in_case_alone_are_refused() -> None:
+    assert safe_names(["pgd", "fgsm"]) == ["pgd", "fgsm"]
+    with pytest.raises(UserError, match="attack: names pgd and PGD differ in case alone"):
+        safe_names(["pgd", "fgsm", "PGD"])
+
+
+@pytest.mark.parametrize("text", [*CANNOT, *TAKEN, "x" * 5000], ids=lambda text: ascii(text)[:40])
+def test_any_text_is_made_into_one_harmless_path_component(text: str) -> None:
+    made = as_name(text)
+    assert Path("folder", f"0-{made}").parent == Path("folder")
+    assert made.isascii()
+    assert made.isprintable()
+    assert len(made) <= LONGEST
+    assert not made.startswith((".", "-"))
+
+
+ATTACK = "{_target_: foolbox.attacks.LinfPGD, steps: 1}"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"+attack={{3: {ATTACK}}}", "attack: name 3 is a int"),
+        (f"+attack={{true: {ATTACK}}}", "attack: name True is a bool"),
+        (f"+attack.clean={ATTACK}", "attack: name 'clean' is taken"),
+        (f"+attack.PGD={ATTACK}", "attack: names pgd and PGD differ in case alone"),
+        (f"+attack={{../../outside: {ATTACK}}}", r"attack: name '\.\./\.\./outside' cannot name a file"),
+        (f"+attack={{/tmp/outside: {ATTACK}}}", "attack: name '/tmp/outside' cannot name a file"),
+        (f"+attack={{.hidden: {ATTACK}}}", r"attack: name '\.hidden' cannot name a file"),
+    ],
+)
+def test_an_attack_s_bad_name_is_one_message_and_nothing_is_written(
+    override: str, message: str, composed: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    cfg = composed(f"paths.outputs={tmp_path / 'out'}", "runtime=cpu", "runtime.threads=1", override)
+    HydraConfig.instance().set_config(cfg)
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        run(cfg)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_chosen_names_a_folder_of_limited_length_and_no_other_one() -> None:
+    for text in (*CANNOT, "x" * 5000):
+        assert Path("outputs", f"digits-{readable(text)}").parent == Path("outputs")
+        assert len(readable(text)) <= 48
+
+
+@pytest.mark.parametrize("outputs", ["a" * 300, "a\0b"], ids=ascii)
+def test_outputs_that_cannot_be_are_one_message(outputs: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^paths\.outputs=.*: no folder can be made there"):
+        RunFolder.of(tmp_path / outputs, "digits-cnn", 0, {})
+
+
+def images(n: int) -> Split:
+    x = torch.arange(n * 48, dtype=torch.int64).remainder(256).to(torch.uint8).reshape(n, 3, 4, 4)
+    return Split(x, torch.zeros(n, dtype=torch.int64), torch.arange(n))
+
+
+class AlwaysFirst(torch.nn.Module):
+    """Every image is of class 0."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x.sum((1, 2, 3)) * 0 + 1, x.sum((1, 2, 3)) * 0], 1)
+
+
+def test_the_library_refuses_an_attack_s_bad_name_too(tmp_path: Path) -> None:
+    attack = lambda model, x, y, keys: x  # noqa: E731
+    folder = tmp_path / "evaluation"
+    with pytest.raises(UserError, match=r"attack: name '\.\./x'"):
+        evaluate(AlwaysFirst(), images(4), {"../x": attack}, Threat(norm="linf", eps=0.1), 0, 2, folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/x", "clean", "\x1b[31m"], ids=ascii)
+def test_a_received_folder_s_attack_leads_no_reader_out_of_it(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"results\.json: name "):
+        Outcomes.of_evaluation(tmp_path, {"attacks": {name: {}}})
+
+
+def test_an_attack_that_steps_aside_takes_no_other_s_images_with_it(tmp_path: Path) -> None:
+    def aside(model: object, x: torch.Tensor, y: object, keys: object) -> torch.Tensor:
+        raise NotApplicableError("not here")
+
+    suite = {"pgd-2": lambda model, x, y, keys: x, "pgd": aside}
+    threat = Threat(norm="linf", eps=0.1)
+    _, records, inapplicable = evaluate(
+        AlwaysFirst(), images(4), suite, threat, 0, 2, tmp_path, save_images=True
+    )
+    assert (list(records), list(inapplicable)) == (["pgd-2"], ["pgd"])
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {"pgd-2-0.npz", "pgd-2-2.npz"}
