@@ -14,12 +14,13 @@ LAYERS = [
     {"attacks", "models", "data", "checkpoint"},
     {"training", "evaluation"},
     {"report"},
-    {"config"},
+    {"config", "suggest", "shell"},
+    {"scale"},
     {"plan"},
     {"parts"},
     {"experiment", "verify", "transfer_matrix"},
 ]
-HYDRA_ALLOWED = {"config.py"}
+HYDRA_ALLOWED = {"config.py", "scale.py", "suggest.py", "shell.py"}
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 

@@ -14,10 +14,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from kwta_exp.config import ConfigError, apply_scale, build, plain, settings
+from kwta_exp.config import ConfigError, build, plain, settings
 from kwta_exp.errors import UserError
 from kwta_exp.experiment import run
 from kwta_exp.report.compare import Outcomes, compare
+from kwta_exp.scale import apply_scale
 from kwta_exp.verify import verify
 from tests.conftest import ROOT
 
@@ -218,7 +219,15 @@ def test_caps_reach_every_number_of_that_name(composed: Callable[..., DictConfig
 
 def test_a_real_dataset_is_used_at_scale_tiny_where_it_is(tiny: Tiny, arrays_file: Path) -> None:
     assert "stand_in" not in tiny("dataset=arrays", f"dataset.path={arrays_file}")["run"]
-    assert "stand_in" in tiny("dataset=arrays", "dataset.path=absent.npz")["run"]
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["dataset=arrays", "dataset.path=absent.npz"], r"dataset\.path=absent\.npz: no such file"),
+    (["dataset=image_folder", "dataset.root=absent"], r"dataset\.root=absent: no folder absent"),
+])  # fmt: skip
+def test_a_place_that_the_user_names_has_no_substitute(tiny: Tiny, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny(*overrides)
 
 
 def test_a_worst_case_is_verified_from_weights_and_images_alone(tiny: Tiny, tmp_path: Path) -> None:

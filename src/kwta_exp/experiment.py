@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kwta_exp import environment
-from kwta_exp.config import Config, is_multirun, overrides, user_errors, yaml_of
+from kwta_exp.config import Config, is_multirun, overrides, plain, user_errors, yaml_of
+from kwta_exp.errors import shortened
 from kwta_exp.plan import Plan
 from kwta_exp.run_folder import opened
 from kwta_exp.storage import trained_ratio, write_json, write_text
@@ -34,12 +35,9 @@ def run(cfg: Config) -> float:
             results = plan.finished_results()
             if results is None:
                 results = _carry_out(plan)
-    except KeyboardInterrupt:
-        log.warning("interrupted; the same command continues")
-        raise
     except Exception as error:
         if is_multirun():
-            log.error("FAILED %s: %s", " ".join(overrides()), error)  # noqa: TRY400
+            log.error("FAILED %s: %s", shortened(" ".join(overrides())), error)  # noqa: TRY400
         raise
     return float(
         (results["worst_case"] or results["clean"]).get("robust_accuracy", results["clean"]["accuracy"])
@@ -141,7 +139,9 @@ def _train(plan: Plan, parts: "Parts", fabric: "Fabric") -> None:
         plan.folder.state, on_epoch, compiled=plan.runtime.compile,
     )  # fmt: skip
 
-    about = {} if fitted.sparsity_ratio is None else {"sparsity_ratio": repr(fitted.sparsity_ratio)}
+    about = {"activation": json.dumps(plain(plan.cfg, "activation"))}
+    if fitted.sparsity_ratio is not None:
+        about["sparsity_ratio"] = repr(fitted.sparsity_ratio)
     save_weights(plan.folder.best, fitted.best, {"epoch": str(fitted.best_epoch), **about})
     save_weights(plan.folder.last, fitted.last, {"epoch": str(training.epochs), **about})
     log.info("best epoch: %d", fitted.best_epoch)

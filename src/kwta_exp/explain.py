@@ -45,13 +45,13 @@ def explain_validation(error: ValidationError, key: str, values: Mapping[str, An
 
 
 def _explain_field(detail: Any, key: str, values: Any) -> str:
-    path = [key] if key else []
+    path, around = [key] if key else [], values
     for part in detail["loc"]:
         if (isinstance(values, Mapping) and part in values) or (
             isinstance(values, list) and isinstance(part, int) and part < len(values)
         ):
             path.append(str(part))
-            values = values[part]
+            around, values = values, values[part]
         elif len(path) <= 1 and isinstance(part, str):
             path.append(part)  # an argument that is missing
             break
@@ -60,7 +60,7 @@ def _explain_field(detail: Any, key: str, values: Any) -> str:
     if detail["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{where}: missing; expected a value"
     if "unexpected" in detail["type"] or detail["type"] == "extra_forbidden":
-        return _unknown_key(path, values)
+        return _unknown_key(path, around)
     if isinstance(values, Mapping):
         return f"{where}: {message}"
     return f"{where}={values!r}: {message}"

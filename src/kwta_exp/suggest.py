@@ -55,7 +55,7 @@ def _own_lines(error: BaseException | None) -> list[str]:
 
 
 def complaint(overrides: Sequence[str], conf: Path, own: Sequence[Path], multirun: bool) -> str | None:
-    """The first of ``overrides`` that cannot be meant so: with its value, what was expected, and the nearest name.
+    """What is wrong with the first of ``overrides`` that cannot be meant so, and the nearest name.
 
     Args:
         overrides: as on a command line.
@@ -132,7 +132,9 @@ def _unreadable(text: str, error: Exception) -> str:
 
 def _value(override: Override) -> Any:
     value = override.value()
-    return str(value) if value is not None and not isinstance(value, bool | int | float | dict | list) else value
+    return (
+        str(value) if value is not None and not isinstance(value, bool | int | float | dict | list) else value
+    )
 
 
 def _values(override: Override) -> list[Any]:
@@ -150,9 +152,7 @@ def _wrong_choice(override: Override, tree: Tree, multirun: bool) -> str | None:
     """What is wrong with an override as far as groups and options tell."""
     group, text = override.key_or_group, str(override.input_line)
     if override.is_sweep_override() and not multirun:
-        return (
-            f"{text}: several values; expected one, or -m before the overrides for a grid, or KEY=[A,B] for a list"
-        )
+        return f"{text}: several values; expected one, or -m for a grid, or KEY=[A,B] for a list"
     if group not in tree.groups:
         if override.package is not None:
             return f"{text}: there is no group {group}{did_you_mean(group, tree.groups)}"
