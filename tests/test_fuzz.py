@@ -100,7 +100,7 @@ class CommandLines:
             f"+x.y={value}",
             f"{key[:at]}{key[at + 1:]}={value}",
             *[f"++{rng.choice(parents)}.{reserved}={rng.choice(RESERVED[reserved])}"] * 3,
-            value,
+            value.lstrip("-"),  # a leading one makes it an option, which argparse refuses
         ])  # fmt: skip
 
 
