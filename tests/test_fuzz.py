@@ -1,7 +1,6 @@
 """Command lines that nobody would write: each makes a plan or one message, and leaves nothing behind."""
 
 import copy
-import os
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, open_dict, read_write
 
 from kwta_exp import experiment
 from kwta_exp.config import ConfigError
@@ -24,17 +23,22 @@ from tests.conftest import ROOT
 CONF = ROOT / "conf"
 
 VALUES = [
-    "", "null", "true", "-1", "0", "3", "0.5", "-0.0", "1e30", "1e-300", "nan", "inf", "-inf", str(10**30), "1.5",
-    "abc", "8/255", "8/0", "1//2", "[]", "[1,2]", "[a,[b]]", "[null]", "{}", "{a:1}", "{_target_: os.remove}",
+    "", "null", "true", "-1", "0", "3", "0.5", "-0.0", "1e30", "1e-300", "nan", "inf", "-inf", str(10**30),
+    "1.5", "abc", "8/255", "8/0", "1//2", "[]", "[1,2]", "[a,[b]]", "[null]", "{}", "{a:1}",
+    "{_target_: os.remove}",
     "'quo\"ted'", '"', "'", "[", "{", "a b", "a=b", "a,b", "1,2", "range(3)", "int(x)", "${oc.env:HOME}",
-    "${nothing}", "${seed}", "${oc.env:NO_SUCH_VARIABLE}", "${", "${a:b:c}", "é", "'é'", "'漢字'", "'\\n'", "'\x1b[31m'",
+    "${nothing}", "${seed}", "${oc.env:NO_SUCH_VARIABLE}", "${", "${a:b:c}", "é", "'é'", "'漢字'", "'\\n'",
+    "'\x1b[31m'",
     "'" + "x" * 5000 + "'", "[" + ",".join(["1"] * 2000) + "]", "../..", "/", "-", "~", "*", "???", "'???'",
 ]  # fmt: skip
 
 TARGETS = [
-    "os.remove", "os.system", "os._exit", "sys.exit", "builtins.print", "shutil.rmtree", "subprocess.run", "torch",
-    "torch.nn.Linear", "torch.nn.ReLU", "torch.load", "numpy.zeros", "kwta_exp.attacks.PGD", "kwta_exp.models.MLP",
-    "kwta_exp.storage.write_text", "kwta_exp.nothing", "no.such.thing", "", "..", "a b", "3", "null", "[os.remove]",
+    "os.remove", "os.system", "os._exit", "sys.exit", "builtins.print", "shutil.rmtree", "subprocess.run",
+    "torch", "torch.nn.Linear", "torch.nn.ReLU", "torch.load", "numpy.zeros", "kwta_exp.attacks.PGD",
+    "torch.hub.load",
+    "kwta_exp.models.MLP", "kwta_exp.storage.write_text", "kwta_exp.nothing", "no.such.thing", "",
+    "..", "a b", "3",
+    "null", "[os.remove]",
 ]  # fmt: skip
 
 RESERVED = {
@@ -125,7 +129,7 @@ def time_limit(seconds: int, what: str) -> Iterator[None]:
 
 
 def outcome(overrides: list[str]) -> str | None:
-    """The one message that ``python run.py OVERRIDES`` would end with, or ``None`` where it would begin to run."""
+    """The message that ``python run.py OVERRIDES`` would end with, or ``None`` where it would begin to run."""
     try:
         cfg = compose("config", overrides, return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
@@ -172,7 +176,7 @@ def check(numbers: range, tmp_path: Path) -> None:
                 assert message.strip(), overrides
                 assert "Traceback" not in message
                 assert max(map(len, message.splitlines())) <= 750, overrides
-            assert os.listdir(tmp_path) == [], overrides
+            assert list(tmp_path.iterdir()) == [], overrides
     assert messages > len(numbers) / 3  # they are wrong enough to be a test
 
 

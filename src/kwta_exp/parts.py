@@ -49,6 +49,8 @@ def build_parts(plan: Plan) -> Parts:
     call(cfg, "activation", build(cfg, "activation"))  # so that its errors name it, not the model
 
     threat = build(cfg, "threat", Threat)
+    if "_target_" in cfg.attack:
+        raise UserError(f"attack: {cfg.attack._target_} has no name; expected +attack@attack.NAME=OPTION")
     suite = {name: build(cfg, f"attack.{name}") for name in cfg.attack}
     for name, attack in suite.items():
         if name == CLEAN:

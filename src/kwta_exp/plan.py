@@ -194,7 +194,9 @@ def _weights_file(weights: str | None, sha256: str | None, data: Path) -> Path |
             )
         path = folder.best
     if not path.is_file():
-        raise UserError(f"weights={weights}: neither a file nor a folder; expected a checkpoint or a run folder")
+        raise UserError(
+            f"weights={weights}: neither a file nor a folder; expected a checkpoint or a run folder"
+        )
     if sha256 is not None and sha256_of_file(path) != sha256:
         raise UserError(f"weights_sha256={sha256}: {weights} has SHA-256 {sha256_of_file(path)}")
     return path

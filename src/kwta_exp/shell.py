@@ -74,6 +74,17 @@ def in_a_job() -> Iterator[None]:
         raise SystemExit(1) from None
 
 
+class JobFormatter(logging.Formatter):
+    """The message alone, after the job's number in a grid: ``#3``, as Hydra counts them.
+
+    Args:
+        job: the number; ``None`` outside a grid.
+    """
+
+    def __init__(self, job: int | None = None) -> None:
+        super().__init__("%(message)s" if job is None else f"#{job} %(message)s")
+
+
 def calm_streams() -> None:
     """Let no character and no closed terminal disturb what prints or logs."""
     logging.raiseExceptions = False  # a handler that cannot write would print a traceback for each line
