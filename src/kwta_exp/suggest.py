@@ -152,7 +152,7 @@ def _wrong_choice(override: Override, tree: Tree, multirun: bool) -> str | None:
     """What is wrong with an override as far as groups and options tell."""
     group, text = override.key_or_group, str(override.input_line)
     if override.is_sweep_override() and not multirun:
-        return f"{text}: several values; expected one, or -m for a grid, or KEY=[A,B] for a list"
+        return f"{text}: several values; expected one, or -m first for a grid, or KEY=[A,B] for a list"
     if group not in tree.groups:
         if override.package is not None:
             return f"{text}: there is no group {group}{did_you_mean(group, tree.groups)}"
