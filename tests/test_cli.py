@@ -117,8 +117,8 @@ WRONG = [
     (["activation._partial_=false"], "activation._partial_=False: expected true"),
     (["activation._target_=os.remove"], "activation._target_=os.remove: Python's own library"),
     (
-        ["threat._target_=torch.nn.ReLU", "~threat.norm", "~threat.eps"],
-        "threat._target_=torch.nn.ReLU: makes a ReLU",
+        ["sparsity._target_=torch.nn.ReLU"],
+        "sparsity._target_=torch.nn.ReLU: makes a ReLU; expected a kwta_exp.",
     ),
     (["dataset=-1"], "dataset=-1: no option of the group dataset"),
     (["optimizer.fused=abc"], "optimizer.fused='abc': expected true or false"),
