@@ -15,7 +15,8 @@ LAYERS = [
     {"attacks", "models", "data", "checkpoint"},
     {"training", "evaluation"},
     {"report"},
-    {"config"},
+    {"config", "suggest", "shell"},
+    {"scale"},
     {"plan"},
     {"parts"},
     {"audit"},
@@ -24,7 +25,7 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-HYDRA_ALLOWED = {"config.py", "command.py"}
+HYDRA_ALLOWED = {"command.py", "config.py", "scale.py", "suggest.py", "shell.py"}
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 

@@ -31,6 +31,7 @@ from kwta_exp.attacks import (
 from kwta_exp.attacks.apgd import ascend
 from kwta_exp.attacks.losses import LossName, attack_loss, dlr, excess, margin, targeted_dlr
 from kwta_exp.attacks.pgd import Best
+from kwta_exp.attacks.threat import check_radius
 from kwta_exp.attacks.together import together
 from kwta_exp.evaluation.counting import Counted
 from kwta_exp.evaluation.judge import errs
@@ -553,3 +554,26 @@ def test_the_excess_is_positive_exactly_where_the_judge_finds_an_error() -> None
     assert torch.equal(excess(logits, y) > 0, errs(logits, y))
     assert not excess(logits, y).isnan().any()
     assert torch.equal(excess(logits, y)[:2], margin(logits, y)[:2])
+
+
+@pytest.mark.parametrize(("norm", "eps", "shape", "message"), [
+    ("linf", 1.0, None, None),
+    ("linf", 8.0, None, "at most 1, such as 8/255"),
+    ("linf", 1000.0, None, "at most 1, such as 8/255"),
+    ("l2", 128.0, None, None),
+    ("l2", 128.0, (3, 32, 32), r"at most 55\.43, the largest distance between two images of shape"),
+    ("l2", 55.0, (3, 32, 32), None),
+])  # fmt: skip
+def test_a_radius_in_other_units_is_refused(
+    norm: str, eps: float, shape: tuple[int, ...] | None, message: str | None
+) -> None:
+    if message is None:
+        check_radius(norm, eps, shape)
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_radius(norm, eps, shape)
+
+
+def test_a_threat_holds_its_radius_to_the_pixels_range() -> None:
+    with pytest.raises(ValueError, match="such as 8/255"):
+        Threat(norm="linf", eps=8)

@@ -10,12 +10,14 @@ import yaml
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from kwta_exp.config import adopt_run, build, call, run_name, settings
+from kwta_exp.config import adopt_run, build, call, read_fractions, run_name, settings
 from kwta_exp.errors import UserError
+from kwta_exp.fields import fraction
 from kwta_exp.models.factory import with_facts
 from kwta_exp.recorded import RecordedRun
 from kwta_exp.run_folder import RunFolder
-from kwta_exp.targets import TRUSTED, local_code, targets
+from kwta_exp.suggest import complaint
+from kwta_exp.targets import TRUSTED, local_code, require_buildable, targets
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
@@ -125,6 +127,91 @@ def test_top_level_keys_are_checked(composed: Callable[..., DictConfig], overrid
     cfg = composed(override)
     with pytest.raises(UserError, match=message):
         settings(cfg)
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["+weigths=net.pth"], r"^weigths: unknown key; did you mean weights\?; expected one of seed, weights"),
+    (["~threat"], r"^threat=None: a run needs its threat; expected threat=OPTION"),
+])  # fmt: skip
+def test_keys_that_a_run_needs_or_does_not_know(
+    composed: Callable[..., DictConfig], overrides: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        settings(composed(*overrides))
+
+
+@pytest.mark.parametrize(("written", "number"), [
+    ("8/255", 8 / 255), (" 8 / 255 ", 8 / 255), ("0.5/2", 0.25), ("8/0", "8/0"), ("a/b", "a/b"),
+    ("8/255/2", "8/255/2"),
+    ("-8/255", "-8/255"), ("runs/8", "runs/8"), (3, 3), (None, None), ("1./.", "1./."),
+])  # fmt: skip
+def test_fractions_are_numbers_and_nothing_else_is(written: object, number: object) -> None:
+    assert fraction(written) == number
+
+
+def test_fractions_become_numbers_before_anything_refers_to_them(composed: Callable[..., DictConfig]) -> None:
+    cfg = composed("threat.eps=8/255", "+attack.own={radii: [1/2, {a: 3/4}], eps: '${threat.eps}'}")
+    read_fractions(cfg)
+    assert cfg.threat.eps == cfg.attack.own.eps == cfg.attack.pgd.eps == 8 / 255
+    assert cfg.attack.own.radii == [0.5, {"a": 0.75}]
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ({"_target_": 3}, r"^it\._target_=3: expected the dotted path"),
+    ({"_target_": "os.remove"}, r"^it\._target_=os\.remove: Python's own library"),
+    ({"a": [{"b": {"_target_": "shutil.rmtree"}}]}, r"^it\.a\.0\.b\._target_=shutil\.rmtree: Python's own"),
+    ({"_partial_": 1}, r"^it\._partial_=1: expected true or false"),
+    ({"_convert_": "much"}, r"^it\._convert_='much': expected none, partial, object or all"),
+    ({"_args_": "x"}, r"^it\._args_='x': expected a list"),
+])  # fmt: skip
+def test_what_cannot_be_a_part_is_refused_before_it_is_imported(content: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        require_buildable(content, "it")
+    require_buildable({"_target_": "torch.nn.ReLU", "_partial_": True, "_convert_": "all", "_args_": [1]}, "it")
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["traning=pgd"], "traning=pgd: unknown key traning; did you mean training=pgd?"),
+    (["model.hiden=3"], "model.hiden=3: unknown key model.hiden; did you mean model.hidden?; model has"),
+    (["training=pgd", "training.atack.steps=3"], "unknown key training.atack; did you mean training.attack?"),
+    (["attack.pgd={step: 3}"], "unknown key attack.pgd.step; did you mean attack.pgd.steps?"),
+    (["attak@attack.x=pgd"], "there is no group attak; did you mean attack?"),
+    (["activation@model=kwta"], "activation stands in one place alone; expected activation=kwta"),
+    (["~model=mlp"], "~model=mlp: a run needs its model; expected model=OPTION"),
+    (["experiment=paper/cifar11"], "no option of the group experiment; did you mean paper/cifar10?"),
+    (["seed=é"], "seed=é: the value cannot be read; as text it is written 'seed=\"é\"'"),
+    (["a b=3"], "'a b' cannot be a key"),
+    (["seed=int(x)"], "invalid literal for int()"),
+    (["+x=1", "x.y=2"], "x has no keys of its own"),
+])  # fmt: skip
+def test_a_command_line_that_does_not_compose_gets_the_nearest_name(overrides: list[str], message: str) -> None:
+    found = complaint(overrides, CONF, [], multirun=False)
+    assert found is not None
+    assert message in found
+
+
+@pytest.mark.parametrize("overrides", [
+    ["activation=relu", "model=mlp", "model.hidden=[3]", "+attack@attack.more=deepfool", "attack.more.steps=3"],
+    ["training=pgd", "attack@training.attack=surrogate_inner", "~attack.pgd", "+point=relu"],
+    ["++x.y=1", "x.y=2"],
+    ["hydra.foo=1", "experiment=paper/cifar10", "dataset=${threat}"],
+])  # fmt: skip
+def test_nothing_is_said_against_what_composes(overrides: list[str]) -> None:
+    assert complaint(overrides, CONF, [], multirun=False) is None
+
+
+def test_options_of_a_users_folder_and_of_a_grid_are_known(tmp_path: Path) -> None:
+    (tmp_path / "activation").mkdir()
+    (tmp_path / "activation" / "squash.yaml").write_text("_target_: a.Squash\n_partial_: true\nslope: 1\n")
+    own = ["activation=squash", "activation.slope=2"]
+    assert complaint(own, CONF, [tmp_path], multirun=False) is None
+    assert "activation=squash: no option" in (complaint(own, CONF, [], multirun=False) or "")
+    found = complaint(["activation.slop=2", "activation=squash"], CONF, [tmp_path], multirun=False)
+    assert found is not None
+    assert "did you mean activation.slope?" in found
+    grid = ["activation=relu,kwtaa", "seed=1,2"]
+    assert "activation=kwtaa: no option" in (complaint(grid, CONF, [], multirun=True) or "")
+    assert complaint(["activation=relu,kwta", "seed=1,2"], CONF, [], multirun=True) is None
 
 
 def test_names_are_readable(composed: Callable[..., DictConfig]) -> None:

@@ -165,3 +165,41 @@ def test_crop_and_flip_only_shifts_and_mirrors() -> None:
         seen.add(matches[0])
     assert len(seen) > 20
     assert torch.equal(crop_and_flip(x, torch.arange(64), 0, False), x)
+
+
+@pytest.mark.parametrize(("y_train", "y_test", "said"), [
+    ([0, 1, 2, 0, 1, 2], [0, 1], None),
+    ([0, 1, 4, 0, 1, 4], [0, 4], "no training image is of 2 of 5 classes (2, 3)."),
+    ([0, 1, 0, 1, 0, 1], [0, 7], "no training image is of 6 of 8 classes (2, 3, 4, 5, 6, ...)."),
+    ([0, 255, 0, 255, 0, 255], [0, 255], "no training image is of 254 of 256 classes (1, 2, 3, 4, 5, ...)."),
+])  # fmt: skip
+def test_classes_without_training_images_are_said(
+    y_train: list[int], y_test: list[int], said: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "images.npz"
+    np.savez(
+        path, x_train=np.zeros((6, 4, 4), np.uint8), y_train=y_train,
+        x_test=np.zeros((2, 4, 4), np.uint8), y_test=y_test,
+    )  # fmt: skip
+    Arrays(path=str(path)).load()
+    assert (said in caplog.text) if said else caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 28, 28), (2, 28, 28, 1), (2, 3, 32, 3), (2, 32, 32, 12), (2, 1, 1, 1), (2, 5, 7, 5)]
+)
+def test_layouts_that_can_be_meant_are_taken(shape: tuple[int, ...], tmp_path: Path) -> None:
+    path = tmp_path / "images.npz"
+    x, y = np.zeros(shape, np.uint8), np.arange(2)
+    np.savez(path, x_train=x, y_train=y, x_test=x, y_test=y)
+    assert len(Arrays(path=str(path)).load().x_train) == 2
+
+
+def test_labels_of_the_largest_number_are_said_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "images.npz"
+    x, y = np.zeros((2, 4, 4), np.uint8), np.array([0, 2**62])
+    np.savez(path, x_train=x, y_train=y, x_test=x, y_test=y)
+    assert Arrays(path=str(path)).load().num_classes == 2**62 + 1
+    assert "(1, 2, 3, 4, 5, ...)" in caplog.text

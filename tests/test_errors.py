@@ -44,9 +44,9 @@ def test_log_lines_and_tracebacks_are_escaped_on_the_terminal_and_in_the_file(
     composed: Callable[..., DictConfig], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    logging_config: Any = OmegaConf.to_container(composed().hydra.job_logging)
+    logging_config: Any = OmegaConf.to_container(composed().hydra.job_logging, resolve=True)
     of_terminal = logging.config.DictConfigurator(logging_config).configure_formatter(  # type: ignore[attr-defined]
-        logging_config["formatters"]["simple"]
+        logging_config["formatters"]["terminal"]
     )
     record = logging.LogRecord("a", logging.INFO, "", 0, "fetching %s", ("http://\x1b[31m",), None)
     assert of_terminal.format(record) == r"fetching http://\x1b[31m"

@@ -1,5 +1,6 @@
 """The evaluator trusts nobody, counts per image, and survives being stopped."""
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,27 @@ def test_the_table_says_it_in_80_columns(tmp_path: Path) -> None:
         assert expected in text, text
 
 
+def test_the_table_of_long_names_and_large_numbers_fits_80_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, results = judge(tmp_path, images(0.45, 0.55, 0.8, 0.2), {"surrogate_apgd": shift(0.09)})
+    results["attacks"]["surrogate_apgd"] |= {
+        "n": 10_000, "ci95": [0.998, 1.0], "forwards": 123_456_788, "backwards": 1, "seconds": 99_999.9,
+    }  # fmt: skip
+    results["attacks"]["an_own_attack_of_a_very_long_name"] = results["attacks"]["surrogate_apgd"]
+    results["inapplicable"] = {"another": "for a reason"}
+    for encoding, line in (("utf-8", "────"), ("ascii", "----")):
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+        text = results_table(results, width=80)
+        assert max(map(len, text.splitlines())) <= 80
+        assert "…" not in text
+        assert line in text
+        headings = text.splitlines()[1].split()
+        assert headings == ["attack", "accuracy", "95%", "interval", "n", "cumulative", "passes", "seconds"]
+        assert "123,456,789" in text
+    text.encode("ascii")
+
+
 def test_an_attack_without_a_hold_is_recorded_not_scored(tmp_path: Path) -> None:
     def refuse(*_: object) -> Tensor:
         raise NotApplicableError("nothing to hold on to")
@@ -260,7 +282,7 @@ def test_an_attack_without_a_hold_is_recorded_not_scored(tmp_path: Path) -> None
     _, records, results = judge(tmp_path, images(0.8, 0.2, 0.7), {"sideways": refuse, "down": shift(-0.05)})
     assert list(records) == list(results["attacks"]) == ["down"]
     assert results["inapplicable"] == {"sideways": "nothing to hold on to"}
-    assert "not applicable" in results_table(results)
+    assert "n/a" in results_table(results)
 
 
 def test_records_append_whole_chunks(tmp_path: Path) -> None:

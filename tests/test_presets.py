@@ -13,12 +13,14 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+from safetensors.numpy import load_file, save_file
 
-from kwta_exp.config import ConfigError, apply_scale, build, plain, settings
+from kwta_exp.config import ConfigError, build, plain, settings
 from kwta_exp.errors import UserError
 from kwta_exp.experiment import run
 from kwta_exp.plan import plan_to_judge
 from kwta_exp.report.compare import Outcomes, compare
+from kwta_exp.scale import apply_scale
 from kwta_exp.verify import verify
 from tests.conftest import ROOT
 
@@ -170,11 +172,76 @@ def test_weights_are_judged_at_the_ratio_they_were_trained_to(tiny: Tiny, tmp_pa
     assert (
         margins("kwta0.3-none") == margins("kwta0.5to0.3-natural") != margins("kwta0.9-none")
     )  # and 0.9 it was
-    dense = tiny("training=none", f"weights={folder / 'checkpoints' / 'best.safetensors'}", "activation=relu")
-    assert dense["run"]["activation"] == "relu"
     # And fine-tuning starts at the schedule's own ratio.
     tuned = tiny("sparsity=incremental", "activation.ratio=0.3", f"weights={folder}")
     assert tuned["run"]["name"] == "tiny-digits-cnn-kwta0.3to0.08-natural"
+
+
+def test_weights_are_not_judged_under_another_activation(
+    tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny("suite=none")
+    (folder,) = (tmp_path / "out").glob("tiny-digits-cnn-kwta0.1-natural/s0-*")
+    for source in (folder, folder / "checkpoints" / "best.safetensors"):
+        with pytest.raises(
+            ConfigError,
+            match=r"activation\._target_=torch\.nn\.ReLU: .* was trained with kwta_exp\.activations\.KWTA",
+        ):
+            tiny("training=none", f"weights={source}", "activation=relu", "suite=none")
+    assert "trained with another activation" not in caplog.text
+    tiny("training=none", f"weights={folder}", "activation=kwta_channel", "suite=none")
+    assert "trained with another activation than this network has: over=volume, here channel" in caplog.text
+    caplog.clear()
+    tiny(f"weights={folder}", "activation=relu", "suite=none")  # training on with another is a method
+    assert "_target_=kwta_exp.activations.KWTA, here torch.nn.ReLU" in caplog.text
+
+
+def test_weights_of_unknown_origin_are_judged_under_any_activation(
+    tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = ["model=mlp", "model.hidden=[4]", "suite=none"]
+    tiny(*network)
+    (best,) = (tmp_path / "out").glob("*/*/checkpoints/best.safetensors")
+    for metadata in (None, {"activation": "relu"}, {"activation": "[1]"}, {"activation": "{"}):
+        foreign = tmp_path / "foreign.safetensors"
+        save_file(load_file(best), foreign, metadata=metadata)
+        tiny("training=none", f"weights={foreign}", "activation=relu", *network)
+    assert "trained with" not in caplog.text
+
+
+def test_a_scale_says_what_it_changes(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    tiny("training.epochs=30", "training.batch_size=8", "suite=none")
+    (line,) = [message for message in caplog.messages if message.startswith("scale=tiny: ")]
+    assert "training.epochs 30 -> 2" in line
+    assert "evaluation.n null -> 64" in line
+    assert "training.batch_size" not in line  # is small enough
+
+
+def test_an_own_attack_gets_a_number_however_eps_is_written(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_attack.py").write_text(
+        "class Up:\n"
+        "    def __init__(self, eps, step): self.change = eps + 0 * step\n"
+        "    def __call__(self, model, x, y, keys): return x + self.change\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = "+attack.up={_target_: own_attack.Up, eps: '${threat.eps}', step: 2/255}"
+    for eps in ("8/255", "' 8 / 255'", str(8 / 255)):
+        results = tiny("suite=none", own, f"threat.eps={eps}")
+        assert results["threat"]["eps"] == 8 / 255
+        assert results["attacks"]["up"]["eps"] == 8 / 255
+    assert len(list((tmp_path / "out").glob("*/*/evaluation/*"))) == 1  # one evaluation, whichever way
+
+
+def test_a_class_that_is_no_dataset_is_refused(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_data.py").write_text("class Data:\n    def __init__(self, **anything): pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"dataset\._target_=own_data\.Data: makes a Data; expected a kwta"):
+        tiny("++dataset={_target_: own_data.Data}")
 
 
 def test_a_schedule_without_anything_to_schedule_is_refused(tiny: Tiny) -> None:
@@ -219,7 +286,15 @@ def test_caps_reach_every_number_of_that_name(composed: Callable[..., DictConfig
 
 def test_a_real_dataset_is_used_at_scale_tiny_where_it_is(tiny: Tiny, arrays_file: Path) -> None:
     assert "stand_in" not in tiny("dataset=arrays", f"dataset.path={arrays_file}")["run"]
-    assert "stand_in" in tiny("dataset=arrays", "dataset.path=absent.npz")["run"]
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["dataset=arrays", "dataset.path=absent.npz"], r"dataset\.path=absent\.npz: no such file"),
+    (["dataset=image_folder", "dataset.root=absent"], r"dataset\.root=absent: no folder absent"),
+])  # fmt: skip
+def test_a_place_that_the_user_names_has_no_substitute(tiny: Tiny, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny(*overrides)
 
 
 def verify_again(folder: Path) -> list[str]:

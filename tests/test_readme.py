@@ -1,5 +1,6 @@
 """Every command, file and piece of Python in the README does what the text says, run from the text itself."""
 
+import logging
 import re
 import shlex
 import shutil
@@ -107,6 +108,8 @@ def test_every_command_runs(
         assert extra == [] or "Everything is in" in done.stdout
     elif words[0] == "kwta-exp":
         monkeypatch.chdir(workspace)
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # a command sets it, for its own process
+        monkeypatch.setattr(logging, "raiseExceptions", True)
         if words[1] == "transfer":
             words = [*words[:3], *other_run(workspace), "--n", "8"]
         cli.main(words[1:])

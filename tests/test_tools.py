@@ -1,12 +1,14 @@
 """kwta-exp: each command on runs of the user's own parts, with the same overrides as run.py, or trust."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -80,14 +82,14 @@ def launch(config_dir: Path | None, outputs: Path, *overrides: str) -> Path:
 def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, mine: Path) -> Say:
     """What a command prints, or the message it ends with."""
     monkeypatch.syspath_prepend(str(mine))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # a command sets it, for its own process
+    monkeypatch.setattr(logging, "raiseExceptions", True)
 
     def command(*words: object) -> str:
-        ended = ""
-        try:
+        with suppress(SystemExit):
             cli.main(list(map(str, words)))
-        except SystemExit as end:
-            ended = str(end.code)  # argparse's own are numbers
-        return ended or capsys.readouterr().out
+        said = capsys.readouterr()
+        return said.err or said.out
 
     return command
 

@@ -5,7 +5,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kwta_exp.errors import UserError, printable
+from kwta_exp.errors import printable
+from kwta_exp.shell import at_the_shell
 
 _JUDGING = (
     "OVERRIDES are those of run.py (activation=mine threat.eps=8/255); a group that they choose is not taken"
@@ -20,10 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _run(words[1:])
         return
     asked = _parser().parse_args(words)
-    try:
+    with at_the_shell():
         print(printable(asked.do(asked)))
-    except UserError as error:
-        sys.exit(str(error))
 
 
 def _run(words: Sequence[str]) -> None:

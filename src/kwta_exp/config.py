@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -16,16 +16,17 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from kwta_exp.data.folder import DEATH_OF_WORKER, is_death_of_worker
 from kwta_exp.environment import CONF
 from kwta_exp.errors import UserError, printable
-from kwta_exp.explain import explain_validation, explanation
-from kwta_exp.fields import STRICT, Natural
+from kwta_exp.explain import did_you_mean, explain_validation, explanation
+from kwta_exp.fields import fraction
 from kwta_exp.recorded import RecordedRun
 from kwta_exp.run_folder import readable
 from kwta_exp.settings import Settings
+from kwta_exp.targets import require_buildable
 
 GROUPS = (
     "dataset", "threat", "recipe", "activation", "model", "optimizer", "lr_schedule", "sparsity", "training",
@@ -33,6 +34,11 @@ GROUPS = (
 )  # fmt: skip
 """The groups that leave a node of their own in the configuration."""
 
+
+FACTORIES = ("activation", "model", "optimizer", "lr_schedule")
+"""The nodes that are built in part and completed later, with what only the data or the network tells."""
+
+T = TypeVar("T")
 
 Config = DictConfig
 """A composed configuration, for those who hand it on."""
@@ -57,6 +63,11 @@ def user_errors() -> Iterator[None]:
         raise UserError(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}") from None
     except HydraException as error:
         raise UserError(str(error)) from None
+    except MemoryError as error:
+        raise UserError(f"not enough memory: {error or 'the machine has no more'}") from error
+    except OSError as error:
+        named = f"{error.filename}: " if error.filename else ""
+        raise UserError(f"{named}{error.strerror or error}") from error
     except RuntimeError as error:
         if not is_death_of_worker(error):
             raise
@@ -64,12 +75,21 @@ def user_errors() -> Iterator[None]:
 
 
 def settings(cfg: DictConfig) -> Settings:
-    """The top-level keys, checked."""
+    """The top-level keys, checked.
+
+    Raises:
+        UserError: naming an unknown key, a group that is missing, or a value and what was expected.
+    """
+    known = (*Settings.model_fields, *GROUPS)
     for name in map(str, cfg):
-        if name not in (*Settings.model_fields, *GROUPS, "hydra"):
+        if name not in (*known, "hydra"):
             raise UserError(
-                f"{name}: unknown key; expected one of {', '.join(Settings.model_fields)} or a group"
+                f"{name}: unknown key{did_you_mean(name, known)}; expected one of"
+                f" {', '.join(Settings.model_fields)} or a group"
             )
+    for group in GROUPS:
+        if not isinstance(plain(cfg, group), dict):
+            raise UserError(f"{group}={plain(cfg, group)!r}: a run needs its {group}; expected {group}=OPTION")
     content = {name: plain(cfg, name) for name in Settings.model_fields}
     try:
         return Settings(**content)
@@ -83,8 +103,13 @@ def plain(cfg: DictConfig, key: str) -> Any:
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
-def build(cfg: DictConfig, key: str) -> Any:
+def build(cfg: DictConfig, key: str, kind: type[T] | None = None) -> Any:
     """Instantiate the node at ``key``.
+
+    Args:
+        cfg: the configuration.
+        key: where the node stands.
+        kind: what it must be an instance of.
 
     Raises:
         UserError: naming the key and value at fault.
@@ -92,11 +117,19 @@ def build(cfg: DictConfig, key: str) -> Any:
     node = OmegaConf.select(cfg, key)
     if not OmegaConf.is_dict(node) or "_target_" not in node:
         raise UserError(f"{key}: nothing to build; expected a mapping with a _target_")
+    require_buildable(plain(cfg, key), key)
+    if key in FACTORIES and not node.get("_partial_", False):
+        raise UserError(f"{key}._partial_=False: expected true, since the data or the network completes it")
     try:
         built = instantiate(node, _convert_="all")
     except InstantiationException as error:
         at = re.findall(r"full_key: (\S+)", str(error))
         raise UserError(explain(error, cfg, at[-1] if at else key)) from error
+    if kind is not None and not isinstance(built, kind):
+        raise UserError(
+            f"{key}._target_={node._target_}: makes a {type(built).__name__};"
+            f" expected a {kind.__module__}.{kind.__qualname__}"
+        )
     _check_numbers(built, cfg, key)
     return built
 
@@ -114,11 +147,13 @@ def _check_numbers(built: Any, cfg: DictConfig, key: str) -> None:
     for name, value in plain(cfg, key).items():
         if name not in parameters or value is None:
             continue
-        kinds = {parameters[name].annotation, type(parameters[name].default)}
-        if kinds & {bool, "bool"} and not isinstance(value, bool):
-            raise UserError(f"{key}.{name}={value!r}: expected true or false")
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if kinds & {int, float, "int", "float"} and not is_number:
+        kinds = (parameters[name].annotation, type(parameters[name].default))
+        if any(kind in (bool, bool | None, "bool", "bool | None") for kind in kinds):
+            if not isinstance(value, bool):
+                raise UserError(f"{key}.{name}={value!r}: expected true or false")
+        elif any(kind in (int, float, "int", "float") for kind in kinds) and (
+            isinstance(value, bool) or not isinstance(value, int | float)
+        ):
             raise UserError(f"{key}.{name}={value!r}: expected a number")
 
 
@@ -152,18 +187,49 @@ class CommandLine:
 
     @classmethod
     def of(cls, hydra: Any) -> "CommandLine":
-        """From Hydra's own node of a composed configuration."""
-        chosen = {
-            group: str(option)
+        """From Hydra's own node of a composed configuration.
+
+        Raises:
+            UserError: where none or several options were chosen of a group that a run needs one of.
+        """
+        found = {
+            group: option
             for group, option in hydra.runtime.choices.items()
             if option is not None and not group.startswith("hydra")
         }
-        return cls(chosen, list(hydra.overrides.task), hydra.mode == RunMode.MULTIRUN)
+        for group in (*(group for group in GROUPS if group != "attack"), "suite"):
+            if not isinstance(found.get(group), str):
+                raise UserError(f"{group}: a run needs one option; expected {group}=OPTION")
+        chosen = {group: str(option) for group, option in found.items()}
+        given: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # "${...}" in it is text
+        return cls(chosen, list(map(str, given)), hydra.mode == RunMode.MULTIRUN)
 
     @classmethod
     def current(cls) -> "CommandLine":
         """That of the job that Hydra is running."""
         return cls.of(HydraConfig.get())
+
+
+def read_fractions(cfg: DictConfig, groups: Sequence[str] = ("threat", "attack", "training")) -> None:
+    """Make numbers of values such as ``8/255``, wherever they stand in ``groups``.
+
+    So a class that knows nothing of fractions gets a float, be it by ``eps: ${threat.eps}`` or in its own
+    YAML, and the same number gives the same folder however it is written.
+    """
+    for group in groups:
+        node = OmegaConf.select(cfg, group)
+        if OmegaConf.is_config(node):
+            _read_fractions(node)
+
+
+def _read_fractions(node: Any) -> None:
+    for key in range(len(node)) if OmegaConf.is_list(node) else list(node):
+        value = node._get_node(key)
+        if OmegaConf.is_config(value):
+            if not (value._is_none() or value._is_missing() or value._is_interpolation()):
+                _read_fractions(value)
+        elif isinstance(number := fraction(value._value()), float):
+            node[key] = number
 
 
 def composed(overrides: Sequence[str], config_dir: Path | None = None) -> tuple[DictConfig, CommandLine]:
@@ -191,60 +257,6 @@ def composed(overrides: Sequence[str], config_dir: Path | None = None) -> tuple[
 def yaml_of(content: Any) -> str:
     """YAML of a configuration (interpolations as they are) or of plain values."""
     return OmegaConf.to_yaml(content if OmegaConf.is_config(content) else OmegaConf.create(content))
-
-
-SCALED = ("dataset", "evaluation", "recipe", "model", "training", "attack")
-"""Where a scale's caps hold."""
-
-
-class Scale(BaseModel):
-    """``conf/scale/*.yaml``: the largest number for each name, and what to build instead of what."""
-
-    model_config = STRICT
-    name: str
-    caps: dict[str, Natural]
-    instead: dict[str, dict[str, Any]]
-
-
-def apply_scale(cfg: DictConfig, nodes: Sequence[str] = SCALED) -> str:
-    """Bring every number that ``scale.caps`` names down to its cap, and say the scale's name.
-
-    A name is capped wherever it stands in ``nodes``, in lists too; null, where it is the value, stands for
-    more than the cap. A target that ``scale.instead`` names is replaced.
-    """
-    content = plain(cfg, "scale")
-    try:
-        scale = Scale(**content)
-    except ValidationError as error:
-        raise UserError(explain_validation(error, "scale", content)) from error
-    for name, attack in plain(cfg, "attack").items() if scale.instead else ():
-        if isinstance(attack, dict) and (other := scale.instead.get(attack.get("_target_", ""))):
-            OmegaConf.update(cfg, f"attack.{name}", {**attack, **other}, force_add=True)
-    for node in nodes:
-        found = OmegaConf.select(cfg, node)
-        if OmegaConf.is_config(found):
-            _cap(cfg, node, found, scale.caps)
-    return scale.name
-
-
-def _cap(cfg: DictConfig, at: str, content: Any, caps: Mapping[str, int]) -> None:
-    for name in content:
-        if OmegaConf.is_missing(content, name):
-            continue
-        key, value = f"{at}.{name}", content[name]
-        if OmegaConf.is_dict(value):
-            _cap(cfg, key, value, caps)
-        elif name in caps:
-            plain_value = OmegaConf.to_container(value) if OmegaConf.is_list(value) else value
-            OmegaConf.update(cfg, key, _capped(plain_value, caps[name]))
-
-
-def _capped(value: Any, cap: int) -> Any:
-    if isinstance(value, list):
-        return [_capped(each, cap) for each in value]
-    if value is None:
-        return cap
-    return min(value, cap) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def run_name(cfg: DictConfig, chosen: Mapping[str, str], scale: str) -> str:

@@ -15,6 +15,11 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+_LONGEST = 700
+_KEPT = 300
+_MOST_LINES = 20
+
+
 class UserError(ValueError):
     """Something the user can put right: a bad value, a missing file, a checkpoint that does not fit.
 
@@ -32,3 +37,20 @@ class PrintableFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line, or lines."""
         return printable(super().format(record))
+
+
+def shortened(message: str) -> str:
+    """``message`` without the middle of lines that are too long to read, and of too many lines.
+
+    A message begins with the key and ends with what was expected; both stay.
+    """
+    lines = [
+        line
+        if len(line) <= _LONGEST
+        else f"{line[:_KEPT]}... ({len(line) - 2 * _KEPT:,} characters left out) ...{line[-_KEPT:]}"
+        for line in message.split("\n")
+    ]
+    if len(lines) > 2 * _MOST_LINES:
+        left_out = len(lines) - 2 * _MOST_LINES
+        lines[_MOST_LINES:-_MOST_LINES] = [f"... ({left_out:,} lines left out) ..."]
+    return "\n".join(lines)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kwta_exp import environment
-from kwta_exp.config import CommandLine, Config, ConfigError, user_errors, yaml_of
-from kwta_exp.errors import UserError
+from kwta_exp.config import CommandLine, Config, ConfigError, plain, user_errors, yaml_of
+from kwta_exp.errors import UserError, shortened
 from kwta_exp.plan import Plan
 from kwta_exp.run_folder import opened
 from kwta_exp.storage import trained_ratio, write_json, write_text
@@ -36,14 +36,11 @@ def run(cfg: Config) -> float:
             results = plan.finished_results()
             if results is None:
                 results = _carry_out(plan)
-    except KeyboardInterrupt:
-        log.warning("interrupted; the same command continues")
-        raise
     except Exception as error:
         if line.multirun:
-            log.error("FAILED %s: %s", " ".join(line.overrides), error)  # noqa: TRY400
+            log.error("FAILED %s: %s", shortened(" ".join(line.overrides)), error)  # noqa: TRY400
         if isinstance(error, UserError):
-            raise ConfigError(str(error)) from error
+            raise ConfigError(shortened(str(error))) from error
         raise
     return float(
         (results["worst_case"] or results["clean"]).get("robust_accuracy", results["clean"]["accuracy"])
@@ -106,7 +103,12 @@ def _adopt_weights(plan: Plan, parts: "Parts") -> None:
     from kwta_exp.checkpoint import save_weights, weights_of
 
     for path in (plan.folder.best, plan.folder.last):
-        save_weights(path, weights_of(parts.network), {})
+        save_weights(path, weights_of(parts.network), _about(plan))
+
+
+def _about(plan: Plan) -> dict[str, str]:
+    """What a checkpoint says of the network whose weights it holds."""
+    return {"activation": json.dumps(plain(plan.cfg, "activation"))}
 
 
 def _train(plan: Plan, parts: "Parts", fabric: "Fabric") -> None:
@@ -140,7 +142,9 @@ def _train(plan: Plan, parts: "Parts", fabric: "Fabric") -> None:
         plan.folder.state, on_epoch, compiled=plan.runtime.compile,
     )  # fmt: skip
 
-    about = {} if fitted.sparsity_ratio is None else {"sparsity_ratio": repr(fitted.sparsity_ratio)}
+    about = _about(plan)
+    if fitted.sparsity_ratio is not None:
+        about["sparsity_ratio"] = repr(fitted.sparsity_ratio)
     save_weights(plan.folder.best, fitted.best, {"epoch": str(fitted.best_epoch), **about})
     save_weights(plan.folder.last, fitted.last, {"epoch": str(training.epochs), **about})
     log.info("best epoch: %d", fitted.best_epoch)

@@ -1,7 +1,10 @@
 """From a library's error to one message that names the key, its value and what was expected."""
 
+import importlib
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from pydantic import ValidationError
@@ -28,19 +31,27 @@ def explanation(error: BaseException, key: str, values: Mapping[str, Any]) -> st
     return f"{key}: {(str(cause) or type(cause).__name__).splitlines()[0]} (with {shown})"
 
 
+def did_you_mean(name: str, names: Iterable[str], value: object = None, prefix: str = "") -> str:
+    """``"; did you mean ...?"`` with the nearest of ``names``, or nothing where none is near."""
+    near = get_close_matches(name, list(names), n=1, cutoff=0.6)
+    if not near:
+        return ""
+    return f"; did you mean {prefix}{near[0]}{'' if value is None else f'={value}'}?"
+
+
 def explain_validation(error: ValidationError, key: str, values: Mapping[str, Any]) -> str:
     """A line for each value that pydantic refused."""
     return "\n".join(_explain_field(detail, key, values) for detail in error.errors(include_url=False))
 
 
 def _explain_field(detail: Any, key: str, values: Any) -> str:
-    path = [key] if key else []
+    path, around = [key] if key else [], values
     for part in detail["loc"]:
         if (isinstance(values, Mapping) and part in values) or (
             isinstance(values, list) and isinstance(part, int) and part < len(values)
         ):
             path.append(str(part))
-            values = values[part]
+            around, values = values, values[part]
         elif len(path) <= 1 and isinstance(part, str):
             path.append(part)  # an argument that is missing
             break
@@ -49,10 +60,27 @@ def _explain_field(detail: Any, key: str, values: Any) -> str:
     if detail["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{where}: missing; expected a value"
     if "unexpected" in detail["type"] or detail["type"] == "extra_forbidden":
-        return f"{where}: unknown key; see the group's YAML files for those it takes"
+        return _unknown_key(path, around)
     if isinstance(values, Mapping):
         return f"{where}: {message}"
     return f"{where}={values!r}: {message}"
+
+
+def _unknown_key(path: list[str], values: Any) -> str:
+    *parents, name = path
+    taken = _parameters(values.get("_target_")) if isinstance(values, Mapping) else []
+    near = did_you_mean(name, taken, prefix="".join(f"{parent}." for parent in parents))
+    listed = f"; expected one of {', '.join(taken)}" if taken else ""
+    return f"{'.'.join(path)}: unknown key{near}{listed}"
+
+
+def _parameters(target: object) -> list[str]:
+    """The names of what a target takes, if it says so."""
+    module, _, name = str(target).rpartition(".")
+    try:
+        return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return []
 
 
 def _root_cause(error: BaseException) -> BaseException:

@@ -4,6 +4,7 @@ They serve pydantic dataclasses and ``validate_call`` alike, so YAML and Python 
 same rules. Numbers are strict: ``true`` is not 1.0 and ``"3"`` is not 3.
 """
 
+import re
 from fractions import Fraction
 from typing import Annotated, Literal
 
@@ -12,12 +13,15 @@ from pydantic import BeforeValidator, ConfigDict, Field
 STRICT = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
 
-def _fraction(value: object) -> object:
-    """Read ``"8/255"`` as a number; leave everything else to the type that follows."""
-    if isinstance(value, str) and "/" in value:
+_FRACTION = re.compile(r"\s*([\d.]+)\s*/\s*([\d.]+)\s*")
+
+
+def fraction(value: object) -> object:
+    """``"8/255"`` as a number; everything else as it is."""
+    if isinstance(value, str) and (written := _FRACTION.fullmatch(value)):
         try:
-            return float(Fraction(value.replace(" ", "")))
-        except (ValueError, ZeroDivisionError):
+            return float(Fraction(written[1]) / Fraction(written[2]))
+        except (ValueError, ZeroDivisionError, OverflowError):
             return value
     return value
 
@@ -31,7 +35,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 """A number of 0 or more."""
 
-Eps = Annotated[float, BeforeValidator(_fraction), Field(ge=0)]
+Eps = Annotated[float, BeforeValidator(fraction), Field(ge=0)]
 """A perturbation radius or step in pixel units of [0, 1]; ``8/255`` may be written as such."""
 
 Share = Annotated[float, Field(gt=0, lt=1)]

@@ -3,12 +3,14 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from kwta_exp.attacks import Attack, NotApplicableError, Threat, Transfer, adapted
+from kwta_exp.attacks.threat import check_radius
 from kwta_exp.checkpoint import load_into, read_weights
 from kwta_exp.config import Config, build, call, explain, plain
 from kwta_exp.data.base import Images
@@ -46,14 +48,18 @@ def build_parts(plan: Plan) -> Parts:
     cfg = plan.cfg
     call(cfg, "activation", build(cfg, "activation"))  # so that its errors name it, not the model
 
-    threat = build(cfg, "threat")
+    threat = build(cfg, "threat", Threat)
     suite = built_suite(cfg, threat)
-    training = build(cfg, "training") if plan.trains else None
+    training = build(cfg, "training", Training) if plan.trains else None
     inner = [name for name in ("attack", "probe") if hasattr(training, name)]
     if training is not None and inner:
         usable = {name: _as_attack(cfg, f"training.{name}", getattr(training, name), threat) for name in inner}
         training = replace(training, **usable)
     images = plan.dataset.load()
+    radii = {"threat": threat, **{f"attack.{name}": attack for name, attack in suite.items()}}
+    radii |= {f"training.{name}": getattr(training, name) for name in inner}
+    for at, part in {**radii, "training": training}.items():
+        _check_radius(at, part, images)
     network = planned_network(plan, images)
     attacks = {f"attack.{name}": attack for name, attack in suite.items()}
     for name in inner:
@@ -65,7 +71,7 @@ def build_parts(plan: Plan) -> Parts:
 
     optimizer = lr_schedule = sparsity = None
     if training is not None:
-        sparsity = build(cfg, "sparsity")
+        sparsity = build(cfg, "sparsity", Sparsity)
         if sparsity.ratio(0, training.epochs) is not None and not scheduled(network):
             raise UserError(
                 f"sparsity={plan.chosen['sparsity']}: the network has no k-WTA layer with a ratio to schedule;"
@@ -79,7 +85,9 @@ def build_parts(plan: Plan) -> Parts:
             )
         optimizer, lr_schedule = build(cfg, "optimizer"), build(cfg, "lr_schedule")
         trial = call(cfg, "optimizer", optimizer, [torch.nn.Parameter(torch.zeros(1))])
+        _require_kind("optimizer", trial, torch.optim.Optimizer)
         trial_schedule = call(cfg, "lr_schedule", lr_schedule, trial)
+        _require_kind("lr_schedule", trial_schedule, torch.optim.lr_scheduler.LRScheduler)
         call(cfg, "optimizer", trial.step)
         call(cfg, "lr_schedule", trial_schedule.step)  # some look at their settings only now
 
@@ -92,10 +100,27 @@ def built_suite(cfg: Config, threat: Threat) -> dict[str, Attack]:
     Raises:
         UserError: naming the key and value at fault.
     """
+    if "_target_" in cfg.attack:
+        raise UserError(f"attack: {cfg.attack._target_} has no name; expected +attack@attack.NAME=OPTION")
     suite = {name: build(cfg, f"attack.{name}") for name in safe_names(cfg.attack)}
     for name, attack in suite.items():
         suite[name] = _as_attack(cfg, f"attack.{name}", attack, threat)
     return suite
+
+
+def _require_kind(at: str, made: Any, kind: type) -> None:
+    if not isinstance(made, kind):
+        raise UserError(f"{at}: makes a {type(made).__name__}; expected a {kind.__module__}.{kind.__name__}")
+
+
+def _check_radius(at: str, part: Any, images: Images) -> None:
+    """A radius beyond every image is one in other units."""
+    norm, eps = getattr(part, "norm", None), getattr(part, "eps", None)
+    if norm in ("linf", "l2") and isinstance(eps, int | float):
+        try:
+            check_radius(norm, eps, images.x_train.shape[1:])
+        except ValueError as error:
+            raise UserError(f"{at}.eps={eps:g}: {error}") from error
 
 
 def _as_attack(cfg: Config, at: str, attack: Any, threat: Threat) -> Attack:
@@ -103,6 +128,8 @@ def _as_attack(cfg: Config, at: str, attack: Any, threat: Threat) -> Attack:
     attack = call(cfg, at, adapted, attack, threat)
     if not callable(attack):
         raise UserError(f"{at}: {attack!r} cannot be called; expected an attack")
+    if isinstance(attack, partial) and isinstance(attack.func, type):
+        raise UserError(f"{at}._partial_=True: makes a class that is not built; expected false")
     if isinstance(attack, Transfer):
         attack.attack = _as_attack(cfg, f"{at}.attack", attack.attack, threat)
     usable: Attack = attack
@@ -159,6 +186,7 @@ def network_of_run(run: str, key: str, images: Images, trust: bool) -> nn.Module
 def _built_network(cfg: Config, images: Images) -> nn.Module:
     factory = build(cfg, "model")
     network: nn.Module = call(cfg, "model", factory, **with_facts(factory, _facts(images)))
+    _require_kind("model", network, nn.Module)
     return network
 
 

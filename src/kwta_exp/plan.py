@@ -1,37 +1,39 @@
 """What will be run and where: settled without loading torch, so that a finished run is known at once."""
 
+import json
 import logging
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kwta_exp import environment
 from kwta_exp.config import (
-    SCALED,
     CommandLine,
     Config,
     adopt_ratio,
     adopt_run,
-    apply_scale,
     build,
     composed,
     plain,
+    read_fractions,
     recorded_network,
     run_name,
     settings,
 )
 from kwta_exp.data.datasets import Dataset, Synthetic, stand_in
+from kwta_exp.data.folder import ImageFolder
 from kwta_exp.download import fetch, is_url
 from kwta_exp.errors import UserError
 from kwta_exp.received import regular_size
 from kwta_exp.recorded import PLACES, RecordedRun
 from kwta_exp.run_folder import RunFolder, compare_commits, read_results, readable
 from kwta_exp.runtime import Runtime
+from kwta_exp.scale import SCALED, apply_scale
 from kwta_exp.settings import Settings
-from kwta_exp.storage import sha256_of_file, trained_ratio
+from kwta_exp.storage import read_metadata, sha256_of_file, trained_ratio
 from kwta_exp.targets import local_code
 
 log = logging.getLogger(__name__)
@@ -73,8 +75,11 @@ class Plan:
             if ratio := trained_ratio(weights):
                 adopt_ratio(cfg, ratio, line.overrides)
 
-        runtime, dataset = build(cfg, "runtime"), build(cfg, "dataset")
-        if scale != "full" and not dataset.present():
+        if weights is not None:
+            _check_activation(weights, plain(cfg, "activation"), trains)
+        read_fractions(cfg)
+        runtime, dataset = build(cfg, "runtime", Runtime), build(cfg, "dataset", Dataset)
+        if scale != "full" and _replaceable(dataset, line.overrides):
             dataset = stand_in(dataset)
             log.info("scale=%s: %s is absent; %s stands in for it", scale, chosen["dataset"], dataset)
         nodes = ("model", "training", "optimizer", "lr_schedule", "sparsity") if trains else ("model",)
@@ -164,6 +169,13 @@ class Plan:
         }
 
 
+def _replaceable(dataset: Dataset, given: Sequence[str]) -> bool:
+    """Whether images that are absent may be made up, to try a command out: not where the user says they are."""
+    named = any(override.lstrip("+").startswith("dataset.root=") for override in given)
+    usual_place = isinstance(dataset, ImageFolder) and not named
+    return (dataset.downloadable or usual_place) and not dataset.present()
+
+
 def _weights_file(weights: str | None, sha256: str | None, data: Path) -> Path | None:
     """The checkpoint that ``weights=`` names: a file, a URL, or the best weights of a finished run."""
     if weights is None:
@@ -209,6 +221,37 @@ def source_weights(run: str, key: str) -> Path:
     if not folder.last.exists() or not folder.config.exists():
         raise UserError(f"{key}={run}: no finished training there; expected a run folder with {folder.last}")
     return folder.best
+
+
+def _check_activation(weights: Path, activation: Mapping[str, Any], trains: bool) -> None:
+    """Weights fit a network with another activation, which computes something else.
+
+    A run's weights say which activation they are of. To train on with another one is a method; to judge
+    with it is a mistake, unless it is the same one with other values.
+    """
+    try:
+        theirs = json.loads(read_metadata(weights).get("activation", "null"))
+    except ValueError:
+        return  # a file of somebody else's
+    if not isinstance(theirs, dict) or "_target_" not in theirs:
+        return
+    target, given = str(theirs["_target_"]), activation.get("_target_")
+    if target != given and not trains:
+        raise UserError(
+            f"activation._target_={given}: {weights} was trained with {target}, and would fit a network that"
+            " computes something else; expected the same activation, or training=... to train on with this one"
+        )
+    ignored = {"ratio"} if "sparsity_ratio" in read_metadata(weights) else set()
+    other = {
+        name: (theirs.get(name), activation.get(name))
+        for name in sorted((theirs.keys() | activation.keys()) - ignored)
+        if theirs.get(name) != activation.get(name)
+    }
+    if other:
+        log.warning(
+            "weights=%s: trained with another activation than this network has: %s", weights,
+            ", ".join(f"{name}={was}, here {here}" for name, (was, here) in other.items()),
+        )  # fmt: skip
 
 
 def source_network(run: str, key: str, trust: bool) -> tuple[Path, Config]:

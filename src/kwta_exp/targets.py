@@ -1,7 +1,8 @@
 """The code that a plain configuration names: which it is, its digest, and whether a stranger may name it."""
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,49 @@ def require_trusted(content: Any, group: str, source: str, allowed: Sequence[str
                 f" folder's word; expected {group}=... on the command line, or trust=true for a folder of your"
                 " own"
             )
+
+
+_RESERVED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "_target_": (lambda value: isinstance(value, str), "the dotted path of a class or function"),
+    "_partial_": (lambda value: isinstance(value, bool), "true or false"),
+    "_recursive_": (lambda value: isinstance(value, bool), "true or false"),
+    "_convert_": (lambda value: value in ("none", "partial", "object", "all"), "none, partial, object or all"),
+    "_args_": (lambda value: isinstance(value, list), "a list"),
+}
+"""What Hydra's own keys may hold."""
+
+
+def require_buildable(content: Any, key: str) -> None:
+    """Refuse what no part of a run can be, before anything is imported or called.
+
+    Python's own functions are among it: nothing that a run is made of comes from there, and
+    ``os.remove`` does its work while it is "built".
+
+    Args:
+        content: a group, plain.
+        key: where it stands, for the message.
+
+    Raises:
+        UserError: naming key and value.
+    """
+    if isinstance(content, list):
+        for number, value in enumerate(content):
+            require_buildable(value, f"{key}.{number}")
+    if not isinstance(content, Mapping):
+        return
+    for name, value in content.items():
+        if name in _RESERVED:
+            fits, expected = _RESERVED[name]
+            if not fits(value):
+                raise UserError(f"{key}.{name}={value!r}: expected {expected}")
+        else:
+            require_buildable(value, f"{key}.{name}")
+    target = str(content.get("_target_", ""))
+    if target.partition(".")[0] in sys.stdlib_module_names:
+        raise UserError(
+            f"{key}._target_={target}: Python's own library has no part of a run; expected a class of this"
+            " project, of torch, torchvision or foolbox, or of yours"
+        )
 
 
 def _texts(content: Any) -> Iterator[str]:

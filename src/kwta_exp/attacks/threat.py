@@ -1,9 +1,10 @@
 """The threat: which changes of an image an attacker may make."""
 
 import math
+from collections.abc import Sequence
 
 import torch
-from pydantic import dataclasses
+from pydantic import ValidationInfo, dataclasses, field_validator
 from torch import Tensor
 
 from kwta_exp.fields import STRICT, Eps, Norm
@@ -16,11 +17,17 @@ class Threat:
 
     Args:
         norm: ``"linf"`` or ``"l2"``, over all C*H*W values of an image.
-        eps: radius in pixel units of [0, 1].
+        eps: radius in pixel units of [0, 1]; under L-inf at most 1.
     """
 
     norm: Norm
     eps: Eps
+
+    @field_validator("eps")
+    @classmethod
+    def _bounded(cls, eps: float, info: ValidationInfo) -> float:
+        check_radius(info.data.get("norm", ""), eps)
+        return eps
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """The nearest allowed image (L-inf) or the radial projection, then clipped to [0, 1] (L2).
@@ -70,6 +77,27 @@ class Threat:
         order = math.inf if self.norm == "linf" else 2
         distance: Tensor = torch.linalg.vector_norm((x_adv - x).flatten(1), ord=order, dim=1)
         return distance
+
+
+def check_radius(norm: str, eps: float, shape: Sequence[int] | None = None) -> None:
+    """Refuse a radius that holds every image there is, as one in units of 255 does.
+
+    Args:
+        norm: ``"linf"`` or ``"l2"``.
+        eps: the radius.
+        shape: (channels, height, width) of the images, which bounds an L2 radius.
+
+    Raises:
+        ValueError: saying what was expected.
+    """
+    if norm == "linf" and eps > 1:
+        hint = f"{eps:g}/255" if eps <= 255 else "8/255"
+        raise ValueError(f"pixels lie in [0, 1]; expected an L-inf radius of at most 1, such as {hint}")
+    if norm == "l2" and shape is not None and eps > (diameter := math.sqrt(math.prod(shape))):
+        raise ValueError(
+            f"pixels lie in [0, 1]; expected an L2 radius of at most {diameter:.4g}, the largest distance"
+            f" between two images of shape {tuple(shape)}"
+        )
 
 
 def _l2(x: Tensor) -> Tensor:

@@ -85,6 +85,11 @@ class Dataset(ABC):
         """How many, as far as it is known before the labels are read."""
         return 10
 
+    @property
+    def downloadable(self) -> bool:
+        """Whether what is not there comes from the network, and not from a place that the user names."""
+        return False
+
     def present(self) -> bool:
         """Whether the data is where it is looked for."""
         return True

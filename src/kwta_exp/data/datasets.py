@@ -2,6 +2,8 @@
 
 import hashlib
 import importlib.util
+import itertools
+import logging
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +17,8 @@ from kwta_exp.errors import UserError
 from kwta_exp.fields import STRICT, Count, Several
 from kwta_exp.received import regular_size, require_plain
 from kwta_exp.storage import sha256_of_file, sha256_of_json
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "CIFAR10", "CIFAR100", "MNIST", "SVHN", "Arrays", "Dataset", "Digits", "FashionMNIST", "Images",
@@ -86,7 +90,8 @@ class Arrays(Dataset):
             with Path(self.path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 if missing := [name for name in names if name not in file]:
                     raise UserError(
-                        f"dataset.path={self.path}: lacks {', '.join(missing)}; expected {', '.join(names)}"
+                        f"dataset.path={self.path}: lacks {', '.join(missing)}; expected {', '.join(names)};"
+                        f" found {', '.join(sorted(file)) or 'no array'}"
                     )
                 # A member that is no array comes as bytes.
                 x_train, y_train, x_test, y_test = (np.asarray(file[name]) for name in names)
@@ -105,6 +110,7 @@ class Arrays(Dataset):
                 f"dataset.path={self.path}: x_train has images of shape {x_train.shape[1:]},"
                 f" x_test of {x_test.shape[1:]}; expected the same"
             )
+        self._check_classes(y_train, y_test)
         return Images(
             channels_first(x_train),
             y_train.astype(np.int64),
@@ -118,10 +124,38 @@ class Arrays(Dataset):
             raise UserError(
                 f"{where}: x_{part} is {x.dtype} {x.shape}; expected uint8 (N, H, W) or (N, H, W, C)"
             )
+        if x.ndim == 4 and x.shape[3] not in _CHANNELS and x.shape[1] in _CHANNELS:
+            raise UserError(
+                f"{where}: x_{part} is {x.shape}: {x.shape[3]} channels of {x.shape[1]}x{x.shape[2]} pixels;"
+                f" expected (N, H, W, C): save x_{part}.transpose(0, 2, 3, 1)"
+            )
         if y.dtype.kind not in "iu" or y.shape != (len(x),):
             raise UserError(f"{where}: y_{part} is {y.dtype} {y.shape}; expected integers of shape ({len(x)},)")
         if y.min() < 0:
             raise UserError(f"{where}: y_{part} holds {y.min()}; expected labels counted from 0")
+
+    def _check_classes(self, y_train: npt.NDArray[Any], y_test: npt.NDArray[Any]) -> None:
+        """Labels are counted from 0; a class without training images is said, since it may be meant."""
+        trained = np.unique(y_train)
+        lowest, classes = int(min(trained[0], y_test.min())), int(max(trained[-1], y_test.max())) + 1
+        if lowest > 0:
+            raise UserError(
+                f"dataset.path={self.path}: the labels run from {lowest} to {classes - 1}; expected them"
+                f" counted from 0: save y_train - {lowest} and y_test - {lowest}"
+            )
+        if (lacking := classes - len(trained)) > 0:
+            present = set(trained.tolist())
+            first = itertools.islice((k for k in range(classes) if k not in present), 5)
+            log.warning(
+                "dataset.path=%s: no training image is of %d of %d classes (%s%s). The network has an output"
+                " for each class up to the largest label; if none was meant to be left out, number the labels"
+                " without gaps",
+                self.path, lacking, classes, ", ".join(map(str, first)), ", ..." if lacking > 5 else "",
+            )  # fmt: skip
+
+
+_CHANNELS = (1, 2, 3, 4)
+"""How many channels images have, but for unusual ones."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -40,6 +40,10 @@ class _Torchvision(Dataset):
     def classes(self) -> int:
         return self._CLASSES
 
+    @property
+    def downloadable(self) -> bool:
+        return True
+
     def present(self) -> bool:
         return all((Path(self.root) / self._FOLDER / name).is_file() for name in self._FILES)
 

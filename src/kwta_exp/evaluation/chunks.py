@@ -2,11 +2,13 @@
 
 import multiprocessing
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from types import TracebackType
@@ -199,7 +201,8 @@ class Workers:
         try:
             while True:
                 for chunk in islice(left, 2 * self._processes - len(waiting)):
-                    waiting.append(pool.submit(_do, name, chunk))
+                    with _interrupts_held():
+                        waiting.append(pool.submit(_do, name, chunk))
                 if not waiting:
                     return
                 yield waiting.popleft().result()
@@ -239,9 +242,21 @@ def _pickled(task: Task) -> bytes:
         ) from error
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """For starting processes: until they have begun, Ctrl-C waits, or each would print a traceback."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def _begin(pickled: bytes, threads: int, parent: int) -> None:
     import pickle
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process without a word
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     torch.set_num_threads(threads)
     task: Task = pickle.loads(pickled)
     _here.update(task=task, bench=Bench.of(task), parent=parent)

@@ -2,31 +2,37 @@
 
 import io
 import shutil
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
+from rich.box import SIMPLE_HEAD, Box
 from rich.console import Console
 from rich.table import Table
 
 from kwta_exp.errors import printable
+
+_ASCII = Box("    \n    \n -- \n    \n    \n -- \n    \n    \n", ascii=True)
+"""``SIMPLE_HEAD`` for terminals that know no other lines."""
 
 
 def results_table(results: Mapping[str, Any], width: int | None = None) -> str:
     """``results.json`` as text: each accuracy with n and interval, the worst case, the verdict.
 
     "cumulative" is what an attack and all before it leave standing; "passes" are images sent forward
-    or backward through the network.
+    or backward through the network. It fits 80 columns: long names of attacks are folded.
     """
     run, threat = results["run"], results["threat"]
     table = Table(
         title=f"{run['name']}, seed {run['seed']}: {threat['norm']} eps {threat['eps']:.4g}",
-        box=SIMPLE_HEAD,
+        box=SIMPLE_HEAD if _shows_lines() else _ASCII,
         padding=(0, 1, 0, 0),
+        show_edge=False,
+        pad_edge=False,
         title_justify="left",
         title_style="bold",
     )
-    table.add_column("attack", no_wrap=True)
+    table.add_column("attack", overflow="fold")
     for heading in ("accuracy", "95% interval", "n", "cumulative", "passes", "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)
 
@@ -38,10 +44,10 @@ def results_table(results: Mapping[str, Any], width: int | None = None) -> str:
             *_cells(attack, "robust_accuracy"),
             _percent(attack["cumulative"]),
             f"{attack['forwards'] + attack['backwards']:,}",
-            f"{attack['seconds']:.1f}",
+            _seconds(attack["seconds"]),
         )
     for name in results["inapplicable"]:
-        table.add_row(name, "not applicable")
+        table.add_row(name, "n/a")
     if worst := results["worst_case"]:
         table.add_section()
         table.add_row("worst case", *_cells(worst, "robust_accuracy"), style="bold")
@@ -50,6 +56,7 @@ def results_table(results: Mapping[str, Any], width: int | None = None) -> str:
     output = io.StringIO()
     console = Console(file=output, markup=False, width=width or max(shutil.get_terminal_size().columns, 80))
     console.print(table)
+    console.print()
     console.print(
         f"Can this be believed? {masking['verdict'].upper()}. {masking['explanation']}",
         highlight=False,
@@ -64,7 +71,24 @@ def results_table(results: Mapping[str, Any], width: int | None = None) -> str:
 
 def _cells(result: Mapping[str, Any], name: str) -> tuple[str, str, str]:
     low, high = result["ci95"]
-    return _percent(result[name]), f"{100 * low:.1f} .. {100 * high:.1f}", f"{result['n']:,}"
+    return _percent(result[name]), f"{_bound(low)} .. {_bound(high)}", f"{result['n']:,}"
+
+
+def _bound(share: float) -> str:
+    return f"{100 * share:.1f}".replace("100.0", "100")
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f}" if seconds < 1000 else f"{seconds:,.0f}"
+
+
+def _shows_lines() -> bool:
+    """Whether the terminal's encoding has the characters that tables are drawn with."""
+    try:
+        "─".encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def _percent(share: float) -> str:
