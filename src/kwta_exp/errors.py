@@ -1,4 +1,4 @@
-"""The one exception a user's mistake is reported with."""
+"""The exceptions that a user's mistake, or a damaged file, is reported with."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     The message names the configuration key, gives the value, and says what was expected. The
     experiment shows it alone, without a traceback.
     """
+
+
+class DamagedError(UserError):
+    """A file of this project that is not as it was written; whoever can make it again may do so."""

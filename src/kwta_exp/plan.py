@@ -27,9 +27,10 @@ from kwta_exp.config import (
 from kwta_exp.data.datasets import Dataset, Synthetic, stand_in
 from kwta_exp.download import fetch, is_url
 from kwta_exp.errors import UserError
-from kwta_exp.run_folder import RunFolder, compare_commits, read_results, readable
+from kwta_exp.results_file import read_results
+from kwta_exp.run_folder import RunFolder, compare_commits, finished_evaluation, is_described, readable
 from kwta_exp.runtime import Runtime
-from kwta_exp.storage import sha256_of_file, trained_ratio
+from kwta_exp.storage import held, sha256_of_file, trained_ratio, write_json
 from kwta_exp.targets import local_code
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class Plan:
         """The file whose weights are evaluated, once it exists."""
         if not self.trains:
             return self.weights
-        return self.folder.best if self.folder.last.exists() else None
+        return self.folder.best if self.folder.trained else None
 
     def evaluation_identity(self, weights: Path) -> dict[str, Any]:
         """Everything that decides the outcome of each image, beside the run's own identity."""
@@ -138,13 +139,23 @@ class Plan:
         return environment.command()
 
     def finished_results(self) -> dict[str, Any] | None:
-        """What an earlier run of the same plan left, if it came to its end and is wanted."""
+        """What an earlier run of the same plan left, if it came to its end, is wanted, and is all there.
+
+        The run's own ``results.json`` is then this evaluation's again, whatever was run in between.
+        """
         if self.options.rerun or self.judged_weights is None:
             return None
-        results = read_results(self.evaluation_folder(self.judged_weights) / "results.json")
-        if results is not None:
-            log.info("already finished: %s", self.folder.path)
-            compare_commits(results["run"].get("commit"))
+        evaluation = self.evaluation_folder(self.judged_weights)
+        results = finished_evaluation(evaluation)
+        if results is None or not is_described(self.folder.path):
+            return None
+        with held(self.folder.path):
+            if not _is_latest(results, self.folder.results):
+                write_json(self.folder.results, results)
+        from kwta_exp.report.terminal import results_table
+
+        log.info("already finished\n%s\n\nEverything is in %s", results_table(results), evaluation)
+        compare_commits(results["run"].get("commit"))
         return results
 
     def identity_card(self, weights: Path) -> dict[str, Any]:
@@ -161,6 +172,13 @@ class Plan:
             "command": self.command,
             "commit": environment.commit(),
         }
+
+
+def _is_latest(results: dict[str, Any], path: Path) -> bool:
+    try:
+        return read_results(path) == results
+    except UserError:  # damaged: it is a copy
+        return False
 
 
 def _weights_file(weights: str | None, sha256: str | None, data: Path) -> Path | None:

@@ -27,7 +27,7 @@ from kwta_exp.evaluation import Diagnosis, Roles, evaluate, summarise
 from kwta_exp.fields import Eps
 from kwta_exp.parts import network_of_run
 from kwta_exp.plan import source_run
-from kwta_exp.storage import sha256_of_file, sha256_of_json, write_json
+from kwta_exp.storage import held, sha256_of_file, sha256_of_json, write_text
 
 BATCH_SIZE = 250
 
@@ -72,19 +72,22 @@ def matrix(
     folder = work / sha256_of_json(identity)[:10]
     test = first_test_images(images, n, torch.device("cpu"))
     left: dict[str, dict[str, float]] = {}
-    for target, network in networks.items():
-        clean, records, inapplicable = evaluate(network, test, suite, threat, seed, BATCH_SIZE, folder / target)
-        found = summarise({"name": target}, threat, clean, records, inapplicable, {}, Roles(), Diagnosis())
-        left[target] = {"clean": found["clean"]["accuracy"]} | {
-            source: result["robust_accuracy"] for source, result in found["attacks"].items()
-        }
+    with held(folder):
+        for target, network in networks.items():
+            clean, records, inapplicable = evaluate(
+                network, test, suite, threat, seed, BATCH_SIZE, folder / target
+            )
+            found = summarise({"name": target}, threat, clean, records, inapplicable, {}, Roles(), Diagnosis())
+            left[target] = {"clean": found["clean"]["accuracy"]} | {
+                source: result["robust_accuracy"] for source, result in found["attacks"].items()
+            }
     result = {
         "threat": {"norm": threat.norm, "eps": threat.eps},
         "attack": attack,
         "n": len(test),
         "left": left,
     }
-    write_json(folder / "matrix.json", result)
+    write_text(folder / "matrix.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
     return result
 
 
