@@ -78,13 +78,10 @@ def evaluation(
 def forge(run: Path) -> None:
     """Make every checksum in a run folder fit what is there, wherever that can be read at all."""
     described = _json(run / "environment.json")
-    if described is not None:
-        described["files"] = {
-            name: hashlib.sha256((run / name).read_bytes()).hexdigest()
-            for name in DESCRIBED
-            if (run / name).is_file()
-        }
-        _seal(run / "environment.json", described)
+    if described is not None or not (run / "environment.json").exists():
+        texts = {name: run / name for name in DESCRIBED if (run / name).is_file()}
+        files = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in texts.items()}
+        _seal(run / "environment.json", {**(described or {}), "files": files})
     for path in sorted(run.glob("evaluation/*/evaluation.json")):
         if (content := _json(path)) is not None:
             _seal(path, content)
@@ -111,4 +108,4 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 def _seal(path: Path, content: dict[str, Any]) -> None:
     content.pop(CHECKSUM, None)
-    path.write_text(json.dumps({**content, CHECKSUM: sha256_of_json(content)}, indent=2))
+    path.write_text(json.dumps({**content, CHECKSUM: sha256_of_json(content)}, indent=2) + "\n")

@@ -9,19 +9,24 @@ SOURCE = Path(__file__).parent.parent / "src" / "kwta_exp"
 
 LAYERS = [
     {"errors", "fields", "randomness", "progress", "environment"},
-    {"activations", "storage", "runtime", "explain"},
+    {"activations", "storage", "runtime", "explain", "settings"},
     {"sealed", "download", "targets"},
     {"results_file"},
     {"run_folder"},
+    {"recorded"},
     {"attacks", "models", "data", "checkpoint"},
     {"training", "evaluation"},
     {"report"},
     {"config"},
     {"plan"},
     {"parts"},
+    {"audit"},
     {"experiment", "verify", "transfer_matrix"},
+    {"command"},
+    {"cli"},
+    {"__main__"},
 ]
-HYDRA_ALLOWED = {"config.py"}
+HYDRA_ALLOWED = {"config.py", "command.py"}
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 
 from kwta_exp.errors import UserError
 from tests.conftest import ROOT, TINY, run_py
+from tests.stored import forge
 from tests.test_checkpoint import Hostile
 
 UNATTACKED = [override for override in TINY if not override.startswith("attack")] + ["suite=none"]
@@ -246,6 +247,7 @@ def test_a_received_run_folder_builds_nothing_of_its_own(finished: Path, tmp_pat
         "self": {"_target_": "pathlib.Path", "_args_": [str(proof)]},
     }
     OmegaConf.save(config, folder / "config.yaml")
+    forge(folder)
     done = run_py(f"paths.outputs={tmp_path / 'out'}", "training=none", f"weights={folder}")
     assert done.returncode == 1
     assert "pathlib.Path.mkdir, which is not this project's" in done.stderr
@@ -458,7 +460,8 @@ def test_five_kills_and_two_processes_change_no_outcome(tmp_path: Path) -> None:
 
 
 def test_the_transfer_matrix_tries_each_on_all(tmp_path: Path, finished: Path) -> None:
-    from kwta_exp.transfer_matrix import matrix, text
+    from kwta_exp.plan import plan_to_judge
+    from kwta_exp.transfer_matrix import Question, matrix, names, text
 
     outputs = tmp_path / "relu"
     assert (
@@ -466,16 +469,18 @@ def test_the_transfer_matrix_tries_each_on_all(tmp_path: Path, finished: Path) -
         == 0
     )
     folders = [only_folder(finished), only_folder(outputs)]
-    found = matrix(folders, "pgd", 30, 0.1, 0, tmp_path / "work")
+    plans = {name: plan_to_judge(path, [], None, False) for name, path in names(folders).items()}
+    asked, work = Question("pgd", 30, 0.1), tmp_path / "work"
+    found = matrix(plans, asked, work)
     (kwta, relu) = found["left"]
     assert "kwta0.1" in kwta
     assert "relu" in relu
     assert found["left"][relu][relu] < found["left"][relu][kwta] <= found["left"][relu]["clean"]
-    assert matrix(folders, "pgd", 30, 0.1, 0, tmp_path / "work") == found
-    assert matrix(folders[::-1], "pgd", 30, 0.1, 0, tmp_path / "work")["left"] == found["left"]
+    assert matrix(plans, asked, work) == found
+    assert matrix(dict(reversed(plans.items())), asked, work)["left"] == found["left"]
     assert len(text(found).splitlines()) == 7
-    soft = matrix(folders, "surrogate", 30, 0.1, 0, tmp_path / "work")
+    soft = matrix(plans, Question("surrogate", 30, 0.1), work)
     assert relu not in soft["left"][kwta]  # nothing to soften there
     assert "n/a" in text(soft)
     with pytest.raises(UserError, match="given twice"):
-        matrix([folders[0], folders[0]], "pgd", 30, None, 0, tmp_path)
+        names([folders[0], folders[0]])

@@ -13,9 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 from kwta_exp.config import adopt_run, build, call, run_name, settings
 from kwta_exp.errors import UserError
 from kwta_exp.models.factory import with_facts
+from kwta_exp.recorded import RecordedRun
 from kwta_exp.run_folder import RunFolder
 from kwta_exp.targets import TRUSTED, local_code, targets
 from tests.conftest import ROOT
+from tests.stored import forge
 
 CONF = ROOT / "conf"
 COMPLETED = {"num_classes", "in_channels", "image_size"}
@@ -177,16 +179,17 @@ def test_a_judged_run_lends_its_groups(composed: Callable[..., DictConfig], tmp_
     (tmp_path / "overrides.yaml").write_text(
         "choices: {activation: lwta, model: mlp, dataset: digits, threat: digits}"
     )
+    forge(tmp_path)
     given = ["training=none", "weights=x", "threat.norm=l2"]
     cfg, chosen = composed(*given), {"activation": "kwta", "model": "cnn"}
 
-    adopt_run(cfg, chosen, tmp_path, given)
+    adopt_run(cfg, chosen, RecordedRun.read(tmp_path, "weights"), given)
 
     assert (chosen["activation"], chosen["model"]) == ("lwta", "mlp")
     assert cfg.model.activation._target_ == "kwta_exp.activations.LWTA"
     assert (cfg.threat.eps, cfg.threat.norm) == (0.3, "l2")
 
     cfg, chosen = composed("model=cnn", *given), {"activation": "kwta", "model": "cnn"}
-    adopt_run(cfg, chosen, tmp_path, ["model=cnn", *given])
+    adopt_run(cfg, chosen, RecordedRun.read(tmp_path, "weights"), ["model=cnn", *given])
     assert chosen["model"] == "cnn"
     assert "CNN" in cfg.model._target_

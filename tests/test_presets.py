@@ -17,9 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 from kwta_exp.config import ConfigError, apply_scale, build, plain, settings
 from kwta_exp.errors import UserError
 from kwta_exp.experiment import run
+from kwta_exp.plan import plan_to_judge
 from kwta_exp.report.compare import Outcomes, compare
+from kwta_exp.sealed import write_arrays
 from kwta_exp.verify import verify
 from tests.conftest import ROOT
+from tests.stored import forge
 
 EXPERIMENTS = ROOT / "conf" / "experiment"
 PRESETS = sorted(str(path.relative_to(EXPERIMENTS).with_suffix("")) for path in EXPERIMENTS.rglob("*.yaml"))
@@ -221,10 +224,15 @@ def test_a_real_dataset_is_used_at_scale_tiny_where_it_is(tiny: Tiny, arrays_fil
     assert "stand_in" in tiny("dataset=arrays", "dataset.path=absent.npz")["run"]
 
 
+def verify_again(folder: Path) -> list[str]:
+    """What ``kwta-exp verify FOLDER`` says."""
+    return verify(plan_to_judge(folder, [], None, False), folder)
+
+
 def test_a_worst_case_is_verified_from_weights_and_images_alone(tiny: Tiny, tmp_path: Path) -> None:
     results = tiny("evaluation.save_images=true", "training.epochs=2", "dataset=synthetic", "model=mlp")
     (folder,) = (tmp_path / "out").glob("*/s0-*")
-    (said,) = verify(folder)
+    (said,) = verify_again(folder)
     assert f"worst case {100 * results['worst_case']['robust_accuracy']:.2f}% (n = 64)" in said
 
     (evaluation,) = (folder / "evaluation").iterdir()
@@ -233,21 +241,25 @@ def test_a_worst_case_is_verified_from_weights_and_images_alone(tiny: Tiny, tmp_
     better = json.loads(honest)
     better["worst_case"]["robust_accuracy"] += 1 / 64
     path.write_text(json.dumps(better))
+    forge(folder)
     with pytest.raises(UserError, match=r"but results\.json says"):
-        verify(folder)
+        verify_again(folder)
     path.write_text(honest)
 
     images = next((evaluation / "images").glob("fgsm-*.npz"))
     with np.load(images) as file:
         index, x_adv = file["index"], file["x_adv"]
-    np.savez(images, index=index, x_adv=1 - x_adv)
+    write_arrays(images, {"index": index, "x_adv": 1 - x_adv})
+    with pytest.raises(UserError, match=rf"not what its results\.json lists: images/{images.name}"):
+        verify_again(folder)
+    forge(folder)
     with pytest.raises(UserError, match=r"holds images outside linf eps"):
-        verify(folder)
+        verify_again(folder)
     for kept in (evaluation / "images").iterdir():
         kept.unlink()
     (evaluation / "images").rmdir()
     with pytest.raises(UserError, match="no images were kept"):
-        verify(folder)
+        verify_again(folder)
 
 
 def test_two_runs_are_compared_from_their_rows(tiny: Tiny, tmp_path: Path) -> None:
@@ -266,7 +278,7 @@ EVIL = "{_target_: pathlib.Path.touch, _args_: [{_target_: pathlib.Path, _args_:
 @pytest.mark.parametrize("how", ["resolver", "elsewhere", "group", "data"])
 def test_a_received_folder_resolves_nothing_of_its_own(tiny: Tiny, tmp_path: Path, how: str) -> None:
     """An interpolation may make a target out of a text, after the targets were looked at."""
-    tiny("model=mlp")
+    tiny("model=mlp", "evaluation.save_images=true")
     (folder,) = (tmp_path / "out").glob("*/s0-*")
     proof = tmp_path / "code-ran"
     config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=False)
@@ -282,14 +294,21 @@ def test_a_received_folder_resolves_nothing_of_its_own(tiny: Tiny, tmp_path: Pat
     else:
         config["paths"]["data"] = made
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    forge(folder)
+    audit = ["training=none", f"weights={folder}"]
+    if how == "data":  # where data lies is never taken from a folder
+        tiny(*audit, "suite=none")
+        verify_again(folder)
+        assert not proof.exists()
+        return
     for overrides in (
-        ["training=none", f"weights={folder}"],
+        audit,
         ["+attack@attack.transfer=transfer", f"attack.transfer.source={folder}", "model=cnn"],
     ):
         with pytest.raises(ConfigError, match=r"not resolved on a folder's word|not one that a run of this"):
             tiny(*overrides)
     with pytest.raises(UserError, match=r"not resolved on a folder's word|not one that a run of this"):
-        verify(folder)
+        verify_again(folder)
     assert not proof.exists()
 
 

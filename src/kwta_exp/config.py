@@ -1,27 +1,30 @@
 """From Hydra's configuration to objects and plain values: the one place that knows both."""
 
 import inspect
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException, InstantiationException
+from hydra.errors import CompactHydraException, HydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from kwta_exp.environment import CONF
 from kwta_exp.errors import UserError
 from kwta_exp.explain import explain_validation, explanation
-from kwta_exp.fields import STRICT, Count, Natural, Sha256
+from kwta_exp.fields import STRICT, Natural
+from kwta_exp.recorded import RecordedRun
 from kwta_exp.run_folder import readable
-from kwta_exp.targets import require_trusted
+from kwta_exp.settings import Settings
 
 GROUPS = (
     "dataset", "threat", "recipe", "activation", "model", "optimizer", "lr_schedule", "sparsity", "training",
@@ -38,52 +41,18 @@ class ConfigError(CompactHydraException):
     """A user's mistake, shown by Hydra as one message with exit status 1 and no traceback."""
 
 
-class Paths(BaseModel):
-    """Where data is read from and runs are written to."""
-
-    model_config = STRICT
-    data: str
-    outputs: str
-
-
-class Evaluation(BaseModel):
-    """How many test images are attacked, by which attacks, how many at a time, and what is kept of them."""
-
-    model_config = STRICT
-    n: Count | None
-    diagnostic_n: Count | None
-    batch_size: Count
-    save_images: bool
-    checks_n: Natural
-    budget: Count | None
-    processes: Count
-    search: Literal["exact", "fast"]
-
-
-class Settings(BaseModel):
-    """The plain top-level keys of ``conf/config.yaml``."""
-
-    model_config = STRICT
-    seed: Natural
-    weights: str | None
-    weights_sha256: Sha256 | None
-    rerun: bool
-    paths: Paths
-    evaluation: Evaluation
-
-
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn what a user got wrong into a :class:`ConfigError`."""
+    """Turn what Hydra and OmegaConf raise for a user's mistake into a :class:`UserError`."""
     try:
         yield
-    except UserError as error:
-        raise ConfigError(str(error)) from error
     except MissingMandatoryValue as error:
-        raise ConfigError(f"{error.full_key}: missing; expected {error.full_key}=VALUE") from None
+        raise UserError(f"{error.full_key}: missing; expected {error.full_key}=VALUE") from None
     except OmegaConfBaseException as error:
         # Not "from error": Hydra would print the same again.
-        raise ConfigError(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}") from None
+    except HydraException as error:
+        raise UserError(str(error)) from None
 
 
 def settings(cfg: DictConfig) -> Settings:
@@ -159,23 +128,56 @@ def explain(error: BaseException, cfg: DictConfig, key: str) -> str:
     return explanation(error, key, plain(cfg, key) if OmegaConf.is_dict(node) else {})
 
 
-def choices() -> dict[str, str]:
-    """Which option of each group was chosen, e.g. ``{"dataset": "digits", ...}``."""
-    return {
-        group: str(option)
-        for group, option in HydraConfig.get().runtime.choices.items()
-        if option is not None and not group.startswith("hydra")
-    }
+@dataclass(frozen=True)
+class CommandLine:
+    """What Hydra made of a command line (in a multirun, of this job's share of it).
+
+    Attributes:
+        choices: the option chosen in each group, e.g. ``{"dataset": "digits", ...}``.
+        overrides: as they were given.
+        multirun: whether this is one job of a grid.
+    """
+
+    choices: dict[str, str]
+    overrides: list[str]
+    multirun: bool
+
+    @classmethod
+    def of(cls, hydra: Any) -> "CommandLine":
+        """From Hydra's own node of a composed configuration."""
+        chosen = {
+            group: str(option)
+            for group, option in hydra.runtime.choices.items()
+            if option is not None and not group.startswith("hydra")
+        }
+        return cls(chosen, list(hydra.overrides.task), hydra.mode == RunMode.MULTIRUN)
+
+    @classmethod
+    def current(cls) -> "CommandLine":
+        """That of the job that Hydra is running."""
+        return cls.of(HydraConfig.get())
 
 
-def overrides() -> list[str]:
-    """The overrides of this run (in a multirun, of this job)."""
-    return list(HydraConfig.get().overrides.task)
+def composed(overrides: Sequence[str], config_dir: Path | None = None) -> tuple[DictConfig, CommandLine]:
+    """What ``run.py`` would be given for these overrides, composed without running Hydra.
 
-
-def is_multirun() -> bool:
-    """Whether this is one job of a grid."""
-    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
+    Args:
+        overrides: as on the command line.
+        config_dir: a folder of the user's own options, as ``--config-dir`` names one.
+    """
+    own = [f"hydra.searchpath=[file://{config_dir.absolute()}]"] if config_dir else []
+    outer = GlobalHydra.instance().hydra  # of an application that calls this
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("config", [*own, *overrides], return_hydra_config=True)
+    finally:
+        GlobalHydra.instance().hydra = outer
+    line = CommandLine.of(cfg.hydra)
+    OmegaConf.set_struct(cfg, False)
+    del cfg.hydra
+    OmegaConf.set_struct(cfg, True)
+    return cfg, line
 
 
 def yaml_of(content: Any) -> str:
@@ -254,9 +256,6 @@ def run_name(cfg: DictConfig, chosen: Mapping[str, str], scale: str) -> str:
     return "-".join(readable(part) for part in parts)
 
 
-ADOPTED = ("dataset", "threat", "activation", "model")
-
-
 def adopt_ratio(cfg: DictConfig, ratio: float, given: Sequence[str]) -> None:
     """When weights are only evaluated: the ratio that they were trained to, unless the command line has one."""
     keys = [override.lstrip("+~").split("=")[0] for override in given]
@@ -264,72 +263,32 @@ def adopt_ratio(cfg: DictConfig, ratio: float, given: Sequence[str]) -> None:
         OmegaConf.update(cfg, "activation.ratio", ratio)
 
 
-def adopt_run(cfg: DictConfig, chosen: dict[str, str], run: Path, given: Sequence[str]) -> None:
+def adopt_run(cfg: DictConfig, chosen: dict[str, str], run: RecordedRun, given: Sequence[str]) -> None:
     """When a run is only evaluated, take from it what the command line leaves open.
 
     Its dataset, threat, activation and model replace the defaults in ``cfg`` and ``chosen``, except
     for groups chosen in the overrides ``given``; single values given there (``threat.eps=0.05``)
-    stay as given.
+    stay as given. With ``cfg.trust`` the folder is believed whole.
 
     Raises:
-        UserError: if the folder lacks its files, or names a class that is not this project's.
+        UserError: if the folder names something that is not believed.
     """
-    source, recorded = recorded_config(run), _mapping(run / "overrides.yaml")
     keys = [re.split("=", override.lstrip("+~"), maxsplit=1)[0] for override in given]
-    values = {key: OmegaConf.select(cfg, key) for key in keys if key.split(".")[0] in ADOPTED}
-    for group in ADOPTED:
-        if group in keys or group not in source:
+    values = {key: OmegaConf.select(cfg, key) for key in keys if key.split(".")[0] in run.groups}
+    for group in run.groups:
+        if group in keys:
             continue
-        check_trust(source, group, run)
-        OmegaConf.update(cfg, group, source[group], merge=False, force_add=True)
-        chosen[group] = str((recorded.get("choices") or {}).get(group, "unnamed"))
+        OmegaConf.update(cfg, group, run.group(group, cfg.trust), merge=False, force_add=True)
+        chosen[group] = run.choices[group]
     for key, value in values.items():
         if "." in key:
             OmegaConf.update(cfg, key, value, force_add=True)
 
 
-DATA = "${oc.env:KWTA_EXP_DATA,data}"
-"""What ``paths.data`` is in ``conf/config.yaml``."""
-
-
-def recorded_config(run: Path) -> DictConfig:
-    """What a run folder says of its :data:`ADOPTED` groups and of where its data lay, and nothing else of it.
-
-    Nothing is resolved, and nothing may be built before :func:`check_trust`.
-    """
-    content = OmegaConf.to_container(_mapping(run / "config.yaml"), resolve=False)
-    assert isinstance(content, dict)
-    paths = content.get("paths")
-    data = paths.get("data") if isinstance(paths, dict) else None
-    if data == DATA or not isinstance(data, str):
-        data = os.environ.get("KWTA_EXP_DATA", "data")
-    kept = {group: content[group] for group in ADOPTED if group in content}
-    if "${" in data or any(not isinstance(value, dict) for value in kept.values()):
-        raise UserError(f"weights={run}: its config.yaml is not one that a run of this project writes")
-    return OmegaConf.create({"paths": {"data": data}, **kept})
-
-
-def check_trust(source: DictConfig, group: str, run: Path) -> None:
-    """Refuse to build what a run folder names and this project does not have.
-
-    Args:
-        source: from :func:`recorded_config`.
-        group: one of :data:`ADOPTED`.
-        run: the folder, for the message.
+def recorded_network(run: RecordedRun, trust: bool) -> DictConfig:
+    """The configuration of a run's network, to be built: its activation and model.
 
     Raises:
-        UserError: naming it.
+        UserError: if the folder names something that is not believed.
     """
-    content = OmegaConf.to_container(source, resolve=False)
-    assert isinstance(content, dict)
-    require_trusted(content[group], group, run)
-
-
-def _mapping(path: Path) -> DictConfig:
-    try:
-        content = OmegaConf.load(path)
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"weights={path.parent}: no readable {path.name} there ({error})") from error
-    if not isinstance(content, DictConfig):
-        raise UserError(f"weights={path.parent}: its {path.name} is no mapping")
-    return content
+    return OmegaConf.create({group: run.group(group, trust) for group in ("activation", "model")})

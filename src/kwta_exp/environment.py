@@ -14,6 +14,13 @@ _PACKAGES = (
     "numpy", "scikit-learn", "safetensors", "pydantic",
 )  # fmt: skip
 
+CONF = next(
+    folder
+    for folder in (Path(__file__).parent / "conf", Path(__file__).parents[2] / "conf")
+    if (folder / "config.yaml").is_file()
+)
+"""The configuration: inside an installed package, or beside ``src`` in a checkout."""
+
 
 def describe(command: str, device: str, runtime: dict[str, Any]) -> dict[str, Any]:
     """The content of ``environment.json``.
@@ -38,7 +45,13 @@ def describe(command: str, device: str, runtime: dict[str, Any]) -> dict[str, An
 
 def command() -> str:
     """The command line of this process, as a shell would take it."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join([*program(), *sys.argv[1:]])
+
+
+def program() -> list[str]:
+    """How this process's command line begins: ``python run.py`` or ``kwta-exp run``."""
+    name = Path(sys.argv[0]).name
+    return ["python", name] if name.endswith(".py") else name.split()
 
 
 def commit() -> str | None:

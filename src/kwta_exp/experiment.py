@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kwta_exp import environment
-from kwta_exp.config import Config, is_multirun, overrides, user_errors, yaml_of
+from kwta_exp.config import CommandLine, Config, ConfigError, user_errors, yaml_of
+from kwta_exp.errors import UserError
 from kwta_exp.plan import Plan
 from kwta_exp.results_file import vouched_for
 from kwta_exp.run_folder import opened, set_changed_aside
@@ -28,18 +29,23 @@ def run(cfg: Config) -> float:
     Raises:
         ConfigError: for anything the user can put right, as one message.
     """
+    line = CommandLine.current()
     try:
         with user_errors():
-            plan = Plan.of(cfg)
+            plan = Plan.of(cfg, line)
             results = plan.finished_results()
             if results is None:
                 results = _carry_out(plan)
+            else:
+                plan.finish_again(results)
     except KeyboardInterrupt:
         log.warning("interrupted; the same command continues")
         raise
     except Exception as error:
-        if is_multirun():
-            log.error("FAILED %s: %s", " ".join(overrides()), error)  # noqa: TRY400
+        if line.multirun:
+            log.error("FAILED %s: %s", " ".join(line.overrides), error)  # noqa: TRY400
+        if isinstance(error, UserError):
+            raise ConfigError(str(error)) from error
         raise
     return float(
         (results["worst_case"] or results["clean"]).get("robust_accuracy", results["clean"]["accuracy"])
@@ -57,17 +63,20 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
 
     import torch
 
+    from kwta_exp.audit import Evaluation
     from kwta_exp.checkpoint import load_into, read_weights
     from kwta_exp.data.batches import first_test_images
-    from kwta_exp.evaluation import Diagnosis, Roles, diagnose, evaluate, summarise
     from kwta_exp.report.terminal import results_table
     from kwta_exp.training.sparsity import set_ratio
 
     described = environment.describe(plan.command, str(fabric.device), plan.runtime.identity())
     with opened(plan.folder, _texts(plan), described, options.rerun):
         plan.folder.set_damaged_aside()
-        if plan.trains and not plan.folder.trained:
-            _train(plan, parts, fabric)
+        if not plan.folder.trained:
+            if plan.trains:
+                _train(plan, parts, fabric)
+            else:
+                _adopt_weights(plan, parts)
 
         network, weights = parts.network, plan.judged_weights
         assert weights is not None
@@ -81,32 +90,24 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
         set_changed_aside(folder)
         identity = plan.evaluation_identity(weights)
         write_json(folder / "evaluation.json", {"identity": identity, "environment": described})
-        asked, roles = options.evaluation, Roles.of(parts.suite, parts.threat)
-        clean, attacks, inapplicable = evaluate(
-            network, images, parts.suite, parts.threat, options.seed, asked.batch_size, folder,
-            asked.diagnostic_n, asked.save_images, asked.processes, asked.budget,
-            asked.search == "fast",
-        )  # fmt: skip
-        diagnosis = Diagnosis()
-        if asked.checks_n and attacks:
-            diagnosis = diagnose(
-                network, images, parts.suite, clean, attacks, roles, parts.threat, options.seed,
-                asked.batch_size, folder, asked.checks_n, asked.diagnostic_n, asked.processes,
-            )  # fmt: skip
-
-        details = {
-            name: attack.details(network) for name, attack in parts.suite.items() if hasattr(attack, "details")
-        }
-        results = summarise(
-            plan.identity_card(weights), parts.threat, clean, attacks, inapplicable, details, roles,
-            diagnosis, asked.diagnostic_n,
-        )  # fmt: skip
+        evaluation = Evaluation(
+            network, images, parts.suite, parts.threat, options.evaluation, options.seed, folder
+        )
+        results = evaluation.results(plan.identity_card(weights))
         results["evaluation"] = vouched_for(folder)
         write_json(plan.folder.results, results)
         write_json(folder / "results.json", results)  # the last: it says that all is done
         log.info("%s\n\nEverything is in %s", results_table(results), folder)
 
     return results
+
+
+def _adopt_weights(plan: Plan, parts: "Parts") -> None:
+    """Keep the weights that are only judged, so that the folder is a run like any other."""
+    from kwta_exp.checkpoint import save_weights, weights_of
+
+    for path in (plan.folder.best, plan.folder.last):
+        save_weights(path, weights_of(parts.network), {})
 
 
 def _train(plan: Plan, parts: "Parts", fabric: "Fabric") -> None:
@@ -159,5 +160,5 @@ def _epoch_line(record: Mapping[str, Any], epochs: int) -> str:
 
 def _texts(plan: Plan) -> dict[str, str]:
     """The files that tell, beside ``environment.json``, how the weights came about."""
-    recorded = {"overrides": overrides(), "choices": plan.chosen}
+    recorded = {"overrides": plan.line.overrides, "choices": plan.chosen}
     return {"config.yaml": yaml_of(plan.cfg), "overrides.yaml": yaml_of(recorded)}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kwta_exp.attacks import Attack, FoolboxAttack, NotApplicableError, Threat, Transfer
+from kwta_exp.attacks import Attack, NotApplicableError, Threat, Transfer, adapted
 from kwta_exp.checkpoint import load_into, read_weights
 from kwta_exp.config import Config, build, call, explain, plain
 from kwta_exp.data.base import Images
@@ -16,7 +16,7 @@ from kwta_exp.data.batches import to_float
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.evaluator import CLEAN
 from kwta_exp.models.factory import with_facts
-from kwta_exp.plan import Plan, source_run
+from kwta_exp.plan import Plan, source_network
 from kwta_exp.randomness import key
 from kwta_exp.storage import trained_ratio
 from kwta_exp.training import Training
@@ -47,25 +47,14 @@ def build_parts(plan: Plan) -> Parts:
     call(cfg, "activation", build(cfg, "activation"))  # so that its errors name it, not the model
 
     threat = build(cfg, "threat")
-    suite = {name: build(cfg, f"attack.{name}") for name in cfg.attack}
-    for name, attack in suite.items():
-        if name == CLEAN:
-            raise UserError(f"attack.{CLEAN}: the record of clean images has this name; expected another")
-        suite[name] = _as_attack(cfg, f"attack.{name}", attack, threat)
-
+    suite = built_suite(cfg, threat)
     training = build(cfg, "training") if plan.trains else None
     inner = [name for name in ("attack", "probe") if hasattr(training, name)]
     if training is not None and inner:
         usable = {name: _as_attack(cfg, f"training.{name}", getattr(training, name), threat) for name in inner}
         training = replace(training, **usable)
     images = plan.dataset.load()
-    factory = build(cfg, "model")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key(plan.options.seed, "weights"))
-        network = call(cfg, "model", factory, **with_facts(factory, _facts(images)))
-    if plan.weights:
-        load_into(network, read_weights(plan.weights), str(plan.weights))
-    _try_out(network, cfg, images)
+    network = planned_network(plan, images)
     attacks = {f"attack.{name}": attack for name, attack in suite.items()}
     for name in inner:
         attacks[f"training.{name}"] = getattr(training, name)
@@ -97,11 +86,23 @@ def build_parts(plan: Plan) -> Parts:
     return Parts(training, sparsity, optimizer, lr_schedule, threat, suite, images, network)
 
 
+def built_suite(cfg: Config, threat: Threat) -> dict[str, Attack]:
+    """The attacks of the chosen suite, in its order.
+
+    Raises:
+        UserError: naming the key and value at fault.
+    """
+    suite = {name: build(cfg, f"attack.{name}") for name in cfg.attack}
+    for name, attack in suite.items():
+        if name == CLEAN:
+            raise UserError(f"attack.{CLEAN}: the record of clean images has this name; expected another")
+        suite[name] = _as_attack(cfg, f"attack.{name}", attack, threat)
+    return suite
+
+
 def _as_attack(cfg: Config, at: str, attack: Any, threat: Threat) -> Attack:
     """What the configuration built at ``at``, fit to be called as an attack of this project."""
-    if type(attack).__module__.startswith("foolbox."):
-        wrapped: Attack = call(cfg, at, FoolboxAttack, attack, threat)
-        return wrapped
+    attack = call(cfg, at, adapted, attack, threat)
     if not callable(attack):
         raise UserError(f"{at}: {attack!r} cannot be called; expected an attack")
     if isinstance(attack, Transfer):
@@ -125,21 +126,41 @@ def _source_of(at: str, attack: Transfer, plan: Plan, images: Images, network: n
         if plan.scale == "full":
             raise UserError(f"{at}.source=null: expected the run folder of a network to attack")
         return copy.deepcopy(network)  # to try the command out
-    return network_of_run(attack.source, f"{at}.source", images)
+    return network_of_run(attack.source, f"{at}.source", images, plan.options.trust)
 
 
-def network_of_run(run: str, key: str, images: Images) -> nn.Module:
+def planned_network(plan: Plan, images: Images) -> nn.Module:
+    """The network that ``plan`` names, for data like ``images``, with its initial weights if it names any.
+
+    Raises:
+        UserError: naming the key and value at fault.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(plan.options.seed, "weights"))
+        network = _built_network(plan.cfg, images)
+    if plan.weights:
+        load_into(network, read_weights(plan.weights), str(plan.weights))
+    _try_out(network, plan.cfg, images)
+    return network
+
+
+def network_of_run(run: str, key: str, images: Images, trust: bool) -> nn.Module:
     """The trained network of a run folder, for data like ``images``.
 
     Raises:
         UserError: naming ``key``, if there is none or it is not safe to build.
     """
-    weights, cfg = source_run(run, key)
-    factory = build(cfg, "model")
-    network: nn.Module = call(cfg, "model", factory, **with_facts(factory, _facts(images)))
+    weights, cfg = source_network(run, key, trust)
+    network = _built_network(cfg, images)
     load_into(network, read_weights(weights), str(weights))
     if (ratio := trained_ratio(weights)) and scheduled(network):
         set_ratio(network, ratio)
+    return network
+
+
+def _built_network(cfg: Config, images: Images) -> nn.Module:
+    factory = build(cfg, "model")
+    network: nn.Module = call(cfg, "model", factory, **with_facts(factory, _facts(images)))
     return network
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,27 +10,26 @@ from typing import Any
 from kwta_exp import environment
 from kwta_exp.config import (
     SCALED,
+    CommandLine,
     Config,
-    Settings,
     adopt_ratio,
     adopt_run,
     apply_scale,
     build,
-    check_trust,
-    choices,
-    is_multirun,
-    overrides,
+    composed,
     plain,
-    recorded_config,
+    recorded_network,
     run_name,
     settings,
 )
 from kwta_exp.data.datasets import Dataset, Synthetic, stand_in
 from kwta_exp.download import fetch, is_url
 from kwta_exp.errors import UserError
+from kwta_exp.recorded import PLACES, RecordedRun
 from kwta_exp.results_file import read_results
 from kwta_exp.run_folder import RunFolder, compare_commits, finished_evaluation, is_described, readable
 from kwta_exp.runtime import Runtime
+from kwta_exp.settings import Settings
 from kwta_exp.storage import held, sha256_of_file, trained_ratio, write_json
 from kwta_exp.targets import local_code
 
@@ -41,6 +41,7 @@ class Plan:
     """What will be run and where, settled without loading torch."""
 
     cfg: Config
+    line: CommandLine
     chosen: dict[str, str]
     options: Settings
     scale: str
@@ -51,8 +52,8 @@ class Plan:
     folder: RunFolder
 
     @classmethod
-    def of(cls, cfg: Config) -> "Plan":
-        chosen, options = choices(), settings(cfg)
+    def of(cls, cfg: Config, line: CommandLine) -> "Plan":
+        chosen, options = dict(line.choices), settings(cfg)
         weights = _weights_file(options.weights, options.weights_sha256, Path(options.paths.data))
         # A checkpoint decides the size of the network; only a tiny run's is a tiny one.
         sized = [node for node in SCALED if node != "model" or weights is None or _is_tiny(weights)]
@@ -66,23 +67,22 @@ class Plan:
                     " expected a checkpoint file or a run folder"
                 )
             if source := _source_run(weights):
-                adopt_run(cfg, chosen, source, overrides())
+                adopt_run(cfg, chosen, RecordedRun.read(source, "weights"), line.overrides)
                 apply_scale(cfg, sized)
             if ratio := trained_ratio(weights):
-                adopt_ratio(cfg, ratio, overrides())
+                adopt_ratio(cfg, ratio, line.overrides)
 
         runtime, dataset = build(cfg, "runtime"), build(cfg, "dataset")
         if scale != "full" and not dataset.present():
             dataset = stand_in(dataset)
             log.info("scale=%s: %s is absent; %s stands in for it", scale, chosen["dataset"], dataset)
         nodes = ("model", "training", "optimizer", "lr_schedule", "sparsity") if trains else ("model",)
-        elsewhere = ("root", "path", "download", "workers")  # where the data lie, who reads them
         decisive = {node: plain(cfg, node) for node in nodes}
         if decisive.get("training", {}).get("search") == "exact":
             del decisive["training"]["search"]  # runs older than the choice keep their names
         identity = {
             "seed": options.seed,
-            "dataset": {k: v for k, v in plain(cfg, "dataset").items() if k not in elsewhere},
+            "dataset": {k: v for k, v in plain(cfg, "dataset").items() if k not in PLACES},
             "content": dataset.fingerprint(),
             "weights": weights and sha256_of_file(weights),
             "runtime": runtime.identity(),
@@ -91,7 +91,7 @@ class Plan:
         }
         name = run_name(cfg, chosen, scale)
         folder = RunFolder.of(Path(options.paths.outputs), name, options.seed, identity)
-        return cls(cfg, chosen, options, scale, runtime, dataset, weights, name, folder)
+        return cls(cfg, line, chosen, options, scale, runtime, dataset, weights, name, folder)
 
     @property
     def trains(self) -> bool:
@@ -100,8 +100,6 @@ class Plan:
     @property
     def judged_weights(self) -> Path | None:
         """The file whose weights are evaluated, once it exists."""
-        if not self.trains:
-            return self.weights
         return self.folder.best if self.folder.trained else None
 
     def evaluation_identity(self, weights: Path) -> dict[str, Any]:
@@ -111,7 +109,7 @@ class Plan:
             if (
                 isinstance(attack, dict) and attack.get("source") is not None
             ):  # of a transferred attack: what counts is its weights
-                attack["source"] = sha256_of_file(source_run(attack["source"], f"attack.{name}.source")[0])
+                attack["source"] = sha256_of_file(source_weights(attack["source"], f"attack.{name}.source"))
         search = self.options.evaluation.search
         return {
             **({} if search == "exact" else {"search": search}),
@@ -134,29 +132,27 @@ class Plan:
     @property
     def command(self) -> str:
         """The command line that does this; in a multirun, this job's share of it."""
-        if is_multirun():
-            return shlex.join(["python", "run.py", *overrides()])
+        if self.line.multirun:
+            return shlex.join([*environment.program(), *self.line.overrides])
         return environment.command()
 
     def finished_results(self) -> dict[str, Any] | None:
-        """What an earlier run of the same plan left, if it came to its end, is wanted, and is all there.
+        """What an earlier run of the same plan left, if it came to its end, is wanted, and is all there."""
+        weights = None if self.options.rerun else self.judged_weights
+        if weights is None or not is_described(self.folder.path):
+            return None
+        return finished_evaluation(self.evaluation_folder(weights))
 
-        The run's own ``results.json`` is then this evaluation's again, whatever was run in between.
-        """
-        if self.options.rerun or self.judged_weights is None:
-            return None
-        evaluation = self.evaluation_folder(self.judged_weights)
-        results = finished_evaluation(evaluation)
-        if results is None or not is_described(self.folder.path):
-            return None
-        with held(self.folder.path):
-            if not _is_latest(results, self.folder.results):
-                write_json(self.folder.results, results)
+    def finish_again(self, results: Mapping[str, Any]) -> None:
+        """Say what the finished ``results`` are, and make them the run's latest, whatever ran in between."""
         from kwta_exp.report.terminal import results_table
 
+        if not _is_latest(results, self.folder.results):
+            with held(self.folder.path):
+                write_json(self.folder.results, results)
+        evaluation = self.folder.path / "evaluation" / results["evaluation"]["name"]
         log.info("already finished\n%s\n\nEverything is in %s", results_table(results), evaluation)
-        compare_commits(results["run"].get("commit"))
-        return results
+        compare_commits(results["run"]["commit"])
 
     def identity_card(self, weights: Path) -> dict[str, Any]:
         """Who these results are of: the ``run`` part of ``results.json``."""
@@ -169,12 +165,13 @@ class Plan:
             **({"stand_in": repr(self.dataset)} if isinstance(self.dataset, Synthetic) else {}),
             **{group: self.chosen[group] for group in groups},
             "weights_sha256": sha256_of_file(weights),
+            "source_sha256": self.weights and sha256_of_file(self.weights),
             "command": self.command,
             "commit": environment.commit(),
         }
 
 
-def _is_latest(results: dict[str, Any], path: Path) -> bool:
+def _is_latest(results: Mapping[str, Any], path: Path) -> bool:
     try:
         return read_results(path) == results
     except UserError:  # damaged: it is a copy
@@ -200,15 +197,36 @@ def _weights_file(weights: str | None, sha256: str | None, data: Path) -> Path |
     return path
 
 
-def source_run(run: str, key: str) -> tuple[Path, Config]:
-    """The best weights of a finished run and the configuration of its network, which is safe to build."""
+def plan_to_judge(run: Path, overrides: Sequence[str], config_dir: Path | None, trust: bool) -> Plan:
+    """The plan of ``training=none weights=RUN OVERRIDES``, for tools that judge a run again.
+
+    Args:
+        run: a finished run's folder.
+        overrides: as ``run.py`` takes them; a group chosen here is not taken from the folder.
+        config_dir: a folder of the user's own options.
+        trust: believe the folder whole, classes and paths included.
+
+    Raises:
+        UserError: for a folder without a finished training, or one that names what is not believed.
+    """
+    given = ["training=none", *overrides]
+    cfg, line = composed(given, config_dir)
+    cfg.weights, cfg.trust = str(run), trust
+    return Plan.of(cfg, line)
+
+
+def source_weights(run: str, key: str) -> Path:
+    """The best weights of a finished run."""
     folder = RunFolder(Path(run))
     if not folder.last.exists() or not folder.config.exists():
         raise UserError(f"{key}={run}: no finished training there; expected a run folder with {folder.last}")
-    cfg = recorded_config(folder.path)
-    for group in ("activation", "model"):
-        check_trust(cfg, group, folder.path)
-    return folder.best, cfg
+    return folder.best
+
+
+def source_network(run: str, key: str, trust: bool) -> tuple[Path, Config]:
+    """The best weights of a finished run, and the configuration of its network, to be built."""
+    weights = source_weights(run, key)
+    return weights, recorded_network(RecordedRun.read(Path(run), key), trust)
 
 
 def _is_tiny(weights: Path) -> bool:

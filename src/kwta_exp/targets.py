@@ -1,8 +1,7 @@
 """The code that a plain configuration names: which it is, its digest, and whether a stranger may name it."""
 
 import importlib.util
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +22,28 @@ TRUSTED = frozenset({
 })  # fmt: skip
 """What a run folder may have built: it can come from anybody, and a ``_target_`` can be any function."""
 
-_PLAIN_INTERPOLATION = re.compile(r"\$\{(activation|paths\.data)\}[\w./-]*")
-"""The interpolations that a group of a run folder may hold: a resolver could make anything of a text."""
 
-
-def require_trusted(content: Any, group: str, run: Path) -> None:
+def require_trusted(content: Any, group: str, source: str, allowed: Sequence[str]) -> None:
     """Refuse what a run folder names and this project does not have.
 
     Args:
         content: the group, plain, its interpolations unresolved.
         group: its name, for the message.
-        run: the folder, for the message.
+        source: the key and the folder, ``weights=FOLDER``, for the message.
+        allowed: the interpolations it may hold: a resolver could make anything of a text.
 
     Raises:
         UserError: naming it.
     """
     for text in _texts(content):
-        if "${" in text and not _PLAIN_INTERPOLATION.fullmatch(text):
-            raise UserError(
-                f"weights={run}: its {group} holds {text!r}, which is not resolved on a folder's word"
-            )
+        if "${" in text and text not in allowed:
+            raise UserError(f"{source}: its {group} holds {text!r}, which is not resolved on a folder's word")
     for target in targets(content):
         if target not in TRUSTED:
             raise UserError(
-                f"weights={run}: its {group} is a {target}, which is not this project's and is not"
-                f" built on a folder's word; expected {group}=... on the command line"
+                f"{source}: its {group} is a {target}, which is not this project's and is not built on a"
+                f" folder's word; expected {group}=... on the command line, or trust=true for a folder of your"
+                " own"
             )
 
 

@@ -1,32 +1,29 @@
 """Who fools whom: adversarial images of each network, tried on all.
 
-    python -m kwta_exp.transfer_matrix RUN_FOLDER RUN_FOLDER... [--attack surrogate] [--n 200] [--eps 8/255]
+    kwta-exp transfer RUN_FOLDER RUN_FOLDER... [--attack surrogate] [--n 200] [--eps 8/255]
 
 Each run's network is attacked, and what was found is tried on every other, on the test images that the other
 classifies correctly. All runs must be of the same data. Threat and number of images are the first run's unless
 they are given. Stopped, the same command continues.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from kwta_exp.attacks import APGD, PGD, Attack, SurrogatePGD, Threat, Transfer
-from kwta_exp.config import build, check_trust, plain, recorded_config
+from kwta_exp.config import build
 from kwta_exp.data.base import Images
 from kwta_exp.data.batches import first_test_images
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation import Diagnosis, Roles, evaluate, summarise
-from kwta_exp.fields import Eps
-from kwta_exp.parts import network_of_run
-from kwta_exp.plan import source_run
+from kwta_exp.parts import planned_network
+from kwta_exp.plan import Plan
 from kwta_exp.storage import held, sha256_of_file, sha256_of_json, write_text
 
 BATCH_SIZE = 250
@@ -35,47 +32,55 @@ ATTACKS = {"pgd": PGD, "apgd": APGD, "surrogate": SurrogatePGD}
 """What the images are made with, at 20 steps."""
 
 
-def matrix(
-    folders: Sequence[Path], attack: str, n: int | None, eps: float | None, seed: int, work: Path
-) -> dict[str, Any]:
-    """Accuracies left, ``{"threat", "runs", "left": {target: {source: accuracy}}}``.
+@dataclass(frozen=True)
+class Question:
+    """What is asked of the runs.
 
     Args:
-        folders: of finished runs.
         attack: a name in :data:`ATTACKS`.
         n: test images; ``None`` for all.
         eps: the radius; ``None`` for the first run's.
         seed: of the attack.
+    """
+
+    attack: str = "pgd"
+    n: int | None = None
+    eps: float | None = None
+    seed: int = 0
+
+
+def matrix(plans: Mapping[str, Plan], asked: Question, work: Path) -> dict[str, Any]:
+    """Accuracies left, ``{"threat", "runs", "left": {target: {source: accuracy}}}``.
+
+    Args:
+        plans: of judging each run again (:func:`~kwta_exp.plan.plan_to_judge`), by its name.
+        asked: the attack and its threat.
         work: where records are kept.
 
     Raises:
-        UserError: for a folder without a finished training, or runs of different data.
+        UserError: for runs of different data.
     """
-    sources = {_name(folder): source_run(str(folder), "RUN_FOLDER")[0] for folder in folders}
-    if len(sources) < len(folders):
-        raise UserError("RUN_FOLDER: given twice; expected different runs")
-    first = recorded_config(folders[0])
-    images, fingerprint = _images(folders)
-    recorded = plain(first, "threat")
-    threat = Threat(norm=recorded["norm"], eps=recorded["eps"] if eps is None else eps)
+    first = next(iter(plans.values()))
+    images, fingerprint = _images(plans)
+    recorded = build(first.cfg, "threat")
+    threat = Threat(norm=recorded.norm, eps=recorded.eps if asked.eps is None else asked.eps)
     networks = {
-        name: network_of_run(str(folder), "RUN_FOLDER", images).eval().requires_grad_(False)
-        for name, folder in zip(sources, folders, strict=True)
+        name: planned_network(plan, images).eval().requires_grad_(False) for name, plan in plans.items()
     }
-    suite = {name: _from(name, network, attack, threat) for name, network in networks.items()}
+    suite = {name: _from(name, network, asked.attack, threat) for name, network in networks.items()}
     identity = {
-        "weights": {name: sha256_of_file(path) for name, path in sources.items()},
+        "weights": {name: plan.weights and sha256_of_file(plan.weights) for name, plan in plans.items()},
         "threat": [threat.norm, threat.eps],
-        "asked": [attack, n, seed],
+        "asked": [asked.attack, asked.n, asked.seed],
         "data": fingerprint,
     }
     folder = work / sha256_of_json(identity)[:10]
-    test = first_test_images(images, n, torch.device("cpu"))
+    test = first_test_images(images, asked.n, torch.device("cpu"))
     left: dict[str, dict[str, float]] = {}
     with held(folder):
         for target, network in networks.items():
             clean, records, inapplicable = evaluate(
-                network, test, suite, threat, seed, BATCH_SIZE, folder / target
+                network, test, suite, threat, asked.seed, BATCH_SIZE, folder / target
             )
             found = summarise({"name": target}, threat, clean, records, inapplicable, {}, Roles(), Diagnosis())
             left[target] = {"clean": found["clean"]["accuracy"]} | {
@@ -83,7 +88,7 @@ def matrix(
             }
     result = {
         "threat": {"norm": threat.norm, "eps": threat.eps},
-        "attack": attack,
+        "attack": asked.attack,
         "n": len(test),
         "left": left,
     }
@@ -91,25 +96,24 @@ def matrix(
     return result
 
 
-def _name(folder: Path) -> str:
-    path = folder.resolve()
-    return f"{path.parent.name}-{path.name}"
+def names(folders: Sequence[Path]) -> dict[str, Path]:
+    """The run folders by names that tell them apart.
+
+    Raises:
+        UserError: if one is given twice.
+    """
+    named = {f"{path.resolve().parent.name}-{path.resolve().name}": path for path in folders}
+    if len(named) < len(folders):
+        raise UserError("RUN_FOLDER: given twice; expected different runs")
+    return named
 
 
-def _images(folders: Sequence[Path]) -> tuple[Images, str]:
+def _images(plans: Mapping[str, Plan]) -> tuple[Images, str]:
     """The data of all runs, and what tells it from other data."""
-    fingerprints: dict[str, Path] = {}
-    loaded: Images | None = None
-    for folder in folders:
-        cfg = recorded_config(folder)
-        check_trust(cfg, "dataset", folder)
-        dataset = build(cfg, "dataset")
-        fingerprints[json.dumps(dataset.fingerprint(), sort_keys=True, default=str)] = folder
-        loaded = loaded or dataset.load()
+    fingerprints = {plan.dataset.fingerprint(): name for name, plan in plans.items()}
     if len(fingerprints) > 1:
-        raise UserError(f"{', '.join(map(str, fingerprints.values()))}: of different data; expected the same")
-    assert loaded is not None
-    return loaded, next(iter(fingerprints))
+        raise UserError(f"{', '.join(fingerprints.values())}: of different data; expected the same")
+    return next(iter(plans.values())).dataset.load(), next(iter(fingerprints))
 
 
 def _from(name: str, network: nn.Module, attack: str, threat: Threat) -> Transfer:
@@ -133,30 +137,3 @@ def text(found: Mapping[str, Any]) -> str:
         cells = [found["left"][target].get(source) for target in targets]
         lines.append(f"{label:>8}" + "".join("     n/a" if c is None else f"{100 * c:7.1f}%" for c in cells))
     return "\n".join(lines)
-
-
-def _eps(given: str) -> float:
-    try:
-        return TypeAdapter(Eps).validate_python(given)
-    except ValidationError as error:
-        raise argparse.ArgumentTypeError(error.errors()[0]["msg"]) from error
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN_FOLDER")
-    parser.add_argument("--attack", choices=list(ATTACKS), default="pgd", help="makes the images (pgd)")
-    parser.add_argument("--n", type=int, help="test images (all)")
-    parser.add_argument("--eps", type=_eps, help="radius, such as 8/255 (the first run's)")
-    parser.add_argument("--seed", type=int, default=0, help="of the attack (0)")
-    parser.add_argument("--work", type=Path, default=Path("outputs/transfer"), help="where records are kept")
-    asked = parser.parse_args(arguments)
-    try:
-        print(text(matrix(asked.folders, asked.attack, asked.n, asked.eps, asked.seed, asked.work)))
-    except UserError as error:
-        sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,14 +1,12 @@
 """Recompute a run's worst case from weights and images alone.
 
-    python -m kwta_exp.verify RUN_FOLDER
+    kwta-exp verify RUN_FOLDER
 
 For evaluations made with ``evaluation.save_images=true``: reads the adversarial images, checks that each lies
 inside the threat around the test image it claims to come from, and judges it again. No attack is run and no
 record is believed.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from kwta_exp.attacks import Threat
-from kwta_exp.config import build, check_trust
 from kwta_exp.data.base import Images
 from kwta_exp.data.batches import first_test_images, to_float
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.judge import Judge, errs
 from kwta_exp.evaluation.stored import evaluation_folders, finished
-from kwta_exp.parts import network_of_run
-from kwta_exp.plan import source_run
-from kwta_exp.run_folder import run_of
+from kwta_exp.parts import planned_network
+from kwta_exp.plan import Plan
 from kwta_exp.sealed import read_arrays
 from kwta_exp.storage import damaged
 
@@ -32,17 +28,18 @@ _ROUNDING = 1e-6
 """How far float32 may carry an image over the edge of its ball."""
 
 
-def verify(folder: Path) -> list[str]:
+def verify(plan: Plan, folder: Path) -> list[str]:
     """What was found of each evaluation with images in a run folder, one line each.
+
+    Args:
+        plan: of judging the folder's run again, from :func:`~kwta_exp.plan.plan_to_judge`.
+        folder: the run folder.
 
     Raises:
         UserError: if there is none, an image is not what it claims, or a number cannot be had again.
     """
-    run = run_of(folder)
-    _, cfg = source_run(str(run), "RUN_FOLDER")
-    check_trust(cfg, "dataset", run)
-    data = build(cfg, "dataset").load()
-    network = network_of_run(str(run), "RUN_FOLDER", data).eval().requires_grad_(False)
+    data = plan.dataset.load()
+    network = planned_network(plan, data).eval().requires_grad_(False)
 
     evaluations = [path for path in evaluation_folders(folder) if (path / "images").exists()]
     if not evaluations:
@@ -103,17 +100,3 @@ def _kept(path: Path) -> tuple[list[int], Tensor]:
 def _is_inside(threat: Threat, x_adv: Tensor, x: Tensor) -> bool:
     near = (threat.distance(x_adv, x) <= threat.eps + _ROUNDING).all()  # NaN is not near
     return bool(near) and x_adv.min().item() >= 0 and x_adv.max().item() <= 1
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path, metavar="RUN_FOLDER")
-    try:
-        print("\n".join(verify(parser.parse_args().folder)))
-    except UserError as error:
-        sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main()

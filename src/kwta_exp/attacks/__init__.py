@@ -4,7 +4,7 @@ from kwta_exp.attacks.apgd import APGD
 from kwta_exp.attacks.autoattack import AutoAttack, Square
 from kwta_exp.attacks.base import Attack, NotApplicableError
 from kwta_exp.attacks.evolution import NES, EvolutionStrategies
-from kwta_exp.attacks.foolbox_adapter import FoolboxAttack
+from kwta_exp.attacks.foolbox_adapter import FoolboxAttack, adapted
 from kwta_exp.attacks.pgd import PGD
 from kwta_exp.attacks.smoothed import SmoothedPGD
 from kwta_exp.attacks.surrogate import SmoothTwin, SurrogatePGD
@@ -26,4 +26,5 @@ __all__ = [
     "SurrogatePGD",
     "Threat",
     "Transfer",
+    "adapted",
 ]

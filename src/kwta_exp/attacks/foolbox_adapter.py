@@ -96,3 +96,8 @@ class FoolboxAttack:
                 foolbox_model, x[able], y[able], starting_points=starts[able], epsilons=None
             )
         return found
+
+
+def adapted(attack: Any, threat: Threat) -> Any:
+    """An attack of foolbox behind this project's interface; any other as it is."""
+    return FoolboxAttack(attack, threat) if type(attack).__module__.startswith("foolbox.") else attack

@@ -117,9 +117,9 @@ def _part(x: UInt8 | FolderPixels, y: Int64, index: Tensor, device: torch.device
     return Split(torch.from_numpy(x)[index].to(device), labels, index.to(device))
 
 
-def to_float(x_u8: Tensor) -> Tensor:
-    """uint8 0..255 to float32 in [0, 1]."""
-    return x_u8.float().div_(255)
+def to_float(x: Tensor) -> Tensor:
+    """uint8 0..255, or floating point in [0, 1], to float32 in [0, 1]."""
+    return x.float().div_(255) if x.dtype == torch.uint8 else x.float()
 
 
 def crop_and_flip(x_NCHW: Tensor, keys_N: Tensor, padding: int, flip: bool) -> Tensor:

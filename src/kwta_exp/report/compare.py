@@ -1,6 +1,6 @@
 """Two runs on the same images: which is more robust, image by image?
 
-    python -m kwta_exp.report.compare FOLDER FOLDER
+    kwta-exp compare FOLDER FOLDER
 
 Each is a run's folder, for its latest evaluation, or that of an evaluation: ``RUN/evaluation/<suite>-<hash>``.
 
@@ -9,8 +9,6 @@ those on which the runs disagree tell them apart (McNemar, "Note on the sampling
 correlated proportions or percentages", Psychometrika 1947; here the exact binomial form).
 """
 
-import argparse
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,19 +131,3 @@ def _mcnemar(only_a: int, only_b: int) -> str:
     p = binomtest(only_a, only_a + only_b).pvalue
     verdict = "no difference is shown" if p >= 0.05 else f"{'A' if only_a > only_b else 'B'} has more right"
     return f"p = {p:.2g}: {verdict}"
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for name in ("first", "second"):
-        parser.add_argument(name, type=Path, metavar="FOLDER")
-    given = parser.parse_args()
-    try:
-        print(compare(Outcomes.of(given.first), Outcomes.of(given.second)))
-    except UserError as error:
-        sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main()

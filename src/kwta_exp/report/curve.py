@@ -1,17 +1,15 @@
 """Accuracy against eps: what every evaluation of one network says together.
 
     python run.py -m training=none weights=RUN_FOLDER suite=strong threat.eps=0.02,0.05,0.1
-    python -m kwta_exp.report.curve FOLDER_OF_THAT
+    kwta-exp curve FOLDER_OF_THAT
 
 An adversarial image found at one eps lies inside every larger ball too. So at each eps an image stands only if
 no evaluation at that eps or a smaller one fooled it, and evaluations at the same eps, of other suites say, add
 up. Only evaluations of the same weights, norm and images are put together.
 """
 
-import argparse
-import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,17 +100,3 @@ def text(curve: Curve) -> str:
 def _line(eps: float, own: float, together: float, about: str) -> str:
     bar = "#" * round(_BAR * together)
     return f"{eps:8.4g}  {100 * own:7.1f}%  {100 * together:7.1f}%  {bar:<{_BAR}}  {about}"
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path, metavar="FOLDER")
-    try:
-        print("\n\n".join(text(curve) for curve in curves(parser.parse_args(arguments).folder)))
-    except UserError as error:
-        sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main()

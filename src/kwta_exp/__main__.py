@@ -1,0 +1,5 @@
+"""``python -m kwta_exp COMMAND``."""
+
+from kwta_exp.cli import main
+
+main()

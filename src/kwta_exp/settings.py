@@ -1,0 +1,45 @@
+"""The plain values of a configuration, checked; torch is not needed to read them."""
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+from kwta_exp.fields import STRICT, Count, Natural, Sha256
+
+
+class Paths(BaseModel):
+    """Where data is read from and runs are written to."""
+
+    model_config = STRICT
+    data: str
+    outputs: str
+
+
+class EvaluationSettings(BaseModel):
+    """How many test images are attacked, how many at a time, and what is kept of them.
+
+    ``conf/evaluation/default.yaml`` says what each does.
+    """
+
+    model_config = STRICT
+    n: Count | None
+    diagnostic_n: Count | None
+    batch_size: Count
+    save_images: bool
+    checks_n: Natural
+    budget: Count | None
+    processes: Count
+    search: Literal["exact", "fast"]
+
+
+class Settings(BaseModel):
+    """The plain top-level keys of ``conf/config.yaml``."""
+
+    model_config = STRICT
+    seed: Natural
+    weights: str | None
+    weights_sha256: Sha256 | None
+    trust: bool
+    rerun: bool
+    paths: Paths
+    evaluation: EvaluationSettings
