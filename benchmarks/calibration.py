@@ -34,7 +34,7 @@ from kwta_exp.data.datasets import Digits, FashionMNIST
 from kwta_exp.evaluation import Roles, diagnose, evaluate, summarise
 from kwta_exp.evaluation.verdict import CHECKS, WITH_INTERVAL
 from kwta_exp.models import CNN, MLP, ResNet
-from kwta_exp.storage import write_json, write_text
+from kwta_exp.storage import read_json, write_json, write_text
 from kwta_exp.training import NaturalTraining, PGDTraining, Training
 from kwta_exp.training.fit import fit
 from kwta_exp.training.sparsity import Constant
@@ -230,8 +230,7 @@ def examined(specimen: Specimen, field: Field, work: Path) -> dict[str, Any]:
     folder = work / field.name / specimen.name.replace(" ", "_").replace(",", "")
     done = folder / "results.json"
     if done.exists():
-        found: dict[str, Any] = json.loads(done.read_text())
-        return found
+        return read_json(done)
     print(f"{field.name}: {specimen.name}", flush=True)
     threat = Threat(norm="linf", eps=field.eps[specimen.adversarial])
     network = trained(specimen, field, threat, folder / "state.pt")
@@ -370,7 +369,7 @@ def main() -> None:
             record[key] = [entry(s, examined(s, field, arguments.work)) for s in chosen]
         if arguments.only:
             return
-        write_json(RECORD, record)
+        write_text(RECORD, json.dumps(record, indent=2, allow_nan=False) + "\n")
     record = json.loads(RECORD.read_text())
     write_text(PAGE, page(record))
     rule = thresholds([found for found in record["setting"] if found["must"] == "sound"])

@@ -10,7 +10,9 @@ SOURCE = Path(__file__).parent.parent / "src" / "kwta_exp"
 LAYERS = [
     {"errors", "fields", "randomness", "progress", "environment"},
     {"activations", "storage", "runtime", "explain", "naming", "received", "settings"},
-    {"run_folder", "download", "targets"},
+    {"sealed", "download", "targets"},
+    {"results_file"},
+    {"run_folder"},
     {"recorded"},
     {"attacks", "models", "data", "checkpoint"},
     {"training", "evaluation"},

@@ -11,8 +11,9 @@ from torch import nn
 from kwta_exp import storage
 from kwta_exp.checkpoint import load_into, read_state, read_weights, save_state, save_weights, weights_of
 from kwta_exp.errors import UserError
-from kwta_exp.evaluation.records import Record
-from kwta_exp.run_folder import read_results
+from kwta_exp.evaluation.records import ATTACK_COLUMNS, Record
+from kwta_exp.results_file import read_results
+from kwta_exp.sealed import seal
 from kwta_exp.storage import trained_ratio
 
 
@@ -42,9 +43,10 @@ def test_weights_survive_the_round_trip(tmp_path: Path) -> None:
 def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path: Path) -> None:
     proof = tmp_path / "code-ran"
     torch.save({"weight": torch.zeros(1), "x": Hostile(proof)}, tmp_path / "bad.pth")
-    for read in (read_weights, read_state):
+    (tmp_path / "bad.pt").write_bytes(seal((tmp_path / "bad.pth").read_bytes()))  # a forged checksum
+    for read, path in ((read_weights, "bad.pth"), (read_state, "bad.pt")):
         with pytest.raises(UserError, match=r"refused.*would run code"):
-            read(tmp_path / "bad.pth")
+            read(tmp_path / path)
     assert not proof.exists()
     # The trap itself works: an unsafe load would have sprung it.
     torch.load(tmp_path / "bad.pth", weights_only=False)
@@ -67,7 +69,7 @@ def test_records_and_results_that_are_damaged_say_so(tmp_path: Path) -> None:
     for content in (b"", b"PK\x03\x04 nonsense"):
         (tmp_path / "pgd.npz").write_bytes(content)
         with pytest.raises(UserError, match="damaged"):
-            Record.open(tmp_path / "pgd.npz")
+            Record.read(tmp_path / "pgd.npz", ATTACK_COLUMNS)
     (tmp_path / "results.json").write_text('{"schema": 1, "run"')
     with pytest.raises(UserError, match="damaged"):
         read_results(tmp_path / "results.json")

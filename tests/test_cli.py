@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from kwta_exp.errors import UserError
 from tests.conftest import ROOT, TINY, run_py, run_py_forked
+from tests.stored import forge
 from tests.test_checkpoint import Hostile
 
 UNATTACKED = [override for override in TINY if not override.startswith("attack")] + ["suite=none"]
@@ -314,6 +315,7 @@ def test_a_received_run_folder_builds_nothing_of_its_own(finished: Path, tmp_pat
         "self": {"_target_": "pathlib.Path", "_args_": [str(proof)]},
     }
     OmegaConf.save(config, folder / "config.yaml")
+    forge(folder)
     done = run_py(f"paths.outputs={tmp_path / 'out'}", "training=none", f"weights={folder}")
     assert done.returncode == 1
     assert "pathlib.Path.mkdir, which is not this project's" in done.stderr

@@ -19,6 +19,7 @@ from kwta_exp.run_folder import RunFolder
 from kwta_exp.suggest import complaint
 from kwta_exp.targets import TRUSTED, local_code, require_buildable, targets
 from tests.conftest import ROOT
+from tests.stored import forge
 
 CONF = ROOT / "conf"
 COMPLETED = {"num_classes", "in_channels", "image_size"}
@@ -265,6 +266,7 @@ def test_a_judged_run_lends_its_groups(composed: Callable[..., DictConfig], tmp_
     (tmp_path / "overrides.yaml").write_text(
         "choices: {activation: lwta, model: mlp, dataset: digits, threat: digits}"
     )
+    forge(tmp_path)
     given = ["training=none", "weights=x", "threat.norm=l2"]
     cfg, chosen = composed(*given), {"activation": "kwta", "model": "cnn"}
 

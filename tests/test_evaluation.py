@@ -21,6 +21,7 @@ from kwta_exp.evaluation.counting import Counted
 from kwta_exp.evaluation.judge import Judge
 from kwta_exp.evaluation.records import Record
 from kwta_exp.report.terminal import results_table
+from kwta_exp.sealed import read_arrays
 
 THREAT = Threat(norm="linf", eps=0.1)
 RUN = {"name": "test", "seed": 0}
@@ -198,11 +199,30 @@ def test_whoever_draws_from_global_generators_is_reproducible_too(tmp_path: Path
     assert np.random.get_state()[1].tolist() == before[1]
 
 
-def test_records_of_other_images_are_refused(tmp_path: Path) -> None:
+def test_records_of_other_images_are_kept_aside_and_those_of_these_begun(tmp_path: Path) -> None:
     judge(tmp_path, images(0.8, 0.2), {})
     split = images(0.8, 0.2)
-    with pytest.raises(UserError, match="not those of the images to judge"):
-        judge(tmp_path, Split(split.x, split.y, split.index + 1), {})
+    clean, _, _ = judge(tmp_path, Split(split.x, split.y, split.index + 1), {})
+    assert clean.columns["index"].tolist() == [101, 102]
+    assert len(list(tmp_path.glob("clean.npz.damaged-*"))) == 1
+
+
+@pytest.mark.parametrize("kept", ["up-0", "down-0"])
+def test_an_attack_whose_kept_images_are_lost_runs_again(tmp_path: Path, kept: str) -> None:
+    split, suite = images(0.45, 0.55, 0.8), {"up": shift(0.09), "down": shift(-0.09)}
+    _, before, _ = judge(tmp_path, split, suite, save_images=True)
+    path = tmp_path / "images" / f"{kept}.npz"
+    whole = read_arrays(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    _, after, _ = judge(tmp_path, split, suite, save_images=True)
+    assert {name: array.tolist() for name, array in read_arrays(path).items()} == {
+        name: array.tolist() for name, array in whole.items()
+    }
+    for name in suite:
+        assert after[name].columns["fooled"].tolist() == before[name].columns["fooled"].tolist()
+    assert [found.name.split("-")[0] for found in tmp_path.glob("*.damaged-*")] == [
+        f"{kept.split('-')[0]}.npz.damaged"
+    ]
 
 
 def test_costs_are_counted_whoever_asks() -> None:
@@ -286,12 +306,12 @@ def test_an_attack_without_a_hold_is_recorded_not_scored(tmp_path: Path) -> None
 
 
 def test_records_append_whole_chunks(tmp_path: Path) -> None:
-    record = Record.open(tmp_path / "r.npz")
+    record = Record(tmp_path / "r.npz")
     assert len(record) == 0
     for chunk in (np.arange(3), np.arange(3, 5)):
         record.append({"index": chunk}, forwards=2, backwards=1, seconds=0.5)
         record.save()
-    again = Record.open(tmp_path / "r.npz")
+    again = Record.read(tmp_path / "r.npz", {"index": "i"})
     assert again.columns["index"].tolist() == [0, 1, 2, 3, 4]
     assert (again.forwards, again.backwards, again.seconds) == (4, 2, 1.0)
 

@@ -21,8 +21,10 @@ from kwta_exp.experiment import run
 from kwta_exp.plan import plan_to_judge
 from kwta_exp.report.compare import Outcomes, compare
 from kwta_exp.scale import apply_scale
+from kwta_exp.sealed import write_arrays
 from kwta_exp.verify import verify
 from tests.conftest import ROOT
+from tests.stored import forge
 
 EXPERIMENTS = ROOT / "conf" / "experiment"
 PRESETS = sorted(str(path.relative_to(EXPERIMENTS).with_suffix("")) for path in EXPERIMENTS.rglob("*.yaml"))
@@ -314,6 +316,7 @@ def test_a_worst_case_is_verified_from_weights_and_images_alone(tiny: Tiny, tmp_
     better = json.loads(honest)
     better["worst_case"]["robust_accuracy"] += 1 / 64
     path.write_text(json.dumps(better))
+    forge(folder)
     with pytest.raises(UserError, match=r"but results\.json says"):
         verify_again(folder)
     path.write_text(honest)
@@ -321,7 +324,10 @@ def test_a_worst_case_is_verified_from_weights_and_images_alone(tiny: Tiny, tmp_
     images = next((evaluation / "images").glob("fgsm-*.npz"))
     with np.load(images) as file:
         index, x_adv = file["index"], file["x_adv"]
-    np.savez(images, index=index, x_adv=1 - x_adv)
+    write_arrays(images, {"index": index, "x_adv": 1 - x_adv})
+    with pytest.raises(UserError, match=rf"not what its results\.json lists: images/{images.name}"):
+        verify_again(folder)
+    forge(folder)
     with pytest.raises(UserError, match=r"holds images outside linf eps"):
         verify_again(folder)
     for kept in (evaluation / "images").iterdir():
@@ -363,6 +369,7 @@ def test_a_received_folder_resolves_nothing_of_its_own(tiny: Tiny, tmp_path: Pat
     else:
         config["paths"]["data"] = made
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    forge(folder)
     audit = ["training=none", f"weights={folder}"]
     if how == "data":  # where data lies is never taken from a folder
         tiny(*audit, "suite=none")

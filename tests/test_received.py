@@ -17,7 +17,7 @@ from kwta_exp.data.datasets import Arrays
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.records import Record
 from kwta_exp.plan import _weights_file
-from kwta_exp.received import MOST_EXPANDED, MOST_YAML, read_yaml, regular_size, require_plain
+from kwta_exp.received import MOST_EXPANDED, MOST_YAML, plain_yaml, regular_size, require_plain
 
 READERS: dict[str, Callable[[Path], object]] = {
     "dataset.path": lambda path: Arrays(path=str(path)).load(),
@@ -185,16 +185,15 @@ NO_YAML: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("kind", NO_YAML)
-def test_yaml_that_is_no_plain_one_is_refused(kind: str, tmp_path: Path) -> None:
+def test_yaml_that_is_no_plain_one_is_refused(kind: str) -> None:
     text, said = NO_YAML[kind]
-    (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ValueError, match=said):
-        read_yaml(tmp_path / "a.yaml")
+        plain_yaml(text)
 
 
-def test_plain_yaml_is_read_and_nothing_of_it_resolved(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("a: {b: [1, 0.5, null], c: '${oc.env:HOME}'}\n")
-    assert read_yaml(tmp_path / "a.yaml") == {"a": {"b": [1, 0.5, None], "c": "${oc.env:HOME}"}}
+def test_plain_yaml_is_read_and_nothing_of_it_resolved() -> None:
+    text = "a: {b: [1, 0.5, null], c: '${oc.env:HOME}'}\n"
+    assert plain_yaml(text) == {"a": {"b": [1, 0.5, None], "c": "${oc.env:HOME}"}}
 
 
 def test_a_link_to_a_file_is_a_file(tmp_path: Path) -> None:

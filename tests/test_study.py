@@ -2,14 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
+import torch
 
+from kwta_exp.checkpoint import save_weights
 from kwta_exp.errors import UserError
-from kwta_exp.evaluation.records import Record
 from kwta_exp.report.study import collect, page
+from kwta_exp.storage import write_json, write_lines
+from tests import stored
 from tests.conftest import ROOT
 
 COMMAND = (
@@ -18,40 +19,34 @@ COMMAND = (
 
 
 def run_folder(
-    outputs: Path, name: str, seed: int, clean: float, pgd: float | None = None, worst: float = 0.0,
-    scale: str = "full",
+    outputs: Path, name: str, seed: int, clean: float, pgd: float | None = None, worst: float | None = None,
+    scale: str = "full", epochs: int = 2,
 ) -> Path:  # fmt: skip
-    """A finished run's folder, with as much as the tables read."""
+    """A finished run's folder, of 100 images; what ``pgd`` leaves, ``more`` brings down to ``worst``."""
     folder = outputs / name / f"s{seed}-x"
-    folder.mkdir(parents=True)
-    run = {
-        "name": name,
-        "seed": seed,
-        "command": COMMAND,
-        "commit": "0123456789abcdef",
-        "weights_sha256": "w",
-        "scale": scale,
-    }
-    attacks: dict[str, Any] = {}
-    if pgd is not None:
-        attacks["pgd"] = {"robust_accuracy": pgd, "n": 100, "forwards": 1, "backwards": 2, "seconds": 3.0}
-    results = {
-        "run": run, "threat": {"norm": "linf", "eps": 0.1}, "clean": {"accuracy": clean, "n": 100},
-        "attacks": attacks,
-        "worst_case": {"robust_accuracy": worst, "n": 100, "by": {}} if attacks else None,
-        "masking": {"verdict": "masked" if attacks else "untested"},
-    }  # fmt: skip
-    (folder / "results.json").write_text(json.dumps(results))
-    (folder / "metrics.jsonl").write_text('{"images_per_second": 10.0}\n{"images_per_second": 30.0}\n')
-    (folder / "environment.json").write_text('{"device": "cpu", "packages": {"torch": "2"}}')
+    right = round(100 * clean)
+    left = {"pgd": pgd, "more": worst}
+    fooled = {attack: range(round(100 * share), right) for attack, share in left.items() if share is not None}
+    stored.evaluation(
+        folder, "quick-x", [i < right for i in range(100)], fooled, verdict="masked" if fooled else None,
+        name=name, seed=seed, command=COMMAND, scale=scale,
+    )  # fmt: skip
+    speeds = [10.0, 30.0][:epochs]
+    if epochs:
+        write_lines(
+            folder / "metrics.jsonl",
+            [{"epoch": i, "images_per_second": speed} for i, speed in enumerate(speeds, 1)],
+        )
+        save_weights(folder / "checkpoints" / "last.safetensors", {"a": torch.zeros(1)}, {"epoch": str(epochs)})
+    write_json(folder / "environment.json", {"device": "cpu", "packages": {"torch": "2"}})
     return folder
 
 
 def test_the_page_is_computed_from_the_records(tmp_path: Path) -> None:
     folders = [
-        run_folder(tmp_path, "d-m-relu-pgd", 0, 0.9, 0.50, 0.5),
-        run_folder(tmp_path, "d-m-relu-pgd", 1, 0.8, 0.60, 0.6),
-        run_folder(tmp_path, "d-m-kwta0.1-pgd", 0, 0.7, 0.75, 0.2),
+        run_folder(tmp_path, "d-m-relu-pgd", 0, 0.9, 0.50),
+        run_folder(tmp_path, "d-m-relu-pgd", 1, 0.8, 0.60),
+        run_folder(tmp_path, "d-m-kwta0.1-pgd", 0, 0.7, 0.65, 0.2),
     ]
     records = tmp_path / "records"
     collect("first", folders, records)
@@ -60,9 +55,9 @@ def test_the_page_is_computed_from_the_records(tmp_path: Path) -> None:
     assert "## A study" in text
     (command,) = {record["command"] for record in json.loads((records / "first.json").read_text())["records"]}
     assert command == "python run.py experiment=study/x weights=s0-1 threat.eps=8/255"
-    spread = "85.0 (80.0 to 90.0) | 55.0 (50.0 to 60.0) | 55.0 (50.0 to 60.0)"
+    spread = "85.0 (80.0 to 90.0) | 55.0 (50.0 to 60.0) | n/a | 55.0 (50.0 to 60.0)"
     assert f"| d-m-relu-pgd | 2 | 100 | {spread} | masked | 20 |" in text
-    assert "- kwta0.1, pgd, against ReLU: -15.0 points clean, +20.0 under PGD, -35.0 in the worst case." in text
+    assert "- kwta0.1, pgd, against ReLU: -15.0 points clean, +10.0 under PGD, -35.0 in the worst case." in text
     assert "3 runs, on cpu, torch 2; commit 0123456789." in text
 
 
@@ -88,8 +83,7 @@ def test_two_arms_are_compared_seed_by_seed(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_tabled_is_said(tmp_path: Path) -> None:
-    judged = run_folder(tmp_path, "d-m-relu-none", 0, 0.9, 0.5)
-    (judged / "metrics.jsonl").unlink()
+    judged = run_folder(tmp_path, "d-m-relu-none", 0, 0.9, 0.5, epochs=0)
     trained = run_folder(tmp_path, "d-m-relu-pgd", 0, 0.9, 0.5)
     collect("x", [judged, trained], tmp_path)
     with pytest.raises(UserError, match=r"x\.json: has no x\.md beside it"):
@@ -101,7 +95,7 @@ def test_what_cannot_be_tabled_is_said(tmp_path: Path) -> None:
 
 
 def test_unfinished_and_tiny_runs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no results there"):
+    with pytest.raises(UserError, match="no finished evaluation there"):
         collect("x", [tmp_path], tmp_path)
     with pytest.raises(UserError, match="run at scale=tiny; that is no result"):
         collect("x", [run_folder(tmp_path, "tiny-d-m-relu-pgd", 0, 0.9, scale="tiny")], tmp_path)
@@ -113,20 +107,12 @@ def test_the_committed_page_is_what_the_command_makes() -> None:
 
 
 def test_what_the_surrogate_and_nes_cost_where_nes_has_to_work(tmp_path: Path) -> None:
-    folder = run_folder(tmp_path, "d-m-kwta0.1-none", 0, 0.9, 0.5, 0.2)
-    results = json.loads((folder / "results.json").read_text())
-    results["attacks"] = {
-        name: {"robust_accuracy": 0.5, "n": 3, "forwards": 9, "backwards": 0} for name in ("surrogate", "nes")
-    }
-    evaluation = folder / "evaluation" / "x"
-    evaluation.mkdir(parents=True)
-    for path in (folder, evaluation):
-        (path / "results.json").write_text(json.dumps(results))
-    index = np.arange(3)
-    for name, queries in {"surrogate": [10, 20, 30], "nes": [100, 22041, 1222100]}.items():
-        record = Record(evaluation / f"{name}.npz")
-        record.append({"index": index, "queries": np.array(queries), "steps": index}, 1, 1, 0.0)
-        record.save()
+    folder = run_folder(tmp_path, "d-m-kwta0.1-none", 0, 0.9, 0.5, epochs=0)
+    queries = {"surrogate": [10, 20, 30], "nes": [100, 22041, 1222100]}
+    stored.evaluation(
+        folder, "x", [True] * 3, {"surrogate": [], "nes": []}, verdict="masked", name="d-m-kwta0.1-none",
+        columns={name: {"queries": each, "steps": [0, 1, 2]} for name, each in queries.items()},
+    )  # fmt: skip
     records = tmp_path / "records"
     collect("first", [("digits, natural", folder)], records)
     (records / "first.md").write_text("## A study")
@@ -135,20 +121,33 @@ def test_what_the_surrogate_and_nes_cost_where_nes_has_to_work(tmp_path: Path) -
     text = page(records)
     assert "- digits, natural: on the 2 images that withstand the first 40 steps" in text
     assert "takes 1,244,144 passes and the surrogate 53, a 23,474th part." in text
-    assert "| digits, natural, seed 0, linf eps 0.1, n = 100: masked | passes |" in text
+    assert "| digits, natural, seed 0, linf eps 0.1, n = 3: masked | passes |" in text
 
 
 def test_without_counts_of_single_images_the_price_is_a_bound(tmp_path: Path) -> None:
-    folder = run_folder(tmp_path, "d-m-kwta0.1-none", 0, 0.9, 0.5, 0.2)
-    results = json.loads((folder / "results.json").read_text())
+    """As in records that were committed before the passes of single images were counted."""
+    collect("first", [run_folder(tmp_path, "d-m-kwta0.1-none", 0, 0.9, 0.5, epochs=0)], tmp_path / "records")
+    path = tmp_path / "records" / "first.json"
+    content = json.loads(path.read_text())
     passes = {"surrogate": 1000, "nes": 22040 * 90 + 5_000_000}
-    results["attacks"] = {
+    content["records"][0]["attacks"] = {
         name: {"robust_accuracy": 0.5, "n": 100, "forwards": many, "backwards": 0}
         for name, many in passes.items()
     }
-    (folder / "results.json").write_text(json.dumps(results))
-    collect("first", [folder], tmp_path / "records")
-    (tmp_path / "records" / "first.md").write_text("")
-    assert "at least 5,000,000 passes, and the surrogate at most 1,000, a 5,000th part" in page(
-        tmp_path / "records"
-    )
+    path.write_text(json.dumps(content))
+    path.with_suffix(".md").write_text("")
+    assert "at least 5,000,000 passes, and the surrogate at most 1,000, a 5,000th part" in page(path.parent)
+
+
+def test_no_number_comes_from_damaged_files(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, "d-m-relu-pgd", 0, 0.9, 0.5)
+    whole = (folder / "metrics.jsonl").read_text()
+    for text in (whole.replace("30.0", "31.0"), whole.splitlines(True)[0], "{}\n", "[1]\n", ""):
+        (folder / "metrics.jsonl").write_text(text)
+        with pytest.raises(UserError, match=r"metrics\.jsonl: damaged"):
+            collect("x", [folder], tmp_path)
+    (folder / "metrics.jsonl").write_text(whole)
+    (folder / "evaluation" / "quick-x" / "pgd.npz").unlink()
+    with pytest.raises(UserError, match=r"not what its results\.json lists: pgd\.npz"):
+        collect("x", [folder], tmp_path)
+    assert not (tmp_path / "x.json").exists()

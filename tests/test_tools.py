@@ -20,6 +20,7 @@ from kwta_exp import cli
 from kwta_exp.config import composed
 from kwta_exp.experiment import run
 from tests.conftest import ROOT, TINY
+from tests.stored import forge
 
 SQUASH = """
 import torch
@@ -184,10 +185,12 @@ def test_no_path_and_no_environment_variable_comes_from_a_received_folder(
         "download": True,
     }
     (sent / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    forge(sent)
     assert "a path is not taken from a run folder" in say("verify", sent)
 
     config["dataset"] = {"_target_": "kwta_exp.data.datasets.MNIST", "root": "${paths.data}", "download": True}
     (sent / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    forge(sent)
     nowhere = say("verify", sent, "--with", f"paths.data={tmp_path / 'nowhere'}")
     assert f"dataset.root={tmp_path / 'nowhere'} (paths.data): no such folder" in nowhere
     assert not (tmp_path / "chosen").exists()
@@ -197,6 +200,7 @@ def test_no_path_and_no_environment_variable_comes_from_a_received_folder(
     assert isinstance(told, dict)
     told["choices"]["model"] = "${oc.env:SECRET}"
     (sent / "overrides.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(told)))
+    forge(sent)
     folder = launch(None, tmp_path / "out", "training=none", f"weights={sent}")
     assert "hunter2" not in (folder / "results.json").read_text()
     assert "hunter2" not in str(folder)

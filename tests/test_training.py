@@ -11,11 +11,12 @@ from torch import nn
 
 from kwta_exp.activations import KWTA
 from kwta_exp.attacks import PGD
+from kwta_exp.checkpoint import save_state
 from kwta_exp.data.batches import Batch, TrainingBatches, split_training
 from kwta_exp.data.datasets import Digits
 from kwta_exp.errors import UserError
 from kwta_exp.training import FreeTraining, NaturalTraining, PGDTraining, Training
-from kwta_exp.training.fit import Fitted, fit
+from kwta_exp.training.fit import STATE, Fitted, fit
 from kwta_exp.training.objectives.base import correct, eval_mode
 from kwta_exp.training.sparsity import Constant, Sparsity
 
@@ -202,9 +203,23 @@ def test_divergence_is_an_error_that_names_the_learning_rate(tmp_path: Path) -> 
         train(tmp_path / "s.pt", NaturalTraining(epochs=2), lr=1e30)
 
 
-def test_a_damaged_state_is_refused_and_kept(tmp_path: Path) -> None:
+def test_a_damaged_state_is_kept_aside_and_training_begins_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "state.pt"
-    path.write_bytes(b"torn")
-    with pytest.raises(UserError, match=r"state\.pt"):
-        train(path, NaturalTraining(epochs=1))
-    assert path.read_bytes() == b"torn"
+    whole = train(path, NaturalTraining(epochs=1))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    again = train(path, NaturalTraining(epochs=1))
+    assert all(torch.equal(again.last[name], value) for name, value in whole.last.items())
+    (kept,) = tmp_path.glob("state.pt.damaged-*")
+    assert kept.read_bytes() == content
+    assert f"training begins anew: {path}: damaged" in caplog.text
+
+
+@pytest.mark.parametrize("state", [{}, {"epoch": 1}, dict.fromkeys(STATE), dict.fromkeys(STATE, 0)])
+def test_a_state_of_another_training_is_one_message(tmp_path: Path, state: dict[str, object]) -> None:
+    save_state(tmp_path / "state.pt", state)
+    with pytest.raises(UserError, match=r"training state .*state\.pt"):
+        train(tmp_path / "state.pt", NaturalTraining(epochs=1))

@@ -1,7 +1,9 @@
 """Weights as safetensors, training state as tensors and plain values; neither can run code."""
 
 import io
+import logging
 import pickle
+import warnings
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from kwta_exp.errors import UserError
+from kwta_exp.errors import DamagedError, UserError
 from kwta_exp.received import require_plain, require_untangled
-from kwta_exp.storage import write_bytes
+from kwta_exp.sealed import seal, unseal
+from kwta_exp.storage import aside, read_metadata, with_metadata, write_bytes
+
+log = logging.getLogger(__name__)
 
 Weights = dict[str, Tensor]
 
@@ -26,8 +31,8 @@ def weights_of(module: nn.Module) -> Weights:
 
 
 def save_weights(path: Path, weights: Weights, metadata: Mapping[str, str]) -> None:
-    """Write ``weights`` atomically as safetensors, with text ``metadata`` in the header."""
-    write_bytes(path, safetensors.torch.save(weights, metadata=dict(metadata)))
+    """Write ``weights`` atomically as safetensors, with text ``metadata`` and a checksum in the header."""
+    write_bytes(path, with_metadata(safetensors.torch.save(weights), metadata))
 
 
 def read_weights(path: Path) -> Weights:
@@ -43,6 +48,7 @@ def read_weights(path: Path) -> Weights:
     except (OSError, ValueError) as error:
         raise UserError(f"weights={path}: {error}; expected a checkpoint") from error
     if path.suffix == ".safetensors":
+        read_metadata(path)  # for its checksum
         try:
             return safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, OSError, ValueError) as error:
@@ -72,57 +78,102 @@ def _unwrap(content: Any) -> Any:
 
 
 def load_into(model: nn.Module, weights: Weights, source: str) -> None:
-    """Put ``weights`` into ``model``; every name and shape must fit.
+    """Put ``weights`` into ``model``; every name, shape and type must fit, and every value be a number.
 
     Raises:
-        UserError: listing missing, unexpected and misshapen names.
+        UserError: listing the names that are missing, unexpected, or do not fit.
     """
     wanted = model.state_dict()
+    both = sorted(wanted.keys() & weights.keys())
     problems = {
         "missing": sorted(wanted.keys() - weights.keys()),
         "unexpected": sorted(weights.keys() - wanted.keys()),
         "misshapen": [
             f"{name} {tuple(weights[name].shape)} (expected {tuple(wanted[name].shape)})"
-            for name in sorted(wanted.keys() & weights.keys())
+            for name in both
             if weights[name].shape != wanted[name].shape
         ],
+        "of another type": [
+            f"{name} {_type(weights[name])} (expected {_type(wanted[name])})"
+            for name in both
+            if _type(weights[name]) != _type(wanted[name])
+        ],
     }
+    if not any(problems.values()):
+        problems["not finite"] = [name for name in both if _has_odd_values(weights[name], wanted[name])]
     if any(problems.values()):
-        lines = (
+        halves = [name for name in both if weights[name].dtype in (torch.float16, torch.bfloat16)]
+        lines = [
             f"  {kind}: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
             for kind, names in problems.items()
             if names
-        )
+        ]
+        if halves and problems["of another type"]:
+            lines.append("  to convert: {name: value.float() for name, value in state_dict.items()}")
         raise UserError("\n".join([f"weights={source}: do not fit the model", *lines]))
     model.load_state_dict(weights)
+
+
+def _type(tensor: Tensor) -> str:
+    """Its type as a checkpoint must have it: the dtype, and how it is stored if not as plain values."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if tensor.is_meta:
+        return f"{dtype} without values"
+    return dtype if tensor.layout == torch.strided else f"{dtype} {str(tensor.layout).removeprefix('torch.')}"
+
+
+def _has_odd_values(given: Tensor, wanted: Tensor) -> bool:
+    """Whether it holds NaN or infinities; the network's own constants (a mask of -inf) may."""
+    finite = given.isfinite()
+    return bool((~finite & (given != wanted.to(given.device))).any()) if not finite.all() else False
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write training state (tensors, numbers, text, lists and dicts of them) atomically."""
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, seal(buffer.getvalue()))
 
 
 def read_state(path: Path, expected: Set[str] = frozenset()) -> dict[str, Any]:
     """Read what :func:`save_state` wrote, with at least the keys ``expected``.
 
     Raises:
-        UserError: if the file is damaged or wants to run code. It is left where it is.
+        DamagedError: if the file is not as it was written.
+        UserError: if it is, and is no training state, or wants to run code. It is left where it is.
     """
-    content = _load_plain(path, f"training state {path}")
+    content = _load_plain(io.BytesIO(unseal(path)), f"training state {path}")
     if not isinstance(content, dict) or not expected <= content.keys():
         raise UserError(f"training state {path}: not a whole one; delete it, or start again with rerun=true")
     return content
 
 
-def _load_plain(path: Path, what: str) -> Any:
+def resumed_state(path: Path, expected: Set[str]) -> dict[str, Any] | None:
+    """:func:`read_state` of what is there; a damaged file is set aside, and nothing is to be resumed.
+
+    Raises:
+        UserError: as :func:`read_state`.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return read_state(path, expected) if path.exists() else None
+    except DamagedError as error:
+        log.warning("training begins anew: %s; kept as %s", error, aside(path, ".damaged").name)
+        return None
+
+
+def _load_plain(file: Path | io.BytesIO, what: str) -> Any:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of TorchScript archives, which are then refused
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{what}: refused. It is no plain torch file: loading it would run code, or it is damaged"
-            " (nothing was run). Expected tensors, numbers and text only"
+            f"{what}: refused. It is no plain torch file: loading it would run code, or it is damaged (nothing"
+            " was run). Expected tensors, numbers and text only; for a whole model that was pickled, the file"
+            " of torch.save(model.state_dict(), ...)"
         ) from error
     except Exception as error:  # damaged bytes make the reader fail in any way whatever
-        raise UserError(f"{what}: damaged or not a torch file ({error!r})") from error
+        short = str(error).partition("\n")[0][:200]
+        raise UserError(
+            f"{what}: damaged or not a torch file ({type(error).__name__}: {short}); expected the file of"
+            " torch.save(model.state_dict(), ...)"
+        ) from error

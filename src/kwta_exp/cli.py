@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--config-dir", type=Path, metavar="DIR", help="a folder of your own options")
 
     verify = command("verify", _verify, "recompute a worst case from weights and adversarial images alone")
-    verify.add_argument("folders", nargs=1, type=Path, metavar="RUN_FOLDER")
+    verify.add_argument("folder", type=Path, metavar="FOLDER", help="of a run, or of one of its evaluations")
     _judging(verify)
 
     compare = command("compare", _compare, "two runs, paired image by image (McNemar)")
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         compare.add_argument(name, type=Path, metavar="FOLDER", help="of a run, or of one of its evaluations")
 
     curve = command("curve", _curve, "accuracy against eps, from all evaluations of a run")
-    curve.add_argument("folder", type=Path, metavar="RUN_FOLDER")
+    curve.add_argument("folder", type=Path, metavar="FOLDER", help="of a run, or of one of its evaluations")
 
     transfer = command("transfer", _transfer, "who fools whom: adversarial images of each run, tried on all")
     transfer.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
@@ -106,11 +106,12 @@ def _plan(asked: argparse.Namespace) -> str:
 def _verify(asked: argparse.Namespace) -> str:
     from kwta_exp.config import user_errors
     from kwta_exp.plan import plan_to_judge
+    from kwta_exp.run_folder import run_of
     from kwta_exp.verify import verify
 
-    (folder,) = asked.folders
+    folder = asked.folder
     with user_errors():
-        plan = plan_to_judge(folder, asked.overrides, asked.config_dir, asked.trust)
+        plan = plan_to_judge(run_of(folder), asked.overrides, asked.config_dir, asked.trust)
         return "\n".join(verify(plan, folder))
 
 

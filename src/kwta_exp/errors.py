@@ -1,4 +1,4 @@
-"""The one exception a user's mistake is reported with, and text made fit to be shown."""
+"""The exceptions for a user's mistake and for a damaged file, and text made fit to be shown."""
 
 import logging
 import re
@@ -29,6 +29,10 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         return printable(super().__str__())
+
+
+class DamagedError(UserError):
+    """A file of this project that is not as it was written; whoever can make it again may do so."""
 
 
 class PrintableFormatter(logging.Formatter):

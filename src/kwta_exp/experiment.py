@@ -9,8 +9,9 @@ from kwta_exp import environment
 from kwta_exp.config import CommandLine, Config, ConfigError, plain, user_errors, yaml_of
 from kwta_exp.errors import UserError, shortened
 from kwta_exp.plan import Plan
-from kwta_exp.run_folder import opened
-from kwta_exp.storage import trained_ratio, write_json, write_text
+from kwta_exp.results_file import vouched_for
+from kwta_exp.run_folder import opened, set_changed_aside
+from kwta_exp.storage import trained_ratio, write_json, write_lines
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -36,6 +37,8 @@ def run(cfg: Config) -> float:
             results = plan.finished_results()
             if results is None:
                 results = _carry_out(plan)
+            else:
+                plan.finish_again(results)
     except Exception as error:
         if line.multirun:
             log.error("FAILED %s: %s", shortened(" ".join(line.overrides)), error)  # noqa: TRY400
@@ -64,8 +67,10 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
     from kwta_exp.report.terminal import results_table
     from kwta_exp.training.sparsity import set_ratio
 
-    with opened(plan.folder, _texts(plan, str(fabric.device)), plan.command, options.rerun):
-        if not plan.folder.last.exists():
+    described = environment.describe(plan.command, str(fabric.device), plan.runtime.identity())
+    with opened(plan.folder, _texts(plan), described, options.rerun):
+        plan.folder.set_damaged_aside()
+        if not plan.folder.trained:
             if plan.trains:
                 _train(plan, parts, fabric)
             else:
@@ -80,20 +85,17 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
 
         images = first_test_images(parts.images, options.evaluation.n, fabric.device)
         folder = plan.evaluation_folder(weights)
-        write_json(
-            folder / "evaluation.json",
-            {
-                "identity": plan.evaluation_identity(weights),
-                "environment": environment.describe(plan.command, str(fabric.device), plan.runtime.identity()),
-            },
-        )
+        set_changed_aside(folder)
+        identity = plan.evaluation_identity(weights)
+        write_json(folder / "evaluation.json", {"identity": identity, "environment": described})
         evaluation = Evaluation(
             network, images, parts.suite, parts.threat, options.evaluation, options.seed, folder
         )
         results = evaluation.results(plan.identity_card(weights))
+        results["evaluation"] = vouched_for(folder)
         write_json(plan.folder.results, results)
         write_json(folder / "results.json", results)  # the last: it says that all is done
-        log.info("%s\n\nEverything is in %s", results_table(results), plan.folder.path)
+        log.info("%s\n\nEverything is in %s", results_table(results), folder)
 
     return results
 
@@ -134,7 +136,7 @@ def _train(plan: Plan, parts: "Parts", fabric: "Fabric") -> None:
     )  # fmt: skip
 
     def on_epoch(history: list[dict[str, float]]) -> None:
-        write_text(plan.folder.metrics, "".join(json.dumps(record) + "\n" for record in history))
+        write_lines(plan.folder.metrics, history)
         log.info("%s", _epoch_line(history[-1], training.epochs) if history else "starting")
 
     fitted = fit(
@@ -161,12 +163,7 @@ def _epoch_line(record: Mapping[str, Any], epochs: int) -> str:
     )
 
 
-def _texts(plan: Plan, device: str) -> dict[str, str]:
-    """The files that tell how the weights came about."""
+def _texts(plan: Plan) -> dict[str, str]:
+    """The files that tell, beside ``environment.json``, how the weights came about."""
     recorded = {"overrides": plan.line.overrides, "choices": plan.chosen}
-    described = environment.describe(plan.command, device, plan.runtime.identity())
-    return {
-        "config.yaml": yaml_of(plan.cfg),
-        "overrides.yaml": yaml_of(recorded),
-        "environment.json": json.dumps(described, indent=2) + "\n",
-    }
+    return {"config.yaml": yaml_of(plan.cfg), "overrides.yaml": yaml_of(recorded)}

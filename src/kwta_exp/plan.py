@@ -29,11 +29,12 @@ from kwta_exp.download import fetch, is_url
 from kwta_exp.errors import UserError
 from kwta_exp.received import regular_size
 from kwta_exp.recorded import PLACES, RecordedRun
-from kwta_exp.run_folder import RunFolder, compare_commits, read_results, readable
+from kwta_exp.results_file import read_results
+from kwta_exp.run_folder import RunFolder, compare_commits, finished_evaluation, is_described, readable
 from kwta_exp.runtime import Runtime
 from kwta_exp.scale import SCALED, apply_scale
 from kwta_exp.settings import Settings
-from kwta_exp.storage import read_metadata, sha256_of_file, trained_ratio
+from kwta_exp.storage import held, read_metadata, sha256_of_file, trained_ratio, write_json
 from kwta_exp.targets import local_code
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ class Plan:
     @property
     def judged_weights(self) -> Path | None:
         """The file whose weights are evaluated, once it exists."""
-        return self.folder.best if self.folder.last.exists() else None
+        return self.folder.best if self.folder.trained else None
 
     def evaluation_identity(self, weights: Path) -> dict[str, Any]:
         """Everything that decides the outcome of each image, beside the run's own identity."""
@@ -143,14 +144,22 @@ class Plan:
         return environment.command()
 
     def finished_results(self) -> dict[str, Any] | None:
-        """What an earlier run of the same plan left, if it came to its end and is wanted."""
-        if self.options.rerun or self.judged_weights is None:
+        """What an earlier run of the same plan left, if it came to its end, is wanted, and is all there."""
+        weights = None if self.options.rerun else self.judged_weights
+        if weights is None or not is_described(self.folder.path):
             return None
-        results = read_results(self.evaluation_folder(self.judged_weights) / "results.json")
-        if results is not None:
-            log.info("already finished: %s", self.folder.path)
-            compare_commits(results["run"].get("commit"))
-        return results
+        return finished_evaluation(self.evaluation_folder(weights))
+
+    def finish_again(self, results: Mapping[str, Any]) -> None:
+        """Say what the finished ``results`` are, and make them the run's latest, whatever ran in between."""
+        from kwta_exp.report.terminal import results_table
+
+        if not _is_latest(results, self.folder.results):
+            with held(self.folder.path):
+                write_json(self.folder.results, results)
+        evaluation = self.folder.path / "evaluation" / results["evaluation"]["name"]
+        log.info("already finished\n%s\n\nEverything is in %s", results_table(results), evaluation)
+        compare_commits(results["run"]["commit"])
 
     def identity_card(self, weights: Path) -> dict[str, Any]:
         """Who these results are of: the ``run`` part of ``results.json``."""
@@ -174,6 +183,13 @@ def _replaceable(dataset: Dataset, given: Sequence[str]) -> bool:
     named = any(override.lstrip("+").startswith("dataset.root=") for override in given)
     usual_place = isinstance(dataset, ImageFolder) and not named
     return (dataset.downloadable or usual_place) and not dataset.present()
+
+
+def _is_latest(results: Mapping[str, Any], path: Path) -> bool:
+    try:
+        return read_results(path) == results
+    except UserError:  # damaged: it is a copy
+        return False
 
 
 def _weights_file(weights: str | None, sha256: str | None, data: Path) -> Path | None:

@@ -71,18 +71,17 @@ def require_plain(path: Path) -> None:
             raise ValueError(str(error)) from error
 
 
-def read_yaml(path: Path) -> Any:
-    """The plain values in a YAML file of at most :data:`MOST_YAML` bytes, nested and numbered within reason.
+def plain_yaml(text: str) -> Any:
+    """The plain values in YAML of at most :data:`MOST_YAML` characters, nested within reason.
 
     An alias stands for anything of any size, itself included, so there may be none.
 
     Raises:
         ValueError: saying what is wrong with it.
-        OSError: if it cannot be read.
     """
-    if regular_size(path) > MOST_YAML:
-        raise ValueError(f"longer than {MOST_YAML:,} bytes")
-    text, depth = path.read_text(encoding="utf-8"), 0
+    if len(text) > MOST_YAML:
+        raise ValueError(f"longer than {MOST_YAML:,} characters")
+    depth = 0
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kwta_exp.errors import UserError
-from kwta_exp.received import read_yaml
-from kwta_exp.run_folder import readable
+from kwta_exp.received import plain_yaml
+from kwta_exp.run_folder import read_described, readable
 from kwta_exp.targets import require_trusted
 
 GROUPS = ("dataset", "threat", "activation", "model")
@@ -94,8 +94,8 @@ class RecordedRun:
 
 def _mapping(path: Path, key: str) -> dict[str, Any]:
     try:
-        content = read_yaml(path)
-    except (OSError, ValueError) as error:
+        content = plain_yaml(read_described(path.parent, path.name))
+    except ValueError as error:
         raise UserError(f"{key}={path.parent}: no readable {path.name} there ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{key}={path.parent}: its {path.name} is no mapping")

@@ -1,34 +1,48 @@
 """The folder of one run: its name, its files, and what is already in it."""
 
-import itertools
-import json
+import hashlib
 import logging
+import os
 import re
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from kwta_exp import environment
-from kwta_exp.errors import PrintableFormatter, UserError
-from kwta_exp.storage import PARTIAL, sha256_of_json, write_text
+from kwta_exp.errors import DamagedError, PrintableFormatter, UserError
+from kwta_exp.results_file import changed_files, read_results
+from kwta_exp.storage import (
+    PARTIAL,
+    aside,
+    damaged,
+    held,
+    read_bytes,
+    read_json,
+    read_metadata,
+    sha256_of_json,
+    write_json,
+    write_text,
+)
 
 log = logging.getLogger(__name__)
 
 _HASH_DIGITS = 10
+
+DESCRIBED = ("config.yaml", "overrides.yaml")
+"""The texts whose checksums ``environment.json`` has."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
     """Paths inside ``outputs/<name>/s<seed>-<hash>/``.
 
-    ``state.pt`` is all there is of an unfinished training. ``last.safetensors`` is written after
-    ``best.safetensors`` and nothing else is written between, so its presence means that training is
-    over.
+    ``state.pt`` is all there is of an unfinished training. Once ``best.safetensors`` and, after it,
+    ``last.safetensors`` are there, training is over.
     """
 
     path: Path
@@ -90,15 +104,20 @@ class RunFolder:
         """The folder of one evaluation: everything that decides the outcome of each image."""
         return self.path / "evaluation" / f"{suite}-{sha256_of_json(identity)[:_HASH_DIGITS]}"
 
+    @property
+    def trained(self) -> bool:
+        """Whether training is over and its weights are there, whole."""
+        return all(path.exists() and _is_whole(path) for path in (self.best, self.last))
+
     def set_aside(self) -> Path | None:
         """Rename an existing folder to ``...-before-<time>``, and say to what."""
-        if not self.path.exists():
-            return None
-        stem = f"{self.path.name}-before-{time.strftime('%Y%m%d-%H%M%S')}"
-        names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-        aside = next(path for name in names if not (path := self.path.with_name(name)).exists())
-        self.path.rename(aside)
-        return aside
+        return aside(self.path, "-before") if self.path.exists() else None
+
+    def set_damaged_aside(self) -> None:
+        """Rename checkpoints that are not as they were written; call with the lock held."""
+        for path in (self.best, self.last):
+            if path.exists() and not _is_whole(path):
+                _set_aside(path)
 
     def remove_partial_files(self) -> None:
         """Delete what writers that were killed left behind; call with the lock held."""
@@ -107,19 +126,24 @@ class RunFolder:
 
 
 @contextmanager
-def opened(folder: RunFolder, texts: Mapping[str, str], command: str, rerun: bool) -> Iterator[None]:
+def opened(
+    folder: RunFolder, texts: Mapping[str, str], described: Mapping[str, Any], rerun: bool
+) -> Iterator[None]:
     """The folder made, described, locked against a second process, and logging to its ``run.log``.
 
     Args:
         folder: which.
-        texts: files to write once, by name; ``environment.json`` last. They tell how the weights came
-            about and stay as they are when the run continues or is evaluated anew.
-        command: what is being run, for the log.
+        texts: :data:`DESCRIBED`, by name. They tell how the weights came about, are written once, and stay as
+            they are when the run continues or is evaluated anew.
+        described: what ``environment.json`` holds beside their checksums; its ``command`` goes to the log.
         rerun: set what is there aside first.
 
     Raises:
         UserError: if the folder cannot be written, or another process holds it.
     """
+    for path in (folder.path.parent, folder.path, folder.lock):
+        if path.is_symlink():
+            raise UserError(f"{path}: is a symbolic link, and none is followed when writing; remove it")
     try:
         folder.path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.lock, timeout=0).acquire()
@@ -128,27 +152,82 @@ def opened(folder: RunFolder, texts: Mapping[str, str], command: str, rerun: boo
     except OSError as error:
         raise UserError(f"paths.outputs: cannot write {folder.path}: {error.strerror}") from error
     with lock:
-        if rerun and (aside := folder.set_aside()):
-            log.info("rerun: the earlier results are kept in %s", aside)
-        folder.remove_partial_files()
-        if folder.environment.exists():
-            compare_commits(json.loads(folder.environment.read_text()).get("commit"))
-        else:
-            for name, text in texts.items():
-                write_text(folder.path / name, text)
-        with _log_file(folder.log) as file_only:
-            file_only.info("%s", command)
-            try:
-                yield
-            except BaseException:
-                file_only.exception("stopped")
-                raise
+        if rerun and (kept := folder.set_aside()):
+            log.info("rerun: the earlier results are kept in %s", kept)
+        with held(folder.path):
+            folder.remove_partial_files()
+            _describe(folder, texts, described)
+            with _log_file(folder.log) as file_only:
+                file_only.info("%s", described["command"])
+                try:
+                    yield
+                except BaseException:
+                    file_only.exception("stopped")
+                    raise
+
+
+def _describe(folder: RunFolder, texts: Mapping[str, str], described: Mapping[str, Any]) -> None:
+    """Write how the weights came about, unless that is there already."""
+    if is_described(folder.path):
+        compare_commits(read_json(folder.environment).get("commit"))
+        return
+    for path in (folder.environment, *(folder.path / name for name in texts)):
+        if path.exists() and folder.environment.exists():
+            _set_aside(path)
+    for name, text in texts.items():
+        write_text(folder.path / name, text)
+    digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    write_json(folder.environment, {**described, "files": digests})
+
+
+def is_described(run: Path) -> bool:
+    """Whether the files that tell how a run's weights came about are there, as they were written."""
+    try:
+        for name in DESCRIBED:
+            read_described(run, name)
+    except UserError as error:
+        if (run / "environment.json").exists():
+            log.warning("%s", error)
+        return False
+    return True
+
+
+def read_described(run: Path, name: str) -> str:
+    """The text of one of :data:`DESCRIBED` in a run folder, held to its checksum in ``environment.json``.
+
+    Raises:
+        UserError: if either file is missing.
+        DamagedError: if either is not as it was written.
+    """
+    digests = read_json(run / "environment.json").get("files")
+    content = read_bytes(run / name)
+    if not isinstance(digests, dict) or digests.get(name) != hashlib.sha256(content).hexdigest():
+        raise damaged(run / name, "its checksum is not the one in environment.json")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise damaged(run / name, error) from error
+
+
+class _FileHandler(logging.FileHandler):
+    """Appends to a file, never through a symbolic link."""
+
+    def _open(self) -> TextIOWrapper:
+        def without_links(path: str, flags: int) -> int:
+            return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+        opened_file = open(self.baseFilename, self.mode, encoding=self.encoding, opener=without_links)  # noqa: SIM115
+        assert isinstance(opened_file, TextIOWrapper)
+        return opened_file
 
 
 @contextmanager
 def _log_file(path: Path) -> Iterator[logging.Logger]:
     """Everything logged, and every warning, goes to ``path`` too; the logger given goes nowhere else."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    try:
+        handler = _FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
     handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     file_only = logging.getLogger(f"{__name__}.file_only")
     file_only.propagate = False
@@ -171,17 +250,52 @@ def compare_commits(then: str | None) -> None:
         log.info("(by commit %s; the source is at %s now; rerun=true runs it anew)", then, now)
 
 
-def read_results(path: Path) -> dict[str, Any] | None:
-    """A finished evaluation's results, or ``None`` if there are none."""
+def finished_evaluation(folder: Path) -> dict[str, Any] | None:
+    """The results of an evaluation, if it is finished and all that they vouch for is there."""
     try:
-        content = json.loads(path.read_text())
-        if not {"run", "clean", "worst_case"} <= content.keys():
-            raise ValueError("not a whole results file")
-    except FileNotFoundError:
+        results = read_results(folder / "results.json")
+    except UserError as error:
+        log.warning("%s", error)
         return None
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: damaged ({error}); delete it to have it made again") from error
-    return dict(content)
+    lost = list(changed_files(folder, results)) if results else []
+    if lost:
+        log.warning("%s: missing or damaged: %s; made again", folder, ", ".join(lost))
+    return None if lost else results
+
+
+def set_changed_aside(folder: Path) -> None:
+    """Rename what an evaluation's results vouch for and is not what it was; call with the lock held."""
+    try:
+        results = read_results(folder / "results.json")
+    except DamagedError:
+        _set_aside(folder / "results.json")
+        return
+    for name in changed_files(folder, results) if results else ():
+        if (folder / name).exists():
+            _set_aside(folder / name)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read_metadata(path)
+    except DamagedError as error:
+        log.warning("%s", error)
+        return False
+    return True
+
+
+def _set_aside(path: Path) -> None:
+    log.warning("%s is damaged; kept as %s", path, aside(path, ".damaged").name)
+
+
+def is_evaluation(folder: Path) -> bool:
+    """Whether this is an evaluation's folder, and not a run's."""
+    return (folder / "evaluation.json").exists() or folder.absolute().parent.name == "evaluation"
+
+
+def run_of(folder: Path) -> Path:
+    """The run's folder: ``folder`` itself, or the one that an evaluation's folder lies in."""
+    return folder.absolute().parent.parent if is_evaluation(folder) else folder
 
 
 def readable(text: str) -> str:

@@ -7,6 +7,7 @@ classifies correctly. All runs must be of the same data. Threat and number of im
 they are given. Stopped, the same command continues.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from kwta_exp.evaluation import Diagnosis, Roles, evaluate, summarise
 from kwta_exp.naming import as_name
 from kwta_exp.parts import planned_network
 from kwta_exp.plan import Plan
-from kwta_exp.storage import sha256_of_file, sha256_of_json, write_json
+from kwta_exp.storage import held, sha256_of_file, sha256_of_json, write_text
 
 BATCH_SIZE = 250
 
@@ -77,21 +78,22 @@ def matrix(plans: Mapping[str, Plan], asked: Question, work: Path) -> dict[str, 
     folder = work / sha256_of_json(identity)[:10]
     test = first_test_images(images, asked.n, torch.device("cpu"))
     left: dict[str, dict[str, float]] = {}
-    for target, network in networks.items():
-        clean, records, inapplicable = evaluate(
-            network, test, suite, threat, asked.seed, BATCH_SIZE, folder / target
-        )
-        found = summarise({"name": target}, threat, clean, records, inapplicable, {}, Roles(), Diagnosis())
-        left[target] = {"clean": found["clean"]["accuracy"]} | {
-            source: result["robust_accuracy"] for source, result in found["attacks"].items()
-        }
+    with held(folder):
+        for target, network in networks.items():
+            clean, records, inapplicable = evaluate(
+                network, test, suite, threat, asked.seed, BATCH_SIZE, folder / target
+            )
+            found = summarise({"name": target}, threat, clean, records, inapplicable, {}, Roles(), Diagnosis())
+            left[target] = {"clean": found["clean"]["accuracy"]} | {
+                source: result["robust_accuracy"] for source, result in found["attacks"].items()
+            }
     result = {
         "threat": {"norm": threat.norm, "eps": threat.eps},
         "attack": asked.attack,
         "n": len(test),
         "left": left,
     }
-    write_json(folder / "matrix.json", result)
+    write_text(folder / "matrix.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
     return result
 
 

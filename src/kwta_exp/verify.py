@@ -7,21 +7,22 @@ inside the threat around the test image it claims to come from, and judges it ag
 record is believed.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kwta_exp.attacks import Threat
 from kwta_exp.data.base import Images
 from kwta_exp.data.batches import first_test_images, to_float
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.judge import Judge, errs
+from kwta_exp.evaluation.stored import evaluation_folders, finished
 from kwta_exp.parts import planned_network
 from kwta_exp.plan import Plan
-from kwta_exp.run_folder import read_results
+from kwta_exp.sealed import read_arrays
+from kwta_exp.storage import damaged
 
 _ROUNDING = 1e-6
 """How far float32 may carry an image over the edge of its ball."""
@@ -40,18 +41,17 @@ def verify(plan: Plan, folder: Path) -> list[str]:
     data = plan.dataset.load()
     network = planned_network(plan, data).eval().requires_grad_(False)
 
-    evaluations = sorted(path.parent for path in folder.glob("evaluation/*/images"))
+    evaluations = [path for path in evaluation_folders(folder) if (path / "images").exists()]
     if not evaluations:
         raise UserError(f"{folder}: no images were kept; expected a run with evaluation.save_images=true")
     return [_verify_one(evaluation, network, data) for evaluation in evaluations]
 
 
 def _verify_one(evaluation: Path, network: nn.Module, data: Images) -> str:
-    results = read_results(evaluation / "results.json")
-    if results is None or results["worst_case"] is None:
-        raise UserError(f"{evaluation}: not finished; the command that made it continues")
+    results, identity = finished(evaluation)
+    if results["worst_case"] is None:
+        raise UserError(f"{evaluation}: no attack ran there; expected an evaluation with a suite")
     threat = Threat(**results["threat"])
-    identity = json.loads((evaluation / "evaluation.json").read_text())["identity"]
     judge = Judge(network, batch_size=identity["batch_size"])
     images = first_test_images(data, results["clean"]["n"], torch.device("cpu"))
     position = {index: place for place, index in enumerate(images.index.tolist())}
@@ -64,12 +64,12 @@ def _verify_one(evaluation: Path, network: nn.Module, data: Images) -> str:
     )
     standing = clean.clone()
     for path in sorted((evaluation / "images").glob("*.npz")):
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            index, x_adv = file["index"], torch.from_numpy(file["x_adv"])
-        at = torch.tensor([position[i] for i in index.tolist()])
+        index, x_adv = _kept(path)
+        if not set(index) <= position.keys():
+            raise UserError(f"{path}: holds images of none of the {len(images)} test images")
+        at = torch.tensor([position[i] for i in index])
         x, y = to_float(images.x[at]), images.y[at]
-        outside = (threat.distance(x_adv, x) > threat.eps + _ROUNDING).any()
-        if outside or x_adv.dtype != torch.float32 or not (0 <= x_adv.min() <= x_adv.max() <= 1):
+        if x_adv.shape != x.shape or not _is_inside(threat, x_adv, x):
             raise UserError(f"{path}: holds images outside {threat.norm} eps {threat.eps:g} or [0, 1]")
         fooled = errs(judge.logits(x_adv), y)
         fooled[fooled.clone()] = judge.errs_again(x_adv[fooled], y[fooled])
@@ -84,3 +84,19 @@ def _verify_one(evaluation: Path, network: nn.Module, data: Images) -> str:
     if found != claimed:
         raise UserError(f"{evaluation}: found {said}, but results.json says {claimed}")
     return f"{evaluation}: {said} (n = {len(images)}), as results.json says"
+
+
+def _kept(path: Path) -> tuple[list[int], Tensor]:
+    """Indices of test images and the adversarial images made of them, float32 ``(N, C, H, W)``."""
+    arrays = read_arrays(path)
+    index, x_adv = arrays.get("index"), arrays.get("x_adv")
+    if index is None or x_adv is None or index.dtype != np.int64 or x_adv.dtype != np.float32:
+        raise damaged(path, "it has no int64 index and float32 x_adv")
+    if index.ndim != 1 or x_adv.shape[:1] != index.shape or not len(index):
+        raise damaged(path, "it has not one index for each image")
+    return index.tolist(), torch.from_numpy(x_adv)
+
+
+def _is_inside(threat: Threat, x_adv: Tensor, x: Tensor) -> bool:
+    near = (threat.distance(x_adv, x) <= threat.eps + _ROUNDING).all()  # NaN is not near
+    return bool(near) and x_adv.min().item() >= 0 and x_adv.max().item() <= 1

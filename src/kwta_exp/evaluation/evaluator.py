@@ -1,25 +1,24 @@
 """Runs a suite of attacks over the test images, chunk by chunk, and trusts none of them."""
 
-import io
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kwta_exp.attacks import Attack, NotApplicableError, Threat
 from kwta_exp.attacks.together import refills
 from kwta_exp.data.batches import Split, to_float
+from kwta_exp.errors import UserError
 from kwta_exp.evaluation.chunks import Bench, Task, Workers, rows_of
 from kwta_exp.evaluation.forecast import announce, within_budget
-from kwta_exp.evaluation.records import Record
+from kwta_exp.evaluation.records import ATTACK_COLUMNS, CLEAN_COLUMNS, Record, due
 from kwta_exp.naming import safe_names
 from kwta_exp.progress import Progress
 from kwta_exp.randomness import isolated, key
-from kwta_exp.storage import write_bytes
+from kwta_exp.sealed import read_arrays, write_arrays
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +89,7 @@ def evaluate(
     judge = bench.judge
 
     with Workers(task, bench, processes) as workers, Progress("evaluating", len(images), "image") as progress:
-        clean = Record.open(folder / f"{CLEAN}.npz", expected=images.index)
+        clean = Record.resumed(folder / f"{CLEAN}.npz", CLEAN_COLUMNS, images.index)
         everything = torch.arange(len(images), device=images.y.device)
         for chunk in _pending(everything, batch_size, clean, progress):
             progress.show(attack=CLEAN)
@@ -103,7 +102,6 @@ def evaluate(
 
         right = clean.columns["prediction"] == clean.columns["label"]
         survivors = right.copy()
-        compared = np.arange(len(images)) < (len(images) if diagnostic_n is None else diagnostic_n)
         progress.extend(len(suite) * int(right.sum()))
         sample = to_float(images.x[everything[: min(batch_size, 4)]])
         with torch.no_grad():
@@ -113,22 +111,26 @@ def evaluate(
 
         records: dict[str, Record] = {}
         for name in suite:
-            targets = np.flatnonzero(right & (compared | survivors))
+            targets = due(right, survivors, diagnostic_n)
             progress.advance(int(right.sum()) - len(targets))
             if name in inapplicable:
                 progress.advance(len(targets))
                 continue
             places = torch.from_numpy(targets).to(images.y.device)
-            record = Record.open(folder / f"{name}.npz", expected=images.index[places])
-            chunks = _pending(places, _chunk_size(suite[name], batch_size), record, progress)
+            size = _chunk_size(suite[name], batch_size)
+            record = Record.resumed(folder / f"{name}.npz", ATTACK_COLUMNS, images.index[places])
+            if save_images and (lost := _lost_images(folder, name, places[: len(record)].split(size))):
+                record = Record.anew(record.path, lost)
+            chunks = _pending(places, size, record, progress)
             left = survivors.copy()
             left[targets[: len(record)][record.columns["fooled"]] if len(record) else []] = False
             progress.show(attack=name, worst_case=f"{left.mean():.1%}")
             try:
                 for chunk, outcome in zip(chunks, workers.outcomes(name, chunks), strict=True):
                     if save_images:
-                        path = folder / "images" / f"{name}-{int(chunk[0])}.npz"
-                        _save_images(path, images.index[chunk], outcome.x_adv)
+                        kept = {"index": images.index[chunk], "x_adv": outcome.x_adv}
+                        path = _images_path(folder, name, chunk)
+                        write_arrays(path, {part: tensor.cpu().numpy() for part, tensor in kept.items()})
                     record.append(outcome.rows, outcome.forwards, outcome.backwards, outcome.seconds)
                     record.save()  # after the images: a row is there only when its image is
                     left[chunk.cpu().numpy()[outcome.rows["fooled"]]] = False
@@ -165,7 +167,16 @@ def _images_of(name: str, folder: Path) -> list[Path]:
     return [path for path in (folder / "images").glob("*.npz") if path.stem.rpartition("-")[0] == name]
 
 
-def _save_images(path: Path, index: Tensor, x_adv: Tensor) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, index=index.cpu().numpy(), x_adv=x_adv.cpu().numpy())
-    write_bytes(path, buffer.getvalue())
+def _images_path(folder: Path, name: str, chunk: Tensor) -> Path:
+    return folder / "images" / f"{name}-{int(chunk[0])}.npz"
+
+
+def _lost_images(folder: Path, name: str, chunks: Sequence[Tensor]) -> UserError | None:
+    """What is wrong with the kept images of chunks that were judged already, if anything is."""
+    try:
+        for chunk in chunks:
+            if len(chunk):
+                read_arrays(_images_path(folder, name, chunk))
+    except UserError as error:
+        return error
+    return None

@@ -1,6 +1,6 @@
 """What happened to each image: one small columnar file an attack, whole after every chunk."""
 
-import io
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,18 +10,30 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from kwta_exp.errors import UserError
-from kwta_exp.received import require_plain
-from kwta_exp.storage import write_bytes
+from kwta_exp.errors import DamagedError
+from kwta_exp.sealed import read_arrays, write_arrays
+from kwta_exp.storage import aside, damaged
+
+log = logging.getLogger(__name__)
 
 Column = npt.NDArray[Any]
+
+CLEAN_COLUMNS = {"index": "i", "digest": "S", "label": "i", "prediction": "i", "margin": "f"}
+"""What each column of the clean record is called, and of which kind it is (numpy's ``dtype.kind``)."""
+
+ATTACK_COLUMNS = CLEAN_COLUMNS | {
+    "fooled": "b", "unconfirmed": "b", "distance": "f", "queries": "i", "steps": "i", "key": "i",
+}  # fmt: skip
+"""The same of an attack's record."""
+
+_COSTS = {"forwards": int, "backwards": int, "seconds": float}
 
 
 @dataclass
 class Record:
     """Rows of one attack (or of the clean pass), in the order the images were judged.
 
-    The ``.npz`` file holds one array a column, all of one length, and the costs so far.
+    The ``.npz`` file holds one array a column, all of one length, the costs so far, and a checksum.
 
     Columns: ``index`` (of the test image in its dataset), ``digest`` (first 16 hex digits of the
     uint8 image's SHA-256), ``label``, ``prediction``, ``margin`` (true logit minus the best other
@@ -38,30 +50,56 @@ class Record:
     seconds: float = 0.0
 
     @classmethod
-    def open(cls, path: Path, expected: Tensor | None = None) -> "Record":
-        """Continue the record at ``path``, or begin one.
+    def read(cls, path: Path, expected: Mapping[str, str]) -> "Record":
+        """The record at ``path``.
 
         Args:
             path: the file.
-            expected: the ``index`` of the images to judge, in order; the rows must be its beginning.
+            expected: :data:`CLEAN_COLUMNS` or :data:`ATTACK_COLUMNS`.
 
         Raises:
-            UserError: if the file is damaged or of other images.
+            UserError: if there is none.
+            DamagedError: if it is not as it was written, or has other columns.
+        """
+        columns = read_arrays(path)
+        try:
+            costs = {name: kind(columns.pop(name).item()) for name, kind in _COSTS.items()}
+            kinds = {name: column.dtype.kind for name, column in columns.items()}
+            if kinds != dict(expected):
+                lacking = ", ".join(sorted(expected.keys() - kinds.keys())) or "none"
+                raise ValueError(f"its columns are not those of a record; lacking: {lacking}")
+            index = columns["index"]
+            if {column.shape for column in columns.values()} != {(len(np.unique(index)),)}:
+                raise ValueError("its columns are not all of one row for each image")
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise damaged(path, error) from error
+        return cls(path, columns, **costs)
+
+    @classmethod
+    def resumed(cls, path: Path, expected: Mapping[str, str], images: Tensor) -> "Record":
+        """Continue the record at ``path``, or begin one; a damaged file is set aside.
+
+        Args:
+            path: the file.
+            expected: as for :meth:`read`.
+            images: the ``index`` of the images to judge, in order; the rows must be its beginning.
         """
         if not path.exists():
             return cls(path)
         try:
-            require_plain(path)
-            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-                columns = dict(file)
-            costs = {name: columns.pop(name).item() for name in ("forwards", "backwards", "seconds")}
-            rows = {len(column) for column in columns.values()}
-            index = columns["index"]
-            if len(rows) != 1 or (expected is not None and index.tolist() != expected[: len(index)].tolist()):
-                raise ValueError("its rows are not those of the images to judge")
-        except Exception as error:  # damaged bytes make the reader fail in any way whatever
-            raise UserError(f"evaluation record {path}: damaged ({error}); delete it to redo it") from error
-        return cls(path, columns, **costs)
+            record = cls.read(path, expected)
+            index = record.columns["index"]
+            if index.tolist() != images[: len(index)].tolist():
+                raise damaged(path, "its rows are not those of the images to judge")
+        except DamagedError as error:
+            return cls.anew(path, error)
+        return record
+
+    @classmethod
+    def anew(cls, path: Path, why: object) -> "Record":
+        """Set the file aside and begin the record again."""
+        log.warning("judging anew: %s; kept as %s", why, aside(path, ".damaged").name)
+        return cls(path)
 
     def __len__(self) -> int:
         return len(self.columns["index"]) if self.columns else 0
@@ -78,7 +116,17 @@ class Record:
 
     def save(self) -> None:
         """Replace the file."""
-        buffer = io.BytesIO()
-        costs = {"forwards": self.forwards, "backwards": self.backwards, "seconds": self.seconds}
-        np.savez_compressed(buffer, **self.columns, **costs)  # type: ignore[arg-type]
-        write_bytes(self.path, buffer.getvalue())
+        costs = {name: np.array(getattr(self, name)) for name in _COSTS}
+        write_arrays(self.path, {**self.columns, **costs})
+
+
+def due(right: Column, standing: Column, everywhere: int | None) -> npt.NDArray[np.intp]:
+    """The places of the images that an attack must judge, in order.
+
+    Args:
+        right: bool ``(N,)``, which images are classified correctly clean.
+        standing: bool ``(N,)``, which the attacks before it left standing.
+        everywhere: on how many of the first images it runs whatever those before it did; ``None`` for all.
+    """
+    compared = np.arange(len(right)) < (len(right) if everywhere is None else everywhere)
+    return np.flatnonzero(right & (compared | standing))

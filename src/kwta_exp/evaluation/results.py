@@ -89,8 +89,6 @@ def summarise(
 
 def _searches(record: Record) -> bool:
     """Whether an attack without gradients asked often enough; a transferred one asks nothing."""
-    if "queries" not in record.columns:  # written before they were counted
-        return False
     asked = record.columns["queries"][~record.columns["fooled"]]
     return record.forwards > 0 and (len(asked) == 0 or int(asked.min()) >= LEAST_QUERIES)
 

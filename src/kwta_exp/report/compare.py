@@ -1,6 +1,8 @@
 """Two runs on the same images: which is more robust, image by image?
 
-    kwta-exp compare RUN_FOLDER RUN_FOLDER
+    kwta-exp compare FOLDER FOLDER
+
+Each is a run's folder, for its latest evaluation, or that of an evaluation: ``RUN/evaluation/<suite>-<hash>``.
 
 Two accuracies with overlapping intervals may still differ for certain, because the images are the same. Only
 those on which the runs disagree tell them apart (McNemar, "Note on the sampling error of the difference between
@@ -8,7 +10,7 @@ correlated proportions or percentages", Psychometrika 1947; here the exact binom
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,23 @@ import numpy as np
 import numpy.typing as npt
 
 from kwta_exp.errors import UserError
-from kwta_exp.evaluation.records import Record
-from kwta_exp.naming import safe_names
-from kwta_exp.run_folder import RunFolder, read_results
+from kwta_exp.evaluation.stored import Stored
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What became of each image in the latest evaluation of a run."""
+    """What became of each image in an evaluation.
+
+    Attributes:
+        name: whose.
+        threat: norm and radius.
+        index: of the images in their dataset, int64 ``(N,)``.
+        digest: of the images, ``(N,)``.
+        clean: bool ``(N,)``, classified correctly clean.
+        standing: bool ``(N,)``, and fooled by no attack.
+        suite: what attacked.
+        attacks: the values of the attacks that ran, by name.
+    """
 
     name: str
     threat: tuple[str, float]
@@ -31,41 +42,39 @@ class Outcomes:
     digest: npt.NDArray[np.bytes_]
     clean: npt.NDArray[np.bool_]
     standing: npt.NDArray[np.bool_]
+    suite: str = ""
+    attacks: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, folder: Path) -> "Outcomes":
-        """Read the rows of a run's latest evaluation.
+        """Read the rows of an evaluation, or of a run's latest.
 
         Raises:
-            UserError: if there is none, or its files are not those its results speak of.
+            UserError: as :meth:`~kwta_exp.evaluation.stored.Stored.read`, or if nothing attacked there.
         """
-        results = read_results(RunFolder(folder).results)
-        if results is None or results["worst_case"] is None:
-            raise UserError(f"{folder}: no attacked evaluation there; expected a finished run's folder")
-        found = [path for path in folder.glob("evaluation/*") if read_results(path / "results.json") == results]
-        if not found:
-            raise UserError(f"{folder}: its results.json is not that of any of its evaluations")
-        return cls.of_evaluation(found[0], results)
+        return cls.of_evaluation(Stored.read(folder))
 
     @classmethod
-    def of_evaluation(cls, folder: Path, results: Mapping[str, Any]) -> "Outcomes":
-        """Read the rows of the evaluation in ``folder``, whose ``results`` are known.
+    def of_evaluation(cls, stored: Stored) -> "Outcomes":
+        """The rows of an evaluation that was read already.
 
         Raises:
-            UserError: if an attack's name there leads out of it.
+            UserError: if nothing attacked there.
         """
-        attacks = safe_names(results["attacks"], f"{folder}/results.json")
-        clean = Record.open(folder / "clean.npz")
-        right = clean.columns["prediction"] == clean.columns["label"]
-        standing = right.copy()
-        place = {index: number for number, index in enumerate(clean.columns["index"].tolist())}
-        for name in attacks:
-            rows = Record.open(folder / f"{name}.npz").columns
-            for index, fooled in zip(rows.get("index", []), rows.get("fooled", []), strict=True):
-                standing[place[int(index)]] &= not fooled
-        threat = results["threat"]["norm"], results["threat"]["eps"]
-        name = f"{results['run']['name']}, seed {results['run']['seed']}"
-        return cls(name, threat, clean.columns["index"], clean.columns["digest"], right, standing)
+        run, threat = stored.results["run"], stored.results["threat"]
+        if stored.results["worst_case"] is None:
+            raise UserError(f"{stored.folder}: no attack ran there; expected an evaluation with a suite")
+        rows = stored.clean.columns
+        return cls(
+            f"{run['name']}, seed {run['seed']}",
+            (threat["norm"], threat["eps"]),
+            rows["index"],
+            rows["digest"],
+            stored.right,
+            stored.standing,
+            run["suite"],
+            {name: stored.settings.get(name) for name in stored.attacks},
+        )
 
 
 def compare(first: Outcomes, second: Outcomes) -> str:
@@ -87,6 +96,7 @@ def compare(first: Outcomes, second: Outcomes) -> str:
         f"A: {first.name}",
         f"B: {second.name}",
         f"{first.threat[0]} eps {first.threat[1]:g}, n = {len(a)}",
+        *_suites(first, second),
     ]
     for title, a, b in (
         ("clean", first.clean[order[0]], second.clean[order[1]]),
@@ -98,6 +108,19 @@ def compare(first: Outcomes, second: Outcomes) -> str:
             f"  right in A alone {only_a}, in B alone {only_b}; {_mcnemar(only_a, only_b)}",
         ]
     return "\n".join(lines)
+
+
+def _suites(first: Outcomes, second: Outcomes) -> list[str]:
+    """What to say where the two were not attacked alike: then a difference may be that of the attacks."""
+    if first.attacks == second.attacks:
+        return []
+    lines = [
+        f"  {side} ran {each.suite}: {', '.join(each.attacks)}" for side, each in (("A", first), ("B", second))
+    ]
+    both = first.attacks.keys() & second.attacks.keys()
+    if other := sorted(name for name in both if first.attacks[name] != second.attacks[name]):
+        lines.append(f"  with other values in both: {', '.join(other)}")
+    return ["not attacked alike, so a difference in the worst case may be that of the attacks:", *lines]
 
 
 def _mcnemar(only_a: int, only_b: int) -> str:

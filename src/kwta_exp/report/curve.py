@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from kwta_exp.errors import UserError
+from kwta_exp.evaluation.stored import Stored, evaluation_folders
 from kwta_exp.report.compare import Outcomes
-from kwta_exp.run_folder import read_results
 
 _BAR = 40
 
@@ -32,12 +32,14 @@ class Point:
         own: the worst case of the evaluations at this eps alone.
         together: that of all evaluations up to it.
         verdicts: what these evaluations were called.
+        suites: what attacked in them.
     """
 
     eps: float
     own: float
     together: float
     verdicts: tuple[str, ...]
+    suites: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -51,19 +53,19 @@ class Curve:
 
 
 def curves(folder: Path) -> list[Curve]:
-    """The curves of a run folder, one for each norm and set of images.
+    """The curves of a run's folder, one for each norm and set of images; or of an evaluation's.
 
     Raises:
-        UserError: if nothing was attacked there.
+        UserError: if nothing was attacked there, or an evaluation is damaged.
     """
     groups: dict[Any, list[tuple[Outcomes, str]]] = defaultdict(list)
-    for path in sorted(folder.glob("evaluation/*")):
-        results = read_results(path / "results.json")
-        if results is None or results["worst_case"] is None:
+    for path in evaluation_folders(folder):
+        stored = Stored.read(path)
+        if stored.results["worst_case"] is None:
             continue
-        outcomes = Outcomes.of_evaluation(path, results)
-        of = results["run"]["weights_sha256"], outcomes.threat[0], outcomes.digest.tobytes()
-        groups[of].append((outcomes, results["masking"]["verdict"]))
+        outcomes = Outcomes.of_evaluation(stored)
+        of = stored.results["run"]["weights_sha256"], outcomes.threat[0], outcomes.digest.tobytes()
+        groups[of].append((outcomes, stored.results["masking"]["verdict"]))
     if not groups:
         raise UserError(f"{folder}: no attacked evaluation there; expected a finished run's folder")
     return [_curve(found) for found in groups.values()]
@@ -79,7 +81,8 @@ def _curve(found: Iterable[tuple[Outcomes, str]]) -> Curve:
         own = np.all([outcomes.standing for outcomes, _ in here], axis=0)
         standing &= own
         verdicts = tuple(sorted({verdict for _, verdict in here}))
-        points.append(Point(eps, float(own.mean()), float(standing.mean()), verdicts))
+        suites = tuple(sorted({outcomes.suite for outcomes, _ in here}))
+        points.append(Point(eps, float(own.mean()), float(standing.mean()), verdicts, suites))
     return Curve(first.threat[0], len(first.clean), float(first.clean.mean()), tuple(points))
 
 
@@ -88,6 +91,9 @@ def text(curve: Curve) -> str:
     lines = [f"{curve.norm}, n = {curve.n}", f"{'eps':>8}  {'this eps':>8}  {'together':>8}"]
     lines.append(_line(0.0, curve.clean, curve.clean, "clean"))
     lines += [_line(p.eps, p.own, p.together, ", ".join(p.verdicts)) for p in curve.points]
+    if len({point.suites for point in curve.points}) > 1:
+        lines.append("not attacked alike at every eps:")
+        lines += [f"{point.eps:8.4g}  {', '.join(point.suites)}" for point in curve.points]
     return "\n".join(lines)
 
 

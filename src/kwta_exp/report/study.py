@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 
 from kwta_exp.errors import UserError
-from kwta_exp.evaluation.records import Record as Rows
-from kwta_exp.naming import safe_names
-from kwta_exp.run_folder import RunFolder, read_results
-from kwta_exp.storage import write_json, write_text
+from kwta_exp.evaluation.stored import Stored
+from kwta_exp.run_folder import RunFolder
+from kwta_exp.storage import damaged, read_json, read_lines, read_metadata, write_text
 
 RECORDS = Path("docs/results")
 PAGE = Path("docs/results.md")
@@ -43,21 +42,18 @@ def collect(name: str, folders: Iterable[Path | tuple[str, Path]], records: Path
     if len({record["worst_case"] is None for record in found}) > 1:
         raise UserError(f"{name}: some of the runs were attacked and some not; expected one study")
     path = records / f"{name}.json"
-    write_json(path, {"records": found})
+    write_text(path, json.dumps({"records": found}, indent=2, allow_nan=False) + "\n")
     return path
 
 
 def _record(folder: Path, label: str | None = None) -> dict[str, Any]:
-    run = RunFolder(folder)
-    results = read_results(run.results)
-    if results is None:
-        raise UserError(f"{folder}: no results there; expected a finished run's folder")
+    run, stored = RunFolder(folder), Stored.read(folder)
+    results = stored.results
     if results["run"].get("scale", "full") != "full":
         raise UserError(f"{folder}: run at scale={results['run']['scale']}; that is no result")
-    epochs = [json.loads(line) for line in run.metrics.read_text().splitlines()] if run.metrics.exists() else []
-    environment = json.loads(run.environment.read_text())
+    epochs, environment = _epochs(run), read_json(run.environment)
     about = ("name", "seed", "commit", "weights_sha256")
-    late = _late(folder, results)
+    late = _late(stored)
     return {
         **{key: results["run"][key] for key in about},
         **({"name": label} if label else {}),
@@ -85,13 +81,19 @@ EARLY = 20 * 101 + 20 * 1001
 """Passes of the first 40 steps of ``nes``, with their looks at the iterate."""
 
 
-def _late(folder: Path, results: Record) -> dict[str, Any] | None:
+def _epochs(run: RunFolder) -> list[dict[str, Any]]:
+    """The records of all epochs of a training; none where weights were only judged."""
+    found = read_lines(run.metrics) if run.metrics.exists() else []
+    trained = int(read_metadata(run.last).get("epoch", 0)) if run.last.exists() else 0
+    if [each.get("epoch") for each in found] != list(range(1, trained + 1)):
+        raise damaged(run.metrics, f"it has {len(found)} epochs, not the {trained} of the training")
+    return found
+
+
+def _late(stored: Stored) -> dict[str, Any] | None:
     """What each attack spent on the images that withstand the first 40 steps of ``nes``, until they fell."""
-    here = [path for path in folder.glob("evaluation/*") if read_results(path / "results.json") == results]
-    if "nes" not in results["attacks"] or not here:
-        return None
-    rows = {name: Rows.open(here[0] / f"{name}.npz").columns for name in safe_names(results["attacks"])}
-    if any("queries" not in columns for columns in rows.values()):
+    rows = {name: record.columns for name, record in stored.attacks.items() if len(record)}
+    if "nes" not in rows:
         return None
     hard = rows["nes"]["index"][rows["nes"]["queries"] > EARLY]
     spent = {

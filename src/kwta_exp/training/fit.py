@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from kwta_exp.checkpoint import Weights, read_state, save_state, weights_of
+from kwta_exp.checkpoint import Weights, resumed_state, save_state, weights_of
 from kwta_exp.data.batches import Batch, Split, TrainingBatches
 from kwta_exp.errors import UserError
 from kwta_exp.progress import Progress
@@ -118,16 +118,14 @@ def fit(
         compiled: learn and attack through ``torch.compile``, with a copy of ``model``.
 
     Raises:
-        UserError: if the loss stops being finite, or the state file is damaged.
+        UserError: if the loss stops being finite, or the state file is of another training.
     """
     session = _Session(
         model, training, batches, val, optimizer_factory, schedule_factory, sparsity, fabric, state_path,
         compiled,
     )  # fmt: skip
-    if state_path.exists():
-        session.restore()
+    if session.restore():
         on_epoch(session.history)
-
     done = session.epoch * len(batches) + session.step
     with Progress("training", training.epochs * len(batches), "step", start=done) as progress:
         while session.epoch < training.epochs:
@@ -185,26 +183,30 @@ class _Session:
     def final_ratio(self) -> float | None:
         return self.sparsity.ratio(self.training.epochs - 1, self.training.epochs)
 
-    def restore(self) -> None:
-        """Go back to the last checkpoint."""
-        device = self.fabric.device
-        state = read_state(self.state_path, expected=STATE)
+    def restore(self) -> bool:
+        """Go back to the last checkpoint, if it is there and whole."""
+        if (state := resumed_state(self.state_path, STATE)) is None:
+            return False
+        try:
+            self._adopt(state)
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f"training state {self.state_path}: {error}; expected rerun=true") from error
+        log.info("continuing at epoch %d, step %d", self.epoch + 1, self.step)
+        return True
+
+    def _adopt(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.epoch, self.step = state["epoch"], state["step"]
         self.history, self.best, self.best_epoch = state["history"], state["best"], state["best_epoch"]
-        self.memory = {name: tensor.to(device) for name, tensor in state["memory"].items()}
+        self.memory = {name: tensor.to(self.fabric.device) for name, tensor in state["memory"].items()}
         if self.average:
             self.average.load_state_dict(state["average"])
-        sums = {name: state["running"][name].to(device) for name in ("loss", "correct")}
+        sums = {name: state["running"][name].to(self.fabric.device) for name in ("loss", "correct")}
         self.running = _Running(**{**state["running"], **sums})
         if state["ratio"] != self.ratio:
-            raise UserError(
-                f"training state {self.state_path}: at ratio {state['ratio']}, where the schedule says"
-                f" {self.ratio}; start again with rerun=true"
-            )
-        log.info("continuing at epoch %d, step %d", self.epoch + 1, self.step)
+            raise ValueError(f"at ratio {state['ratio']}, where the schedule says {self.ratio}")
 
     def checkpoint(self) -> None:
         """Write everything that :meth:`restore` needs."""

@@ -1,0 +1,111 @@
+"""Finished evaluations made by hand, whole in every respect; and checksums made anew, as a forger would."""
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kwta_exp.attacks import Threat
+from kwta_exp.evaluation import Diagnosis, Roles, summarise
+from kwta_exp.evaluation.records import ATTACK_COLUMNS, Record, due
+from kwta_exp.results_file import vouched_for
+from kwta_exp.run_folder import DESCRIBED
+from kwta_exp.storage import CHECKSUM, sha256_of_json, write_json
+
+RUN = {
+    "name": "d-m-relu-natural", "seed": 0, "suite": "quick", "weights_sha256": "0" * 64, "scale": "full",
+    "command": "python run.py", "commit": "0123456789abcdef",
+}  # fmt: skip
+
+
+def evaluation(
+    run: Path,
+    name: str,
+    right: Sequence[bool],
+    fooled: Mapping[str, Collection[int]],
+    /,
+    *,
+    threat: Threat | None = None,
+    verdict: str | None = None,
+    columns: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
+    **about: Any,
+) -> dict[str, Any]:
+    """Write the evaluation ``name`` of a run, its latest, and return its results.
+
+    Args:
+        run: the run's folder.
+        name: of the evaluation's folder.
+        right: which images are classified correctly clean.
+        fooled: the images that each attack fools; each attack judges all that are right.
+        threat: L-inf 0.1 unless given.
+        verdict: in place of the one that these rows deserve.
+        columns: values in place of zeros, by attack and column.
+        about: in place of what :data:`RUN` says of the run.
+    """
+    folder, threat = run / "evaluation" / name, threat or Threat(norm="linf", eps=0.1)
+    index = np.arange(len(right))
+    digest = np.array([b"%016x" % i for i in index], dtype="S16")
+    wrong = (~np.array(right)).astype(np.int64)
+    zeros = {"margin": np.zeros(len(right), np.float32), "label": np.zeros(len(right), np.int64)}
+    clean = Record(folder / "clean.npz")
+    clean.append({"index": index, "digest": digest, **zeros, "prediction": wrong}, len(right), 0, 0.0)
+    clean.save()
+    at = due(~wrong.astype(bool), ~wrong.astype(bool), None)
+    attacks = {}
+    for attack, indices in fooled.items():
+        rows = {
+            column: np.zeros(len(at), f"{kind}8" if kind != "b" else bool)
+            for column, kind in ATTACK_COLUMNS.items()
+        }
+        rows |= {"index": index[at], "digest": digest[at], "fooled": np.isin(at, list(indices))}
+        rows |= {column: np.array(values) for column, values in (columns or {}).get(attack, {}).items()}
+        attacks[attack] = Record(folder / f"{attack}.npz")
+        attacks[attack].append(rows, 1, 2, 3.0)
+        attacks[attack].save()
+    results = summarise({**RUN, **about}, threat, clean, attacks, {}, {}, Roles(), Diagnosis())
+    results["masking"]["verdict"] = verdict or results["masking"]["verdict"]
+    identity = {"attacks": [[attack, {"steps": 5}] for attack in fooled], "batch_size": 10}
+    write_json(folder / "evaluation.json", {"identity": identity})
+    results["evaluation"] = vouched_for(folder)
+    for place in (folder, run):
+        write_json(place / "results.json", results)
+    return results
+
+
+def forge(run: Path) -> None:
+    """Make every checksum in a run folder fit what is there, wherever that can be read at all."""
+    described = _json(run / "environment.json")
+    if described is not None or not (run / "environment.json").exists():
+        texts = {name: run / name for name in DESCRIBED if (run / name).is_file()}
+        files = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in texts.items()}
+        _seal(run / "environment.json", {**(described or {}), "files": files})
+    for path in sorted(run.glob("evaluation/*/evaluation.json")):
+        if (content := _json(path)) is not None:
+            _seal(path, content)
+    latest = _json(run / "results.json")
+    for path in sorted(run.glob("evaluation/*/results.json")):
+        if (results := _json(path)) is None:
+            continue
+        if isinstance(results.get("evaluation"), dict):
+            results["evaluation"] = vouched_for(path.parent)
+        _seal(path, results)
+        if latest is not None and isinstance(latest.get("evaluation"), dict):
+            latest["evaluation"] = results.get("evaluation")
+    if latest is not None:
+        _seal(run / "results.json", latest)
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _seal(path: Path, content: dict[str, Any]) -> None:
+    content.pop(CHECKSUM, None)
+    path.write_text(json.dumps({**content, CHECKSUM: sha256_of_json(content)}, indent=2) + "\n")
