@@ -17,7 +17,7 @@ from benchmarks.timing import HEADER, Row
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
-ON_CPU = ("op", "train", "attack", "evaluate", "startup")
+ON_CPU = ("op", "train", "attack", "evaluate", "startup", "shared")
 ON_GPU = ("op", "train", "attack", "evaluate")
 
 
@@ -81,7 +81,7 @@ def measured(name: str, device: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "figures.json"
         command = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(path)]
-        command += [] if name == "startup" else ["--device", device]
+        command += [] if name in ("startup", "shared") else ["--device", device]
         subprocess.run(command, check=True, cwd=ROOT)
         report: dict[str, Any] = json.loads(path.read_text())
     return report | {"name": name}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kwta_exp.errors import printable
+from kwta_exp.runtime import let_idle_threads_sleep
 from kwta_exp.shell import at_the_shell
 
 _JUDGING = (
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _run(words[1:])
         return
     asked = _parser().parse_args(words)
+    let_idle_threads_sleep()
     with at_the_shell():
         print(printable(asked.do(asked)))
 

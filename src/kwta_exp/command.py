@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import hydra
 
 from kwta_exp.environment import CONF
+from kwta_exp.runtime import let_idle_threads_sleep
 from kwta_exp.shell import at_the_shell, in_a_job
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Compose the configuration that the command line asks for, and run it."""
+    let_idle_threads_sleep()
     with at_the_shell(_explained):
         job()
 

@@ -15,6 +15,20 @@ if TYPE_CHECKING:
 
 Precision = Literal["32-true", "bf16-mixed"]
 
+SPINS = "1000"
+"""Turns of the loop in which an idle thread of GNU OpenMP waits for work before it sleeps."""
+
+
+def let_idle_threads_sleep() -> None:
+    """Have torch's idle CPU threads sleep soon, so that several processes can share the cores.
+
+    By default they wait spinning for milliseconds, and two processes with as many threads as there are cores
+    slow each other tenfold and more (``benchmarks/shared.py``). It must be called before torch is loaded, and
+    has no effect on results. A user's own ``GOMP_SPINCOUNT`` or ``OMP_WAIT_POLICY`` stays as it is.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPINS
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class Runtime:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kwta_exp.errors import DamagedError, UserError
+from kwta_exp.received import regular_size
 
 PARTIAL = ".partial"
 """How the temporary files end that a killed writer leaves behind."""
@@ -130,16 +131,13 @@ def read_bytes(path: Path) -> bytes:
         UserError: if there is none.
         DamagedError: if something else has its name, or the disk refuses.
     """
-    try:
-        regular, there = path.is_file(), os.path.lexists(path)
-        content = path.read_bytes() if regular else b""
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise damaged(path, error) from error
-    if not there:
+    if not os.path.lexists(path):
         raise UserError(f"{path}: no such file")
-    if not regular:
-        raise damaged(path, "it is no regular file")
-    return content
+    try:
+        regular_size(path)
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise damaged(path, error) from error
 
 
 def damaged(path: Path, why: object) -> DamagedError:

@@ -1,0 +1,60 @@
+"""Several runs on one machine: the demo alone, twice and four times at once.
+
+    python -m benchmarks.shared [--rounds 3] [--json FILE]
+
+Each run is ``python run.py`` in a process of its own, with all the threads that it takes by itself, and attacks
+half of the test images. The baseline of "at once" is one run alone. That of one alone is the same run with the
+spinning that OpenMP has by default.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.timing import Row, arguments, interleaved, report
+
+ROOT = Path(__file__).parents[1]
+DEFAULT_SPINS = {"GOMP_SPINCOUNT": "300000"}
+"""libgomp's own default, where its threads do not outnumber the cores."""
+
+
+def main() -> None:
+    asked = arguments(__doc__, rounds=3)
+    sides = {
+        "alone": lambda: runs(1, {}),
+        "alone, default spinning": lambda: runs(1, DEFAULT_SPINS),
+        "2 at once": lambda: runs(2, {}),
+        "4 at once": lambda: runs(4, {}),
+    }
+    took = interleaved(sides, asked.rounds)
+    alone = took["alone"]
+    rows = [
+        Row("one run", alone, "the same, default spinning", took["alone, default spinning"], "s", "cost", 1.1),
+        Row("2 runs at once", took["2 at once"], "one alone", alone, "s", "cost", 2.4),
+        Row("4 runs at once", took["4 at once"], "one alone", alone, "s", "cost", 4.8),
+    ]
+    report("Sharing a machine", rows, [], asked)
+
+
+def runs(count: int, variables: dict[str, str]) -> None:
+    """Start ``count`` runs together and wait for all of them."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    with tempfile.TemporaryDirectory() as outputs:
+        started = [
+            subprocess.Popen(
+                [sys.executable, "run.py", f"paths.outputs={outputs}/{number}", "evaluation.n=180"],
+                cwd=ROOT, env=environment | variables, stdout=subprocess.DEVNULL,
+            )
+            for number in range(count)
+        ]  # fmt: skip
+        for process in started:
+            if process.wait():
+                raise RuntimeError("a run failed")
+
+
+if __name__ == "__main__":
+    main()
