@@ -3,9 +3,7 @@
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -13,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
+from kwta_exp.environment import processor
 
 Sides = Mapping[str, Callable[[], Any]]
 
@@ -128,11 +128,5 @@ def machine(device: str) -> str:
     """Processor, threads and versions, in a line."""
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    name = platform.processor() or platform.machine()
-    try:
-        listed = subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout
-        name = next((line.split(":")[1].strip() for line in listed.splitlines() if "Model name" in line), name)
-    except OSError:
-        pass
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return f"{name}, {torch.get_num_threads()} threads, {memory:.0f} GiB, torch {torch.__version__}"
+    return f"{processor()}, {torch.get_num_threads()} threads, {memory:.0f} GiB, torch {torch.__version__}"

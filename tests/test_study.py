@@ -38,7 +38,7 @@ def run_folder(
             [{"epoch": i, "images_per_second": speed} for i, speed in enumerate(speeds, 1)],
         )
         save_weights(folder / "checkpoints" / "last.safetensors", {"a": torch.zeros(1)}, {"epoch": str(epochs)})
-    write_json(folder / "environment.json", {"device": "cpu", "packages": {"torch": "2"}})
+    write_json(folder / "environment.json", {"device": "cpu", "processor": "EPYC", "packages": {"torch": "2"}})
     return folder
 
 
@@ -58,7 +58,7 @@ def test_the_page_is_computed_from_the_records(tmp_path: Path) -> None:
     spread = "85.0 (80.0 to 90.0) | 55.0 (50.0 to 60.0) | n/a | 55.0 (50.0 to 60.0)"
     assert f"| d-m-relu-pgd | 2 | 100 | {spread} | masked | 20 |" in text
     assert "- kwta0.1, pgd, against ReLU: -15.0 points clean, +10.0 under PGD, -35.0 in the worst case." in text
-    assert "3 runs, on cpu, torch 2; commit 0123456789." in text
+    assert "3 runs, on EPYC, torch 2; commit 0123456789." in text
 
 
 def test_a_single_run_is_shown_attack_by_attack(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a run ran on: versions, machine, threads, commit, command."""
 
+import contextlib
 import os
 import platform
 import shlex
@@ -38,9 +39,19 @@ def describe(command: str, device: str, runtime: dict[str, Any]) -> dict[str, An
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "packages": {name: _version(name) for name in _PACKAGES},
     }
+
+
+def processor() -> str:
+    """The CPU's name: another one may round otherwise."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def command() -> str:

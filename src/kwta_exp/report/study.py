@@ -72,7 +72,7 @@ def _record(folder: Path, label: str | None = None) -> dict[str, Any]:
         "images_per_second": statistics.median(each["images_per_second"] for each in epochs)
         if epochs
         else None,
-        "device": environment["device"],
+        "device": environment["processor"] if environment["device"] == "cpu" else environment["device"],
         "torch": environment["packages"]["torch"],
     }
 
