@@ -12,6 +12,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from tests.forked import run_forked
+
 ROOT = Path(__file__).parent.parent
 
 TINY = [
@@ -36,11 +38,25 @@ def composed() -> Iterator[Callable[..., DictConfig]]:
 
 def run_py(*overrides: str, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run run.py in a process of its own."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("HYDRA_FULL_ERROR", "KWTA_EXP_DATA")}
     return subprocess.run(
         [sys.executable, str(ROOT / "run.py"), *overrides],
-        capture_output=True, text=True, cwd=cwd, timeout=timeout, env=environment, check=False,
+        capture_output=True, text=True, cwd=cwd, timeout=timeout, env=_environment(), check=False,
     )  # fmt: skip
+
+
+def run_py_forked(
+    *overrides: str, cwd: Path = ROOT, timeout: float = 300
+) -> "subprocess.CompletedProcess[str]":
+    """As :func:`run_py`, in a fork of a process that has torch loaded: half a second instead of four.
+
+    For all but what concerns the start and the end of a process: which modules are loaded, signals, a closed
+    pipe, the encoding of a terminal.
+    """
+    return run_forked(list(overrides), cwd, _environment(), timeout)
+
+
+def _environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k not in ("HYDRA_FULL_ERROR", "KWTA_EXP_DATA")}
 
 
 @pytest.fixture

@@ -1,0 +1,126 @@
+"""A process that has loaded all a run needs and forks for each command line, so that loading is paid once.
+
+A child is ``python run.py ...`` in all but that: it has its own arguments, folder, environment, stdout and
+stderr. What a module reads as it is loaded (``OMP_NUM_THREADS``) comes too late for it.
+"""
+
+import atexit
+import gc
+import importlib
+import inspect
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+LOADED = [
+    "kwta_exp.attacks", "kwta_exp.evaluation", "kwta_exp.experiment", "kwta_exp.models", "kwta_exp.parts",
+    "kwta_exp.report.terminal", "kwta_exp.training.fit", "foolbox", "lightning_fabric", "sklearn.datasets",
+    "torchvision",
+]  # fmt: skip
+
+
+def run_forked(
+    arguments: list[str], cwd: Path, environment: dict[str, str], timeout: float
+) -> "subprocess.CompletedProcess[str]":
+    """Run run.py with ``arguments`` in a fork of the server, which the first call starts.
+
+    Raises:
+        subprocess.TimeoutExpired: after ``timeout`` seconds.
+    """
+    server = _server()
+    assert server.stdin
+    assert server.stdout
+    command = ["run.py", *arguments]
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        request = {
+            "arguments": arguments, "cwd": str(cwd), "environment": environment, "timeout": timeout,
+            "out": str(out), "err": str(err),
+        }  # fmt: skip
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        status = int(server.stdout.readline())
+        if status == -signal.SIGALRM:
+            raise subprocess.TimeoutExpired(command, timeout, out.read_text(), err.read_text())
+        return subprocess.CompletedProcess(command, status, out.read_text(), err.read_text())
+
+
+@cache
+def _server() -> "subprocess.Popen[str]":
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.forked"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    atexit.register(process.communicate)  # closes its stdin, which ends it
+    return process
+
+
+def _serve() -> None:
+    _load()
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            _become(json.loads(line))
+            os._exit(_run())  # an orderly end would touch, and so copy, all that was loaded
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _load() -> None:
+    """Import what a run imports and fill the caches of Hydra's parser and of ``inspect``.
+
+    Nothing here may compute with more than one thread: threads do not survive a fork.
+    """
+    from hydra import compose, initialize_config_dir
+
+    for name in LOADED:
+        importlib.import_module(name)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        compose("config", ["+attack@attack.x=pgd", "attack.x.steps=1", "model.hidden=[8]", "model=mlp"])
+    inspect.stack()
+    gc.collect()
+    gc.freeze()
+
+
+def _become(request: dict[str, Any]) -> None:
+    """Take on a request's folder, environment, arguments and output."""
+    signal.alarm(max(1, round(request["timeout"])))
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    sys.path[1:1] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    os.chdir(request["cwd"])
+    for number, path in enumerate((os.devnull, request["out"], request["err"])):
+        file = os.open(path, os.O_RDWR | os.O_CREAT)
+        os.dup2(file, number)
+        os.close(file)
+    sys.argv = [str(ROOT / "run.py"), *request["arguments"]]
+
+
+def _run() -> int:
+    """Run run.py to its end, as the interpreter would; returns the exit status."""
+    status: Any = 0
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        status = end.code
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+    except BaseException:  # so that no child returns to the server's loop
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        status = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status if isinstance(status, int) else int(status is not None)
+
+
+if __name__ == "__main__":
+    _serve()
