@@ -8,8 +8,8 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "kwta_exp"
 
 LAYERS = [
-    {"errors", "fields", "randomness", "progress", "environment"},
-    {"activations", "storage", "runtime", "explain"},
+    {"errors", "fields", "hardware", "randomness", "progress"},
+    {"activations", "environment", "storage", "runtime", "explain"},
     {"run_folder", "download", "targets"},
     {"attacks", "models", "data", "checkpoint"},
     {"training", "evaluation"},

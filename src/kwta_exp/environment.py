@@ -1,6 +1,5 @@
 """What a run ran on: versions, machine, threads, commit, command."""
 
-import os
 import platform
 import shlex
 import subprocess
@@ -8,6 +7,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from kwta_exp import hardware
 
 _PACKAGES = (
     "kwta_exp", "torch", "torchvision", "lightning-fabric", "hydra-core", "omegaconf", "foolbox",
@@ -31,7 +32,7 @@ def describe(command: str, device: str, runtime: dict[str, Any]) -> dict[str, An
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
-        "cores": os.cpu_count(),
+        "cores": hardware.usable_cores(),
         "packages": {name: _version(name) for name in _PACKAGES},
     }
 
