@@ -59,6 +59,8 @@ def fits(convolution: nn.Conv2d) -> bool:
         convolution.groups == 1
         and convolution.padding_mode == "zeros"
         and not isinstance(convolution.padding, str)
+        and isinstance(convolution.weight, nn.Parameter)  # not the outcome of a hook, as under weight_norm
+        and not (convolution._forward_hooks or convolution._forward_pre_hooks)
         and _worth_it(convolution.in_channels, convolution.out_channels)
     )
 
