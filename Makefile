@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+PARALLEL := -n auto --dist worksteal  # one worker for each usable core
 SOURCES := src tests benchmarks run.py  # not a user's own files beside them
 
 $(READY): pyproject.toml constraints.txt
@@ -12,7 +13,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: help setup demo test test-slow lint type format bench bench-page bench-gpu calibrate results clean
+.PHONY: help setup demo test test-cpus test-slow lint type format bench bench-page bench-gpu calibrate results clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,7 +31,10 @@ type: $(READY)  ## mypy --strict
 	$(BIN)/mypy
 
 test: lint type  ## lint, types, tests: what CI runs
-	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not network"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not slurm and not network"
+
+test-cpus: $(READY)  ## the same tests as on each kind of CPU that this one can emulate
+	$(BIN)/python -m tests.cpus $(PARALLEL)
 
 test-slow: $(READY)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

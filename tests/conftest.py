@@ -12,6 +12,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from kwta_exp import hardware
+from tests.cpus import CPUS, PRETENDED, pretend
 from tests.forked import run_forked
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +29,28 @@ TINY = [
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=CPUS)
+def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run the test once for each kind of CPU."""
+    pretend(request.param, monkeypatch.setattr)
+    return str(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cpu_of_the_suite() -> Iterator[None]:
+    """``KWTA_EXP_TEST_CPU`` makes the whole suite, but for new processes, run as on that kind of CPU."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if asked := os.environ.get(PRETENDED):
+            pretend(asked, monkeypatch.setattr)
+        yield
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """``-n auto``: a worker for each core that this process may use; each holds about a gigabyte."""
+    return min(hardware.usable_cores(), 8)
 
 
 @pytest.fixture

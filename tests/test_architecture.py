@@ -8,8 +8,8 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "kwta_exp"
 
 LAYERS = [
-    {"errors", "fields", "randomness", "progress", "environment", "received"},
-    {"activations", "storage", "runtime", "explain", "naming", "settings"},
+    {"errors", "fields", "hardware", "randomness", "progress", "received"},
+    {"activations", "environment", "storage", "runtime", "explain", "naming", "settings"},
     {"sealed", "download", "targets"},
     {"results_file"},
     {"run_folder"},

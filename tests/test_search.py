@@ -3,7 +3,7 @@
 import copy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -11,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kwta_exp import hardware
 from kwta_exp.activations import KWTA
 from kwta_exp.attacks import PGD, SurrogatePGD, Threat
 from kwta_exp.data.batches import Split
 from kwta_exp.data.datasets import Digits
 from kwta_exp.evaluation import evaluate
-from kwta_exp.models import CNN, DenseNet, ResNet, WideResNet, stand_in
+from kwta_exp.models import CNN, DenseNet, ResNet, WideResNet
 from kwta_exp.models.stand_in import StandIn, following, stand_in_for, with_folded_batch_norms
 from kwta_exp.training import PGDTraining
+from tests.test_evaluation import InDouble
 from tests.test_training import INNER, After, KilledError, train
 
 KWTA_01 = partial(KWTA, ratio=0.1)
@@ -31,10 +33,16 @@ def trained_statistics(network: nn.Module, x: Tensor) -> nn.Module:
         for norm in [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]:
             norm.weight.uniform_(0.5, 1.5)
             norm.bias.uniform_(-0.5, 0.5)
+            norm.momentum = 0.5
         network.train()
-        for _ in range(20):
+        for _ in range(3):
             network(x)
     return network.eval()
+
+
+def per_image(found: Tensor, expected: Tensor) -> Tensor:
+    """How far the logits of each image are off, as a share of their length."""
+    return (found - expected).norm(dim=1) / expected.norm(dim=1)
 
 
 def batch_norms(network: nn.Module) -> int:
@@ -53,14 +61,11 @@ def batch_norms(network: nn.Module) -> int:
         (partial(DenseNet, KWTA_01, growth=4), None),
     ],
 )
-def test_the_stand_in_is_the_network_up_to_rounding(
-    make: Any, left: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_stand_in_is_the_network_up_to_rounding(make: Any, left: int | None, cpu: str) -> None:
     torch.manual_seed(0)
     x = torch.rand(6, 3, 16, 16)
     network = trained_statistics(make(num_classes=10, in_channels=3), x)
     before = copy.deepcopy(network.state_dict())
-    monkeypatch.setattr(stand_in, "computes_in_bfloat16", lambda device: False)
 
     fast = StandIn(network, x[:2])
 
@@ -76,6 +81,7 @@ def test_the_stand_in_is_the_network_up_to_rounding(
     assert not {id(p) for p in fast.parameters()} & {id(p) for p in network.parameters()}
 
 
+@pytest.mark.parametrize("skips_zeros", [True, False])
 @pytest.mark.parametrize(
     "make",
     [
@@ -85,11 +91,15 @@ def test_the_stand_in_is_the_network_up_to_rounding(
         lambda *_, **__: Branching(),
     ],
 )
-def test_it_follows_weights_statistics_and_ratios(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stand_in, "computes_in_bfloat16", lambda device: False)
+def test_it_follows_weights_statistics_and_ratios(
+    make: Any, skips_zeros: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32; rounding makes another unit win now and then, so for most images."""
+    monkeypatch.setattr(hardware, "computes_in_bfloat16", lambda device: False)
+    monkeypatch.setattr(hardware, "has_matrix_units", lambda device: not skips_zeros)
     torch.manual_seed(0)
     network = make(KWTA_01, num_classes=10, in_channels=1).eval()
-    x = torch.rand(6, 1, 8, 8)
+    x = torch.rand(9, 1, 8, 8)
     first = following(network, x[:2])
     answers = []
     for ratio in (0.1, 0.1, 0.15):
@@ -103,15 +113,15 @@ def test_it_follows_weights_statistics_and_ratios(make: Any, monkeypatch: pytest
         modes = [module.training for module in network.modules()]
         fast = following(network, x[:2])
         answers.append(fast(x))
-        torch.testing.assert_close(answers[-1], network(x), rtol=1e-3, atol=1e-3)
+        assert per_image(answers[-1], network(x)).median() < 1e-3
         kwta = any(isinstance(module, KWTA) for module in network.modules())
         assert (fast is first) == (ratio == 0.1 or not kwta)  # a ratio decides what it is built of
         assert modes == [module.training for module in network.modules()]
         assert all(p.requires_grad for p in network.parameters())
-    assert not torch.allclose(answers[0], answers[1], atol=1e-3)
+    assert per_image(answers[0], answers[1]).median() > 1e-2
 
 
-def test_whether_a_stand_in_is_new_decides_no_bit() -> None:
+def test_whether_a_stand_in_is_new_decides_no_bit(cpu: str) -> None:
     torch.manual_seed(0)
     x = torch.rand(6, 1, 8, 8)
     network = trained_statistics(ResNet(KWTA_01, num_classes=10, in_channels=1, width=16), x)
@@ -123,26 +133,30 @@ def test_whether_a_stand_in_is_new_decides_no_bit() -> None:
     assert torch.equal(fresh(x), again)
 
 
-def test_a_training_attack_may_search_on_a_stand_in(tmp_path: Path) -> None:
+def test_a_training_attack_may_search_on_a_stand_in(tmp_path: Path, cpu: str) -> None:
     """It sees the weights of the moment; a training that is killed goes on to the same bits."""
     seen: list[Tensor] = []
 
     def attack(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         assert isinstance(model, StandIn)
         assert not model.training
-        with torch.no_grad():
-            seen.append((model(x) - network(x)).abs().max())
+        present = network.get_parameter("7.weight")
+        assert torch.equal(model.network.get_parameter("7.weight"), present)
+        seen.append(present.detach().clone())
         return INNER(model, x, y, keys)
 
     def made() -> nn.Module:
         torch.manual_seed(0)
-        return ResNet(KWTA_01, num_classes=10, in_channels=1, width=16)
+        return nn.Sequential(
+            nn.Conv2d(1, 64, 3, stride=2), nn.BatchNorm2d(64), KWTA_01(),
+            nn.Conv2d(64, 64, 3, stride=2), nn.BatchNorm2d(64), KWTA_01(), nn.Flatten(), nn.Linear(64, 10),
+        )  # fmt: skip
 
     training = PGDTraining(epochs=2, batch_size=400, attack=attack, search="fast")
     network = made()
     whole = train(tmp_path / "whole.pt", training, model=network)
     assert len(seen) == 2 * (4 + 1)  # steps, and the validation images
-    assert max(seen) < 0.5  # bfloat16's rounding
+    assert len({weight.norm().item() for weight in seen}) == 1 + 2 * 4
 
     network = made()
     with pytest.raises(KilledError):
@@ -178,13 +192,17 @@ class Shared(nn.Module):
         return logits
 
 
-def test_what_cannot_be_folded_is_left_as_it_is() -> None:
+def test_what_cannot_be_folded_is_left_as_it_is(cpu: str) -> None:
     x = torch.rand(4, 1, 8, 8)
     for network in (Branching(), Shared()):
         trained_statistics(network, x)
         fast = StandIn(network, x)
         assert batch_norms(fast) == batch_norms(network)
-        torch.testing.assert_close(fast(x), network(x), rtol=0.05, atol=0.05)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cpu != "plain"):
+            expected = network.to(memory_format=torch.channels_last)(
+                x.contiguous(memory_format=torch.channels_last)
+            )
+        torch.testing.assert_close(fast(x), expected.float(), rtol=1e-3, atol=1e-3)
     assert with_folded_batch_norms(Branching().eval(), x) is None
 
 
@@ -195,21 +213,17 @@ def digits(n: int) -> Split:
     return Split(x[:n], y[:n].long(), torch.arange(n))
 
 
-def trained(activation: Any, seed: int = 0) -> nn.Module:
+def random_in_double(seed: int = 0) -> nn.Module:
+    """A random network that computes in float64, so that no outcome hangs on rounding."""
     torch.manual_seed(seed)
-    images = Digits().load()
-    x, y = torch.from_numpy(images.x_train) / 255, torch.from_numpy(images.y_train).long()
-    network = CNN(
-        activation, channels=[32, 32, 64, 64], hidden=100, num_classes=10, in_channels=1, image_size=(8, 8)
-    )
-    network(x[:1])
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
-    for _ in range(12):
-        for at in torch.randperm(len(x)).split(64):
-            optimizer.zero_grad()
-            F.cross_entropy(network(x[at]), y[at]).backward()
-            optimizer.step()
-    return network.eval()
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 40), nn.Tanh(), nn.Linear(40, 10))
+    return InDouble(layers).eval().requires_grad_(False)
+
+
+def own_answers(network: nn.Module, n: int) -> Split:
+    """Digits with the network's own answers for labels."""
+    images = digits(n)
+    return Split(images.x, network(images.x / 255).argmax(1), images.index)
 
 
 class Liar(nn.Module):
@@ -227,8 +241,9 @@ class Liar(nn.Module):
 def test_a_success_on_the_stand_in_alone_does_not_end_the_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    network, images = trained(nn.ReLU), digits(60)
-    suite = {"pgd": PGD(norm="linf", eps=0.1, steps=20)}
+    network = random_in_double()
+    images = own_answers(network, 60)
+    suite = {"pgd": PGD(norm="linf", eps=0.03, steps=20)}
     settings = {"threat": THREAT, "seed": 0, "batch_size": 30}
     _, exact, _ = evaluate(network, images, suite, folder=tmp_path / "exact", **settings)  # type: ignore[arg-type]
     monkeypatch.setattr("kwta_exp.evaluation.chunks.stand_in_for", Liar)
@@ -258,8 +273,9 @@ class Forgetful(nn.Module):
 def test_an_error_seen_during_the_search_is_not_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    network, images = trained(nn.ReLU), digits(30)
-    suite = {"square": Settling(), "pgd": PGD(norm="linf", eps=0.1, steps=10)}
+    network = random_in_double()
+    images = own_answers(network, 30)
+    suite = {"square": Settling(), "pgd": PGD(norm="linf", eps=0.03, steps=10)}
     settings = {"threat": THREAT, "seed": 0, "batch_size": 30}
     _, exact, _ = evaluate(network, images, suite, folder=tmp_path / "exact", **settings)  # type: ignore[arg-type]
     monkeypatch.setattr("kwta_exp.evaluation.chunks.stand_in_for", Forgetful)
@@ -279,7 +295,7 @@ class Settling:
         with torch.no_grad():
             if (model(x).argmax(1) != y).any():
                 return x
-        return PGD(norm="linf", eps=0.1, steps=5)(model, x, y, keys)
+        return PGD(norm="linf", eps=0.03, steps=5)(model, x, y, keys)
 
 
 class Flattening(nn.Module):
@@ -305,19 +321,24 @@ class Insisting(Flattening):
         return logits
 
 
-def test_networks_that_no_stand_in_suits_are_searched_all_the_same(tmp_path: Path) -> None:
+class Unique(Flattening):
+    """Cannot be copied."""
+
+    def __deepcopy__(self, memo: object) -> Self:
+        raise TypeError("there can be only one")
+
+
+def test_networks_that_no_stand_in_suits_are_searched_all_the_same(tmp_path: Path, cpu: str) -> None:
     torch.manual_seed(0)
     x = torch.rand(3, 1, 8, 8)
     viewed = stand_in_for(Flattening().eval(), x)
     assert isinstance(viewed, StandIn)
     assert viewed._layout == torch.contiguous_format
 
-    undying = Flattening().eval()
+    normed, unique = Flattening().eval(), Unique().eval()
     with pytest.warns(FutureWarning):
-        torch.nn.utils.weight_norm(undying.more)
-    with torch.enable_grad():
-        undying(x)  # from here on its weight is the outcome of a calculation, which cannot be copied
-    for number, network in enumerate((Flattening().eval(), Insisting().eval(), undying)):
+        torch.nn.utils.weight_norm(normed.more)
+    for number, network in enumerate((Flattening().eval(), Insisting().eval(), normed, unique)):
         for eps in (0.05, 1.0):  # at 1, every image of a chunk falls
             threat = Threat(norm="linf", eps=eps)
             _, records, _ = evaluate(
@@ -326,7 +347,9 @@ def test_networks_that_no_stand_in_suits_are_searched_all_the_same(tmp_path: Pat
             )  # fmt: skip
             assert len(records["pgd"]) > 5
         assert following(network, x)(x).shape == (3, 10)
-    assert following(undying, x) is undying
+    assert following(unique, x) is unique
+    insisting = Insisting().eval()
+    assert (following(insisting, x) is insisting) == (cpu != "plain")
 
 
 class Inner(nn.Module):
@@ -348,6 +371,23 @@ def test_an_activation_with_modules_of_its_own_stays_one() -> None:
     count = sum(isinstance(module, Inner) for module in network.modules())
     assert sum(isinstance(module, Inner) for module in fast.modules()) == count
     assert batch_norms(fast) == 0
+
+
+def trained(activation: Any, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    images = Digits().load()
+    x, y = torch.from_numpy(images.x_train) / 255, torch.from_numpy(images.y_train).long()
+    network = CNN(
+        activation, channels=[32, 32, 64, 64], hidden=100, num_classes=10, in_channels=1, image_size=(8, 8)
+    )
+    network(x[:1])
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(12):
+        for at in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            F.cross_entropy(network(x[at]), y[at]).backward()
+            optimizer.step()
+    return network.eval()
 
 
 @pytest.mark.slow

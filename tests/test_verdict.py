@@ -106,17 +106,17 @@ def test_nothing_here_names_an_activation() -> None:
 
 
 class Grey(nn.Module):
-    """Images to their pixels less a half, flat."""
+    """Images to their pixels less a half, flat and in float64: no verdict hangs on rounding."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1) - 0.5
+        return x.flatten(1).double() - 0.5
 
 
 def honest(features: nn.Module | None = None) -> nn.Module:
-    """A random network on 6x6 images, in float32."""
+    """A random network on 6x6 images, in float64."""
     torch.manual_seed(0)
     hidden = nn.Sequential(nn.Linear(36, 64), features or nn.ReLU(), nn.Linear(64, 96), nn.ReLU())
-    model = nn.Sequential(Grey(), hidden, nn.Linear(96, 4))
+    model = nn.Sequential(Grey(), hidden, nn.Linear(96, 4)).double()
     for parameter in model.parameters():
         parameter.data *= 2
     return model.eval().requires_grad_(False)
@@ -165,8 +165,8 @@ SUITE: dict[str, Attack] = {
 
 def judged(model: nn.Module, folder: Path, suite: dict[str, Attack] = SUITE, n: int = 40, **kw: Any) -> Any:
     images = labelled(model, n)
-    clean, records, left = evaluate(model, images, suite, THREAT, 0, 20, folder)
-    settings = {"batch_size": 20, "folder": folder, "checks_n": 16, **kw}
+    clean, records, left = evaluate(model, images, suite, THREAT, 0, 40, folder)
+    settings = {"batch_size": 40, "folder": folder, "checks_n": 16, **kw}
     diagnosis = diagnose(model, images, suite, clean, records, Roles.of(suite, THREAT), THREAT, 0, **settings)
     return summarise({"name": "a"}, THREAT, clean, records, left, {}, Roles.of(suite, THREAT), diagnosis)
 

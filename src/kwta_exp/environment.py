@@ -1,7 +1,6 @@
 """What a run ran on: versions, machine, threads, commit, command."""
 
 import contextlib
-import os
 import platform
 import shlex
 import subprocess
@@ -9,6 +8,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from kwta_exp import hardware
 
 _PACKAGES = (
     "kwta_exp", "torch", "torchvision", "lightning-fabric", "hydra-core", "omegaconf", "foolbox",
@@ -40,7 +41,7 @@ def describe(command: str, device: str, runtime: dict[str, Any]) -> dict[str, An
         "platform": platform.platform(),
         "machine": platform.machine(),
         "processor": processor(),
-        "cores": os.cpu_count(),
+        "cores": hardware.usable_cores(),
         "packages": {name: _version(name) for name in _PACKAGES},
     }
 

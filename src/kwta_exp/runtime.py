@@ -1,12 +1,12 @@
 """Where a run computes: device, precision, processes and threads, carried by Lightning Fabric."""
 
-import ctypes
 import os
 import shutil
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import dataclasses
 
+from kwta_exp import hardware
 from kwta_exp.errors import UserError
 from kwta_exp.fields import STRICT, Count
 
@@ -46,7 +46,9 @@ class Runtime:
             often faster. Evaluation always uses the plain one.
         compile: train through ``torch.compile``, inner attacks included. It takes a minute or more to begin,
             and on a CPU a C++ compiler. Evaluation never uses it.
-        threads: CPU threads; ``None`` takes one for each core the process may use.
+        threads: CPU threads; ``None`` takes one for each core the process may use
+            (:func:`kwta_exp.hardware.usable_cores`). On a CPU the number decides the last bits of the
+            weights, and so is part of the run's identity: give it, to get the same run on another machine.
     """
 
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
@@ -57,7 +59,7 @@ class Runtime:
     threads: Count | None = None
 
     def __post_init__(self) -> None:
-        if self.accelerator == "cuda" and not _nvidia_gpus():
+        if self.accelerator == "cuda" and not hardware.nvidia_gpus():
             raise UserError(
                 "runtime.accelerator='cuda': no NVIDIA GPU is visible on this machine;"
                 " expected one, or runtime=cpu"
@@ -71,12 +73,12 @@ class Runtime:
     @property
     def resolved_accelerator(self) -> Literal["cpu", "cuda"]:
         if self.accelerator == "auto":
-            return "cuda" if _nvidia_gpus() else "cpu"
+            return "cuda" if hardware.nvidia_gpus() else "cpu"
         return self.accelerator
 
     @property
     def resolved_threads(self) -> int:
-        return self.threads or _usable_cores()
+        return self.threads or hardware.usable_cores()
 
     def identity(self) -> dict[str, str | int]:
         """What of the runtime decides bits; on a GPU the number of CPU threads does not."""
@@ -104,7 +106,7 @@ class Runtime:
 
         torch.set_num_threads(self.resolved_threads)
         torch.backends.cudnn.allow_tf32 = False  # "32-true" means float32, in convolutions too
-        if self.resolved_accelerator == "cuda" and not torch.cuda.is_available():
+        if self.resolved_accelerator == "cuda" and not hardware.torch_has_cuda():
             raise UserError(
                 f"runtime.accelerator={self.accelerator!r}: the machine has a GPU that torch"
                 f" {torch.__version__} cannot use; mend the driver or choose runtime=cpu"
@@ -117,24 +119,3 @@ class Runtime:
 def _cpp_compiler() -> str | None:
     named = os.environ.get("CXX")
     return next(filter(None, map(shutil.which, [named] if named else ["g++", "clang++"])), None)
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _nvidia_gpus() -> int:
-    """How many GPUs the NVIDIA driver reports, without starting CUDA (a fork later must be able to)."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
-        return 0
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_uint(0)
-    if nvml.nvmlInit_v2() != 0 or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
-        return 0
-    nvml.nvmlShutdown()
-    return count.value

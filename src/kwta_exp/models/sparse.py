@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.grad import conv2d_input
 
+from kwta_exp import hardware
 from kwta_exp.activations.selection_func import under_transform
 
 SPARSE = 0.2
@@ -31,7 +32,7 @@ _Table = npt.NDArray[np.int64]
 
 def pays(device: torch.device) -> bool:
     """Whether leaving out zeros beats multiplying them: not where matrix units multiply."""
-    return device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16")
+    return device.type == "cpu" and not hardware.has_matrix_units(device)
 
 
 def make_sparse(traced: fx.GraphModule) -> int:
@@ -58,6 +59,8 @@ def fits(convolution: nn.Conv2d) -> bool:
         convolution.groups == 1
         and convolution.padding_mode == "zeros"
         and not isinstance(convolution.padding, str)
+        and isinstance(convolution.weight, nn.Parameter)  # not the outcome of a hook, as under weight_norm
+        and not (convolution._forward_hooks or convolution._forward_pre_hooks)
         and _worth_it(convolution.in_channels, convolution.out_channels)
     )
 

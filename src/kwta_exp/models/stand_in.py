@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
+from kwta_exp import hardware
 from kwta_exp.models import sparse
 from kwta_exp.randomness import isolated
 
@@ -36,7 +37,7 @@ class StandIn(nn.Module):
         super().__init__()
         traced, self._folded = with_folded_batch_norms(network, sample) or (None, {})
         self.network = traced or copy.deepcopy(network)
-        self._in_bfloat16 = computes_in_bfloat16(sample.device)
+        self._in_bfloat16 = hardware.computes_in_bfloat16(sample.device)
         self._layout = torch.channels_last
         self.network.to(memory_format=self._layout)
         try:
@@ -122,14 +123,6 @@ def following(network: nn.Module, sample: Tensor) -> nn.Module:
     with torch.autocast(sample.device.type, enabled=False):
         known.follow(network)  # a new one, too: whether it is new decides no bit
     return known
-
-
-def computes_in_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 faster than float32, instead of imitating it."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    can = torch.cpu.get_capabilities()
-    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
 
 
 @torch.no_grad()
