@@ -146,7 +146,7 @@ class Plan:
     def finished_results(self) -> dict[str, Any] | None:
         """What an earlier run of the same plan left, if it came to its end, is wanted, and is all there."""
         weights = None if self.options.rerun else self.judged_weights
-        if weights is None or not is_described(self.folder.path):
+        if weights is None or not is_described(self.folder.path) or self.folder.metrics_damaged:
             return None
         return finished_evaluation(self.evaluation_folder(weights))
 
