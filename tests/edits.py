@@ -20,7 +20,8 @@ Edit = Callable[[Path, Random], None]
 
 FILES = [
     "config.yaml", "overrides.yaml", "environment.json", "results.json", "evaluation/*/results.json",
-    "evaluation/*/evaluation.json", "evaluation/*/clean.npz", "evaluation/*/pgd.npz", "evaluation/*/surrogate.npz",
+    "evaluation/*/evaluation.json", "evaluation/*/clean.npz", "evaluation/*/pgd.npz",
+    "evaluation/*/surrogate.npz",
     "evaluation/*/images/pgd-*.npz", "evaluation/*/images/fgsm-*.npz", "checkpoints/best.safetensors",
     "checkpoints/last.safetensors",
 ]  # fmt: skip
@@ -338,7 +339,7 @@ def strange_weights(content: dict[str, Any], about: dict[str, str], rng: Random)
 def strange_metadata(content: dict[str, Any], about: dict[str, str], rng: Random) -> None:
     name, values = rng.choice([
         ("sparsity_ratio", ["abc", "nan", "2", "-1", "1e-300", "", "0.5"]),
-        ("activation", ["", "[]", "{", "null", '{"_target_": "os.system"}', '{"_target_": 3}', "[" * 3000, "NaN"]),
+        ("activation", ["", "[]", "{", '{"_target_": "os.system"}', '{"_target_": 3}', "[" * 3000, "NaN"]),
         ("epoch", ["x", "\ud7ff"]),
     ])  # fmt: skip
     about[name] = rng.choice(values)
@@ -380,8 +381,8 @@ EDITS: dict[str, Edit] = {
     "config: a wide network": edited_yaml("config.yaml", merged(model={"hidden": [10**8, 10**8]})),
     "config: a deep network": edited_yaml("config.yaml", merged(model={"hidden": [1] * 100_000})),
     "config: a very deep network": edited_yaml("config.yaml", merged(model={
-        "_target_": "kwta_exp.models.WideResNet", "_partial_": True, "activation": "${activation}", "depth": 6 * 10**7 + 4,
-        "widen": 1,
+        "_target_": "kwta_exp.models.WideResNet", "_partial_": True, "activation": "${activation}",
+        "depth": 6 * 10**7 + 4, "widen": 1,
     })),
     "config: large images": edited_yaml("config.yaml", synthetic(image_size=100_000)),
     "config: many images": edited_yaml("config.yaml", synthetic(channels=1, image_size=8, train=10**10)),
@@ -397,7 +398,9 @@ EDITS: dict[str, Edit] = {
         "model: {_target_: kwta_exp.models.MLP, _partial_: true, activation: '${activation}',"
         " hidden: !!set {1, 2}, more: 2001-01-01, bytes: !!binary aGVsbG8=}\n"
     ),
-    "config: a large number": text_after(f"threat: {{_target_: kwta_exp.attacks.Threat, norm: linf, eps: 0x{'f' * 9000}}}\n"),
+    "config: a large number": text_after(
+        f"threat: {{_target_: kwta_exp.attacks.Threat, norm: linf, eps: 0x{'f' * 9000}}}\n"
+    ),
     "config: a large file": text_after("# " + "x" * 2**21),
     "overrides: an option": edited_yaml("overrides.yaml", option),
     "overrides: an option, again": edited_yaml("overrides.yaml", option),

@@ -1,4 +1,4 @@
-"""Edited run folders: each command gives one message, the same numbers, or numbers that follow from what is there."""
+"""Edited run folders: one message, the same numbers, or numbers that follow from what is there."""
 
 import resource
 import shutil
@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import numpy as np
 import pytest

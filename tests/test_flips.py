@@ -140,8 +140,7 @@ def read(flip: Flip, path: Path) -> Any:
     try:
         return plain(FILES[flip.file](path))
     except UserError as error:
-        assert str(path) in str(error)
-        return UserError
+        return UserError if str(path) in str(error) else error
 
 
 def test_a_flipped_bit_is_noticed_by_the_reader_of_its_file(world: World) -> None:

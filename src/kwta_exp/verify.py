@@ -51,7 +51,7 @@ def _verify_one(evaluation: Path, network: nn.Module, data: Images) -> str:
     results, identity = finished(evaluation)
     if results["worst_case"] is None:
         raise UserError(f"{evaluation}: no attack ran there; expected an evaluation with a suite")
-    threat = Threat(**results["threat"])
+    threat = Threat(norm=results["threat"]["norm"], eps=results["threat"]["eps"])
     judge = Judge(network, batch_size=identity["batch_size"])
     images = first_test_images(data, results["clean"]["n"], torch.device("cpu"))
     position = {index: place for place, index in enumerate(images.index.tolist())}
