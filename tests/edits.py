@@ -383,7 +383,7 @@ EDITS: dict[str, Edit] = {
     "config: a deep network": edited_yaml("config.yaml", merged(model={"hidden": [1] * 100_000})),
     "config: a very deep network": edited_yaml("config.yaml", merged(model={
         "_target_": "kwta_exp.models.WideResNet", "_partial_": True, "activation": "${activation}",
-        "depth": 6 * 10**7 + 4, "widen": 1,
+        "depth": 6 * 10**7 + 4, "widen_factor": 1,
     })),
     "config: large images": edited_yaml("config.yaml", synthetic(image_size=100_000)),
     "config: many images": edited_yaml("config.yaml", synthetic(channels=1, image_size=8, train=10**10)),

@@ -7,13 +7,23 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import yaml
 
+from kwta_exp.checkpoint import require_fit, save_weights
+from kwta_exp.config import CommandLine
+from kwta_exp.data.datasets import Synthetic
 from kwta_exp.data.published import _Torchvision
+from kwta_exp.environment import CONF
 from kwta_exp.errors import UserError
+from kwta_exp.parts import planned_network
+from kwta_exp.plan import Plan
 from kwta_exp.storage import read_json, sha256_of_file
+from kwta_exp.targets import require_trusted
 from tests.edits import EDITS
 from tests.readers import Answer, Readers, launch, time_limit
 from tests.readers import quiet as quiet
@@ -169,8 +179,9 @@ def check(numbers: Iterable[int], world: World, most: int = len(COMMANDS)) -> Co
 
 
 FORGED = [
-    "results: an attack renamed everywhere", "results: any value", "results: more images", "evaluation.json: batch size",
-    "environment.json: any value", "config: any value", "config: a key of Hydra's", "config: another class",
+    "results: an attack renamed everywhere", "results: any value", "results: more images",
+    "evaluation.json: batch size", "environment.json: any value", "config: any value",
+    "config: a key of Hydra's", "config: another class",
     "config: a wide network", "config: a very deep network", "config: large images", "config: data in a place",
     "config: an alias", "config: other types", "overrides: an option", "record: a column dropped",
     "record: other rows", "images: strange", "weights: strange", "file: a pipe",
@@ -187,3 +198,59 @@ def test_a_hundred_edited_folders(world: World) -> None:
     became = check(range(2 * len(EDITS)), world)
     with world.readers.capsys.disabled():
         print(became)
+
+
+@pytest.mark.parametrize(
+    ("group", "more"),
+    [
+        ("model", {"_args_": []}),
+        ("model", {"_recursive_": False}),
+        ("model", {"stem_activation": {"_target_": "torch.nn.ReLU", "_convert_": "all"}}),
+        ("activation", {"_partial_": False}),
+        ("dataset", {"_partial_": True}),
+        ("threat", {"_partial_": False}),
+    ],
+)
+def test_keys_of_hydra_are_not_taken_from_a_folder(group: str, more: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"weights=x: its {group} holds _\w+_=.*; expected {group}=\.\.\."):
+        require_trusted({"_target_": "torch.nn.ReLU", **more}, group, "weights=x", allowed=())
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CONF.glob("activation/*")) + sorted(CONF.glob("model/*")), ids=lambda p: p.stem
+)
+def test_every_option_of_this_project_is_taken_from_a_folder(path: Path) -> None:
+    content = {key: value for key, value in yaml.safe_load(path.read_text()).items() if key != "defaults"}
+    require_trusted(content, path.parent.name, "weights=x", allowed=("${activation}",))
+
+
+def test_synthetic_images_have_a_largest_size() -> None:
+    assert Synthetic(channels=3, image_size=224, train=1000).load().x_train.nbytes == 1000 * 3 * 224**2
+    for much in ({"image_size": 100_000}, {"train": 10**10}, {"num_classes": 10**10}, {"channels": 10**30}):
+        with pytest.raises(ValueError, match=r"synthetic images of shape .*; expected 268,435,456 at most"):
+            Synthetic(**much)
+
+
+HUGE = {
+    "wide": ["model=mlp", "model.hidden=[100000000,100000000]"],
+    "deep": ["model=wrn", "model.depth=60000004", "model.widen_factor=1"],
+}
+
+
+@pytest.mark.parametrize("size", HUGE)
+def test_a_network_larger_than_its_weights_is_not_built(size: str, tmp_path: Path, composed: Any) -> None:
+    weights = {"nn.1.weight": torch.zeros(32, 64), "nn.1.bias": torch.zeros(32)}
+    save_weights(tmp_path / "w.safetensors", weights, {})
+    cfg = composed("training=none", f"weights={tmp_path / 'w.safetensors'}", "runtime=cpu", *HUGE[size])
+    plan = Plan.of(cfg, CommandLine.of(cfg.hydra))
+    with time_limit(20, size), pytest.raises(UserError, match="do not fit the model"):
+        planned_network(plan, plan.dataset.load())
+
+
+def test_weights_are_held_to_the_shape_of_a_network_before_it_is_built() -> None:
+    with torch.device("meta"):
+        shape = torch.nn.Linear(10**9, 10**9)
+    with pytest.raises(UserError, match=r"misshapen: .*weight \(3, 3\) \(expected \(1000000000, "):
+        require_fit(shape, {"weight": torch.zeros(3, 3), "bias": torch.zeros(10**3)}, "w")
+    with torch.device("meta"):
+        require_fit(torch.nn.Linear(3, 2), torch.nn.Linear(3, 2, device="cpu").state_dict(), "w")
