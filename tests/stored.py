@@ -3,12 +3,14 @@
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kwta_exp.attacks import Threat
+from kwta_exp.errors import UserError
 from kwta_exp.evaluation import Diagnosis, Roles, summarise
 from kwta_exp.evaluation.records import ATTACK_COLUMNS, Record, due
 from kwta_exp.results_file import vouched_for
@@ -90,7 +92,8 @@ def forge(run: Path) -> None:
         if (results := _json(path)) is None:
             continue
         if isinstance(results.get("evaluation"), dict):
-            results["evaluation"] = vouched_for(path.parent)
+            with suppress(UserError):  # something in it is no file
+                results["evaluation"] = vouched_for(path.parent)
         _seal(path, results)
         if latest is not None and isinstance(latest.get("evaluation"), dict):
             latest["evaluation"] = results.get("evaluation")
@@ -101,7 +104,7 @@ def forge(run: Path) -> None:
 def _json(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 

@@ -250,7 +250,8 @@ def test_results_keep_the_contract(finished: Path) -> None:
     folder = only_folder(finished)
     results = json.loads((folder / "results.json").read_text())
     assert list(results) == [
-        "schema", "run", "threat", "clean", "attacks", "worst_case", "inapplicable", "masking",
+        "schema", "run", "threat", "clean", "attacks", "worst_case", "inapplicable", "masking", "evaluation",
+        "checksum",
     ]  # fmt: skip
     assert results["schema"] == 1
     assert results["threat"] == {"norm": "linf", "eps": 0.1}

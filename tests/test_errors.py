@@ -54,7 +54,7 @@ def test_log_lines_and_tracebacks_are_escaped_on_the_terminal_and_in_the_file(
     folder = RunFolder(tmp_path / "run")
 
     def stops() -> None:
-        with opened(folder, {"environment.json": "{}"}, "run \x07", False):
+        with opened(folder, {}, {"command": "run \x07", "commit": None}, False):
             logging.getLogger("kwta_exp").warning("of \x1b[31m")
             raise ValueError("stop \x9b2J")
 

@@ -17,6 +17,8 @@ from kwta_exp.experiment import run
 from kwta_exp.naming import LONGEST, as_name, safe_name, safe_names
 from kwta_exp.report.compare import Outcomes
 from kwta_exp.run_folder import RunFolder, readable
+from kwta_exp.storage import write_json
+from tests.stored import evaluation
 
 CANNOT = [
     "", "../x", "../../etc/x", "/etc/x", "a/b", "a\\b", "C:\\x", "a\0b", "a\nb", "a\n", "a\tb", "\x1b[31mred",
@@ -141,8 +143,12 @@ def test_the_library_refuses_an_attack_s_bad_name_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/x", "clean", "\x1b[31m"], ids=ascii)
 def test_a_received_folder_s_attack_leads_no_reader_out_of_it(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"results\.json: name "):
-        Outcomes.of_evaluation(tmp_path, {"attacks": {name: {}}})
+    results = evaluation(tmp_path, "quick-a", [True, True, False], {"pgd": [0]})
+    results["attacks"] = {name: results["attacks"]["pgd"]}
+    for folder in (tmp_path, tmp_path / "evaluation" / "quick-a"):
+        write_json(folder / "results.json", results)
+    with pytest.raises(UserError, match=r"(results\.json|clean\.npz): damaged"):
+        Outcomes.of(tmp_path)
 
 
 def test_an_attack_that_steps_aside_takes_no_other_s_images_with_it(tmp_path: Path) -> None:

@@ -175,6 +175,7 @@ NO_YAML: dict[str, tuple[str, str]] = {
     "a bomb": ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "holds an alias"),
     "a loop": ("a: &a {x: *a}\n", "holds an alias"),
     "deep": ("a: " + "[" * 5000 + "]" * 5000, "nested more than 30 deep"),
+    "many values": ("[" + "1," * 20_000 + "]", "more than 10,000 keys and values"),
     "long": ("#" * (MOST_YAML + 1), "longer than 1,048,576 characters"),
     "code": ("a: !!python/object/apply:os.abort []\n", "no plain YAML"),
     "torn": ("a: [1", "no plain YAML"),

@@ -84,8 +84,32 @@ def load_into(model: nn.Module, weights: Weights, source: str) -> None:
         UserError: listing the names that are missing, unexpected, or do not fit.
     """
     wanted = model.state_dict()
+    problems = _misfits(wanted, weights)
+    if not any(problems.values()):
+        names = sorted(wanted)
+        problems["not finite"] = [name for name in names if _has_odd_values(weights[name], wanted[name])]
+    _refuse(problems, weights, source)
+    model.load_state_dict(weights)
+
+
+def require_fit(shape: nn.Module, weights: Weights, source: str) -> None:
+    """Refuse ``weights`` whose names, shapes and types are not those of a network that has no values itself.
+
+    Args:
+        shape: the network, on torch's meta device.
+        weights: a checkpoint's.
+        source: where they are from, for the message.
+
+    Raises:
+        UserError: as :func:`load_into`.
+    """
+    wanted = {name: tensor.to("meta") for name, tensor in shape.state_dict().items()}
+    _refuse(_misfits(wanted, weights), weights, source)
+
+
+def _misfits(wanted: Weights, weights: Weights) -> dict[str, list[str]]:
     both = sorted(wanted.keys() & weights.keys())
-    problems = {
+    return {
         "missing": sorted(wanted.keys() - weights.keys()),
         "unexpected": sorted(weights.keys() - wanted.keys()),
         "misshapen": [
@@ -94,15 +118,16 @@ def load_into(model: nn.Module, weights: Weights, source: str) -> None:
             if weights[name].shape != wanted[name].shape
         ],
         "of another type": [
-            f"{name} {_type(weights[name])} (expected {_type(wanted[name])})"
+            f"{name} {_type(weights[name])} (expected {_dtype(wanted[name])})"
             for name in both
-            if _type(weights[name]) != _type(wanted[name])
+            if _type(weights[name]) != _dtype(wanted[name])
         ],
     }
-    if not any(problems.values()):
-        problems["not finite"] = [name for name in both if _has_odd_values(weights[name], wanted[name])]
+
+
+def _refuse(problems: Mapping[str, list[str]], weights: Weights, source: str) -> None:
     if any(problems.values()):
-        halves = [name for name in both if weights[name].dtype in (torch.float16, torch.bfloat16)]
+        halves = [tensor for tensor in weights.values() if tensor.dtype in (torch.float16, torch.bfloat16)]
         lines = [
             f"  {kind}: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
             for kind, names in problems.items()
@@ -111,15 +136,18 @@ def load_into(model: nn.Module, weights: Weights, source: str) -> None:
         if halves and problems["of another type"]:
             lines.append("  to convert: {name: value.float() for name, value in state_dict.items()}")
         raise UserError("\n".join([f"weights={source}: do not fit the model", *lines]))
-    model.load_state_dict(weights)
 
 
 def _type(tensor: Tensor) -> str:
     """Its type as a checkpoint must have it: the dtype, and how it is stored if not as plain values."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
+    dtype = _dtype(tensor)
     if tensor.is_meta:
         return f"{dtype} without values"
     return dtype if tensor.layout == torch.strided else f"{dtype} {str(tensor.layout).removeprefix('torch.')}"
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _has_odd_values(given: Tensor, wanted: Tensor) -> bool:

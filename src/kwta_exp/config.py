@@ -187,22 +187,20 @@ class CommandLine:
 
     @classmethod
     def of(cls, hydra: Any) -> "CommandLine":
-        """From Hydra's own node of a composed configuration.
-
-        Raises:
-            UserError: where none or several options were chosen of a group that a run needs one of.
-        """
-        found = {
+        """From Hydra's own node of a composed configuration; a group without one option is left out."""
+        chosen = {
             group: option
             for group, option in hydra.runtime.choices.items()
-            if option is not None and not group.startswith("hydra")
+            if isinstance(option, str) and not group.startswith("hydra")
         }
-        for group in (*(group for group in GROUPS if group != "attack"), "suite"):
-            if not isinstance(found.get(group), str):
-                raise UserError(f"{group}: a run needs one option; expected {group}=OPTION")
-        chosen = {group: str(option) for group, option in found.items()}
         given: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # "${...}" in it is text
         return cls(chosen, list(map(str, given)), hydra.mode == RunMode.MULTIRUN)
+
+    def require_choices(self) -> None:
+        """Raise a :class:`UserError` where none or several options were chosen of a group that needs one."""
+        for group in (*(group for group in GROUPS if group != "attack"), "suite"):
+            if group not in self.choices:
+                raise UserError(f"{group}: a run needs one option; expected {group}=OPTION")
 
     @classmethod
     def current(cls) -> "CommandLine":

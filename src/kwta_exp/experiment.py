@@ -75,6 +75,8 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
                 _train(plan, parts, fabric)
             else:
                 _adopt_weights(plan, parts)
+        elif plan.trains and not plan.folder.metrics.exists():
+            _write_metrics_again(plan)
 
         network, weights = parts.network, plan.judged_weights
         assert weights is not None
@@ -150,6 +152,16 @@ def _train(plan: Plan, parts: "Parts", fabric: "Fabric") -> None:
     save_weights(plan.folder.best, fitted.best, {"epoch": str(fitted.best_epoch), **about})
     save_weights(plan.folder.last, fitted.last, {"epoch": str(training.epochs), **about})
     log.info("best epoch: %d", fitted.best_epoch)
+
+
+def _write_metrics_again(plan: Plan) -> None:
+    """Write the records of training that were lost from its state, if that is whole."""
+    from kwta_exp.checkpoint import read_state
+
+    try:
+        write_lines(plan.folder.metrics, read_state(plan.folder.state, {"history"})["history"])
+    except UserError as error:
+        log.warning("the records of training are lost: %s", error)
 
 
 def _epoch_line(record: Mapping[str, Any], epochs: int) -> str:

@@ -1,17 +1,20 @@
 """All that is cheap to build, built and tried before anything is written."""
 
 import copy
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from kwta_exp.attacks import Attack, NotApplicableError, Threat, Transfer, adapted
 from kwta_exp.attacks.threat import check_radius
-from kwta_exp.checkpoint import load_into, read_weights
+from kwta_exp.checkpoint import Weights, load_into, read_weights, require_fit
 from kwta_exp.config import Config, build, call, explain, plain
 from kwta_exp.data.base import Images
 from kwta_exp.data.batches import to_float
@@ -21,6 +24,7 @@ from kwta_exp.naming import safe_names
 from kwta_exp.plan import Plan, source_network
 from kwta_exp.randomness import key
 from kwta_exp.storage import trained_ratio
+from kwta_exp.targets import TRUSTED, targets
 from kwta_exp.training import Training
 from kwta_exp.training.sparsity import Sparsity, scheduled, set_ratio
 
@@ -160,11 +164,14 @@ def planned_network(plan: Plan, images: Images) -> nn.Module:
     Raises:
         UserError: naming the key and value at fault.
     """
+    weights = read_weights(plan.weights) if plan.weights else None
     with torch.random.fork_rng(devices=[]):
+        if weights is not None:
+            _require_fit(plan.cfg, images, weights, str(plan.weights))
         torch.manual_seed(key(plan.options.seed, "weights"))
         network = _built_network(plan.cfg, images)
-    if plan.weights:
-        load_into(network, read_weights(plan.weights), str(plan.weights))
+    if weights is not None:
+        load_into(network, weights, str(plan.weights))
     _try_out(network, plan.cfg, images)
     return network
 
@@ -175,12 +182,50 @@ def network_of_run(run: str, key: str, images: Images, trust: bool) -> nn.Module
     Raises:
         UserError: naming ``key``, if there is none or it is not safe to build.
     """
-    weights, cfg = source_network(run, key, trust)
+    path, cfg = source_network(run, key, trust)
+    weights = read_weights(path)
+    _require_fit(cfg, images, weights, str(path))
     network = _built_network(cfg, images)
-    load_into(network, read_weights(weights), str(weights))
-    if (ratio := trained_ratio(weights)) and scheduled(network):
+    load_into(network, weights, str(path))
+    if (ratio := trained_ratio(path)) and scheduled(network):
         set_ratio(network, ratio)
     return network
+
+
+def _require_fit(cfg: Config, images: Images, weights: Weights, source: str) -> None:
+    """Refuse, before any memory is taken, a network of other sizes than its weights.
+
+    A run folder can name a network of any size. This project's networks are built without values first, and
+    never further than the weights go; a user's own is built at once, since it may need values.
+    """
+    named = [*targets(plain(cfg, "model")), *targets(plain(cfg, "activation"))]
+    if not TRUSTED.issuperset(named):
+        return
+    with torch.device("meta"), _at_most(_SPARE + 2 * len(weights), source):
+        shape = _built_network(cfg, images)
+    require_fit(shape, weights, source)
+
+
+_SPARE = 1000
+"""Parameters that a network may make and replace while it is built, beside twice those that it keeps."""
+
+
+@contextmanager
+def _at_most(parameters: int, source: str) -> Iterator[None]:
+    """Stop what makes more parameters, such as a network of a billion layers."""
+    made = itertools.count(1)
+
+    def count(*anything: Any) -> None:
+        if next(made) > parameters:
+            raise UserError(
+                f"weights={source}: do not fit the model, which has more than {parameters} parameters"
+            )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _built_network(cfg: Config, images: Images) -> nn.Module:

@@ -57,6 +57,7 @@ class Plan:
 
     @classmethod
     def of(cls, cfg: Config, line: CommandLine) -> "Plan":
+        line.require_choices()
         chosen, options = dict(line.choices), settings(cfg)
         weights = _weights_file(options.weights, options.weights_sha256, Path(options.paths.data))
         # A checkpoint decides the size of the network; only a tiny run's is a tiny one.
@@ -146,7 +147,7 @@ class Plan:
     def finished_results(self) -> dict[str, Any] | None:
         """What an earlier run of the same plan left, if it came to its end, is wanted, and is all there."""
         weights = None if self.options.rerun else self.judged_weights
-        if weights is None or not is_described(self.folder.path):
+        if weights is None or not is_described(self.folder.path) or self.folder.metrics_damaged:
             return None
         return finished_evaluation(self.evaluation_folder(weights))
 

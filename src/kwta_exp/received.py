@@ -17,6 +17,7 @@ MOST_EXPANSION = 100
 """A larger archive may expand to this multiple of its own size: images compress up to ten times."""
 
 MOST_YAML = 2**20
+MOST_VALUES = 10_000
 DEEPEST_YAML = 30
 
 MOST_OBJECTS = 10**7
@@ -72,7 +73,7 @@ def require_plain(path: Path) -> None:
 
 
 def plain_yaml(text: str) -> Any:
-    """The plain values in YAML of at most :data:`MOST_YAML` characters, nested within reason.
+    """The plain values in YAML of at most :data:`MOST_YAML` characters, nested within reason and not too many.
 
     An alias stands for anything of any size, itself included, so there may be none.
 
@@ -83,7 +84,9 @@ def plain_yaml(text: str) -> Any:
         raise ValueError(f"longer than {MOST_YAML:,} characters")
     depth = 0
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+            if number > MOST_VALUES:
+                raise ValueError(f"more than {MOST_VALUES:,} keys and values")
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError("holds an alias; expected plain values")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

@@ -51,7 +51,7 @@ class RecordedRun:
         groups = {group: config[group] for group in GROUPS if group in config}
         choices = overrides.get("choices") or {}
         plain = all(isinstance(group, dict) for group in groups.values()) and isinstance(choices, dict)
-        if not plain or not _all_keys_are_text(groups):
+        if not plain or not _is_plain([groups, choices]):
             raise UserError(f"{key}={path}: its config.yaml is not one that a run of this project writes")
         named = {group: readable(str(choices.get(group, "unnamed"))) for group in GROUPS}
         return cls(key, path, groups, named)
@@ -102,7 +102,12 @@ def _mapping(path: Path, key: str) -> dict[str, Any]:
     return content
 
 
-def _all_keys_are_text(content: Any) -> bool:
+def _is_plain(content: Any) -> bool:
+    """Whether it is made of what a configuration can hold: YAML has dates, sets and keys of any kind, too."""
     if isinstance(content, dict):
-        return all(isinstance(key, str) and _all_keys_are_text(value) for key, value in content.items())
-    return all(map(_all_keys_are_text, content)) if isinstance(content, list) else True
+        return all(isinstance(key, str) and _is_plain(value) for key, value in content.items())
+    if isinstance(content, list):
+        return all(map(_is_plain, content))
+    if isinstance(content, int):
+        return abs(content) < 2**63
+    return content is None or isinstance(content, str | float)

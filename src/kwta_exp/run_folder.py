@@ -23,7 +23,9 @@ from kwta_exp.storage import (
     held,
     read_bytes,
     read_json,
+    read_lines,
     read_metadata,
+    refuse_to_leave,
     sha256_of_json,
     write_json,
     write_text,
@@ -109,15 +111,28 @@ class RunFolder:
         """Whether training is over and its weights are there, whole."""
         return all(path.exists() and _is_whole(path) for path in (self.best, self.last))
 
+    @property
+    def metrics_damaged(self) -> bool:
+        """Whether there are records of training that are not as they were written."""
+        try:
+            if os.path.lexists(self.metrics):
+                read_lines(self.metrics)
+        except DamagedError as error:
+            log.warning("%s", error)
+            return True
+        return False
+
     def set_aside(self) -> Path | None:
         """Rename an existing folder to ``...-before-<time>``, and say to what."""
         return aside(self.path, "-before") if self.path.exists() else None
 
     def set_damaged_aside(self) -> None:
-        """Rename checkpoints that are not as they were written; call with the lock held."""
+        """Rename checkpoints and metrics that are not as they were written; call with the lock held."""
         for path in (self.best, self.last):
             if path.exists() and not _is_whole(path):
                 _set_aside(path)
+        if self.metrics_damaged:
+            _set_aside(self.metrics)
 
     def remove_partial_files(self) -> None:
         """Delete what writers that were killed left behind; call with the lock held."""
@@ -224,6 +239,7 @@ class _FileHandler(logging.FileHandler):
 @contextmanager
 def _log_file(path: Path) -> Iterator[logging.Logger]:
     """Everything logged, and every warning, goes to ``path`` too; the logger given goes nowhere else."""
+    refuse_to_leave(path)
     try:
         handler = _FileHandler(path, encoding="utf-8")
     except OSError as error:

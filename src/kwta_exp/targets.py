@@ -46,6 +46,29 @@ def require_trusted(content: Any, group: str, source: str, allowed: Sequence[str
                 f" folder's word; expected {group}=... on the command line, or trust=true for a folder of your"
                 " own"
             )
+    partial = True if group in ("activation", "model") else None
+    for reserved, value in _reserved(content):
+        if reserved != "_partial_" or value is not partial:
+            raise UserError(
+                f"{source}: its {group} holds {reserved}={_short(value)}, which no {group} of this project has;"
+                f" expected {group}=... on the command line, or trust=true for a folder of your own"
+            )
+
+
+def _short(value: object) -> str:
+    return str(value)[:100]
+
+
+def _reserved(content: Any) -> Iterator[tuple[str, Any]]:
+    """Hydra's own keys in a plain configuration, ``_target_`` apart: they decide how a class is called."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            if key in _RESERVED and key != "_target_":
+                yield key, value
+            yield from _reserved(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _reserved(value)
 
 
 _RESERVED: Mapping[str, tuple[Callable[[Any], bool], str]] = {

@@ -63,7 +63,7 @@ def matrix(plans: Mapping[str, Plan], asked: Question, work: Path) -> dict[str, 
     """
     first = next(iter(plans.values()))
     images, fingerprint = _images(plans)
-    recorded = build(first.cfg, "threat")
+    recorded = build(first.cfg, "threat", Threat)
     threat = Threat(norm=recorded.norm, eps=recorded.eps if asked.eps is None else asked.eps)
     networks = {
         name: planned_network(plan, images).eval().requires_grad_(False) for name, plan in plans.items()

@@ -7,6 +7,7 @@ inside the threat around the test image it claims to come from, and judges it ag
 record is believed.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,9 @@ from kwta_exp.parts import planned_network
 from kwta_exp.plan import Plan
 from kwta_exp.sealed import read_arrays
 from kwta_exp.storage import damaged
+
+MOST_IN_A_BATCH = 2**30
+"""Values in the images that are judged at a time, as the evaluation says: 4 GiB."""
 
 _ROUNDING = 1e-6
 """How far float32 may carry an image over the edge of its ball."""
@@ -41,19 +45,30 @@ def verify(plan: Plan, folder: Path) -> list[str]:
     data = plan.dataset.load()
     network = planned_network(plan, data).eval().requires_grad_(False)
 
-    evaluations = [path for path in evaluation_folders(folder) if (path / "images").exists()]
+    evaluations = [path for path in evaluation_folders(folder) if _keeps_images(path)]
     if not evaluations:
         raise UserError(f"{folder}: no images were kept; expected a run with evaluation.save_images=true")
     return [_verify_one(evaluation, network, data) for evaluation in evaluations]
 
 
+def _keeps_images(evaluation: Path) -> bool:
+    """Whether it was made with ``evaluation.save_images=true``; where no image was attacked there are none."""
+    results, identity = finished(evaluation)
+    return results["worst_case"] is not None and identity.get("save_images") is True
+
+
 def _verify_one(evaluation: Path, network: nn.Module, data: Images) -> str:
     results, identity = finished(evaluation)
-    if results["worst_case"] is None:
-        raise UserError(f"{evaluation}: no attack ran there; expected an evaluation with a suite")
-    threat = Threat(**results["threat"])
+    threat = Threat(norm=results["threat"]["norm"], eps=results["threat"]["eps"])
     judge = Judge(network, batch_size=identity["batch_size"])
     images = first_test_images(data, results["clean"]["n"], torch.device("cpu"))
+    if len(images) != results["clean"]["n"]:
+        raise UserError(f"{evaluation}: judged {results['clean']['n']} test images; the data has {len(images)}")
+    if (values := judge.batch_size * math.prod(images.x.shape[1:])) > MOST_IN_A_BATCH:
+        raise UserError(
+            f"{evaluation}: judged {judge.batch_size:,} images at a time, {values:,} values; expected"
+            f" {MOST_IN_A_BATCH:,} at most"
+        )
     position = {index: place for place, index in enumerate(images.index.tolist())}
 
     clean = torch.cat(

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import itertools
 import logging
+import math
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -157,6 +158,9 @@ class Arrays(Dataset):
 _CHANNELS = (1, 2, 3, 4)
 """How many channels images have, but for unusual ones."""
 
+MOST_SYNTHETIC = 2**28
+"""Values of all synthetic images together; making them takes some 20 bytes each."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class Synthetic(Dataset):
@@ -175,6 +179,14 @@ class Synthetic(Dataset):
     num_classes: Several = 10
     train: Several = 256
     test: Count = 64
+
+    def __post_init__(self) -> None:
+        images = self.num_classes + self.train + self.test
+        if (size := images * math.prod(self.shape)) > MOST_SYNTHETIC:
+            raise UserError(
+                f"dataset: {images:,} synthetic images of shape {self.shape} have {size:,} values;"
+                f" expected {MOST_SYNTHETIC:,} at most"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:

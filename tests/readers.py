@@ -1,0 +1,128 @@
+"""Everything that reads a run folder, called in this process: what it says, or the message it ends with."""
+
+import logging
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+
+from kwta_exp import cli, experiment
+from kwta_exp.config import ConfigError
+from kwta_exp.storage import read_json
+from tests.conftest import ROOT
+
+SUITE = ["suite=none", "+attack@attack.fgsm=fgsm"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command ended with.
+
+    Attributes:
+        numbers: what it says without the folder's name; ``None`` where it ended with a message.
+        message: what it said besides: a mistake's message, warnings.
+    """
+
+    numbers: Any
+    message: str
+
+
+@dataclass(frozen=True)
+class Readers:
+    """The commands that read a run folder.
+
+    Args:
+        untouched: a run folder to compare with.
+        work: a folder for what they write.
+    """
+
+    untouched: Path
+    work: Path
+    capsys: pytest.CaptureFixture[str]
+    caplog: pytest.LogCaptureFixture
+
+    def answers(self, run: Path, names: list[str]) -> dict[str, Answer]:
+        return {name: getattr(self, name)(run) for name in names}
+
+    def verify(self, run: Path) -> Answer:
+        return self._command(run, "verify", run)
+
+    def compare(self, run: Path) -> Answer:
+        return self._command(run, "compare", run, self.untouched)
+
+    def curve(self, run: Path) -> Answer:
+        return self._command(run, "curve", run)
+
+    def transfer(self, run: Path) -> Answer:
+        return self._command(run, "transfer", run, self.untouched, "--n", 8, "--work", self.work / "transfer",
+                             "--with", "runtime=cpu", "runtime.threads=1")  # fmt: skip
+
+    def judge(self, run: Path) -> Answer:
+        outputs = self.work / "judged"
+        self.caplog.clear()
+        try:
+            launch(outputs, "training=none", f"weights={run}", *SUITE, "evaluation.n=8",
+                   "runtime=cpu", "runtime.threads=1")  # fmt: skip
+        except ConfigError as error:
+            return Answer(None, str(error) + self._warnings())
+        (latest,) = outputs.glob("*/s0-*/results.json")
+        results = read_json(latest)
+        numbers = [results[part] for part in ("threat", "clean", "worst_case")]
+        return Answer(numbers, self._warnings())
+
+    def _command(self, run: Path, *words: object) -> Answer:
+        self.caplog.clear()
+        self.capsys.readouterr()
+        status: object = 0
+        try:
+            cli.main(list(map(str, words)))
+        except SystemExit as error:
+            status = error.code
+        assert status in (0, 1)
+        failed, said = status == 1, self.capsys.readouterr()
+        assert failed == bool(said.err.strip()), said
+        text = re.sub(r"[\w.+-]*-s0-[0-9a-f]{10}", "RUN", said.out.replace(str(run), "RUN"))
+        return Answer(None if failed else text, said.err + self._warnings())
+
+    def _warnings(self) -> str:
+        return "\n".join(
+            record.getMessage() for record in self.caplog.records if record.levelno >= logging.WARNING
+        )
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What commands set for their own process is undone."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+
+
+def launch(outputs: Path, *overrides: str) -> float:
+    """Run one experiment in this process."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", [f"paths.outputs={outputs}", *overrides], return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    return experiment.run(cfg)
+
+
+@contextmanager
+def time_limit(seconds: int, what: str) -> Iterator[None]:
+    """A case that hangs fails, and says which it is."""
+
+    def stop(signum: int, frame: Any) -> None:
+        raise TimeoutError(f"hangs: {what}")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
