@@ -219,7 +219,8 @@ def test_no_link_inside_a_run_folder_is_followed_when_writing(outputs: Path, tmp
     elsewhere = tmp_path / "elsewhere"
     path.rename(elsewhere)
     lost_files = (
-        "checkpoints/best.safetensors", "checkpoints/last.safetensors", "evaluation/*/pgd.npz", "environment.json",
+        "checkpoints/best.safetensors", "checkpoints/last.safetensors", "evaluation/*/pgd.npz",
+        "environment.json",
     )  # fmt: skip
     for lost in lost_files:
         for found in (*folder.glob(lost), *elsewhere.glob(lost.partition("/")[2] or lost)):

@@ -186,8 +186,9 @@ def _describe(folder: RunFolder, texts: Mapping[str, str], described: Mapping[st
     if is_described(folder.path):
         compare_commits(read_json(folder.environment).get("commit"))
         return
-    for path in (folder.environment, *(folder.path / name for name in texts)):
-        if path.exists() and folder.environment.exists():
+    there = [path for path in (folder.environment, *(folder.path / name for name in texts)) if path.exists()]
+    if folder.environment in there:
+        for path in there:
             _set_aside(path)
     for name, text in texts.items():
         write_text(folder.path / name, text)
