@@ -333,7 +333,7 @@ def test_a_worst_case_is_verified_from_weights_and_images_alone(tiny: Tiny, tmp_
     for kept in (evaluation / "images").iterdir():
         kept.unlink()
     (evaluation / "images").rmdir()
-    with pytest.raises(UserError, match="missing, or not what its results.json lists: images/"):
+    with pytest.raises(UserError, match=r"missing, or not what its results\.json lists: images/"):
         verify_again(folder)
 
 
