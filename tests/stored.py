@@ -102,6 +102,8 @@ def forge(run: Path) -> None:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
