@@ -209,5 +209,4 @@ def test_a_flipped_bit_changes_no_number_and_no_weight(world: World, readers: Re
 @pytest.mark.slow
 def test_four_hundred_flipped_bits_change_no_number_and_no_weight(world: World, readers: Readers) -> None:
     became = check(range(1000, 1400), world, readers)
-    with readers.capsys.disabled():
-        print(became)
+    assert sum(count for (_, what), count in became.items() if what != "harmless") > 300, became
