@@ -76,6 +76,11 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 }
 
 
+def endless(run: Path, rng: Random) -> None:
+    """A text that claims a terabyte of zeros, and takes no room on the disk."""
+    os.truncate(one(run, rng.choice([file for file in FILES if file.endswith(("yaml", "json"))]), rng), 2**40)
+
+
 def damage(kind: str, files: list[str]) -> Edit:
     return lambda run, rng: DAMAGE[kind](one(run, rng.choice(files), rng)) and None
 
@@ -352,6 +357,7 @@ def batch_size(content: dict[str, Any], rng: Random) -> None:
 
 EDITS: dict[str, Edit] = {
     **{f"file: {kind}": damage(kind, FILES) for kind in DAMAGE},
+    "file: endless": endless,
     **{
         f"folder: {kind}": damage(kind, FOLDERS)
         for kind in ("deleted", "a pipe", "a link to a device", "a link to itself")

@@ -81,7 +81,7 @@ def forge(run: Path) -> None:
     """Make every checksum in a run folder fit what is there, wherever that can be read at all."""
     described = _json(run / "environment.json")
     if described is not None or not (run / "environment.json").exists():
-        texts = {name: run / name for name in DESCRIBED if (run / name).is_file()}
+        texts = {name: run / name for name in DESCRIBED if _is_readable(run / name)}
         files = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in texts.items()}
         _seal(run / "environment.json", {**(described or {}), "files": files})
     for path in sorted(run.glob("evaluation/*/evaluation.json")):
@@ -91,7 +91,7 @@ def forge(run: Path) -> None:
     for path in sorted(run.glob("evaluation/*/results.json")):
         if (results := _json(path)) is None:
             continue
-        if isinstance(results.get("evaluation"), dict):
+        if isinstance(results.get("evaluation"), dict) and not _is_endless(path.parent / "evaluation.json"):
             with suppress(UserError):  # something in it is no file
                 results["evaluation"] = vouched_for(path.parent)
         _seal(path, results)
@@ -101,7 +101,17 @@ def forge(run: Path) -> None:
         _seal(run / "results.json", latest)
 
 
+def _is_readable(path: Path) -> bool:
+    return path.is_file() and not _is_endless(path)
+
+
+def _is_endless(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 2**30
+
+
 def _json(path: Path) -> dict[str, Any] | None:
+    if not _is_readable(path):
+        return None
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):

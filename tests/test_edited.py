@@ -32,7 +32,7 @@ from tests.test_whole import QUICK, only
 
 COMMANDS = ["verify", "compare", "curve", "transfer", "judge"]
 
-OF_RECORDS = COMMANDS[:3]
+OF_RECORDS = ["compare", "verify", "curve"]
 """Those that read more than the network: all that an edit of records or results can reach."""
 
 OF_NETWORK = ["verify", "transfer", "judge"]
@@ -129,6 +129,8 @@ def commands(name: str) -> list[str]:
     kind = name.partition(":")[0]
     if kind in ("file", "folder"):
         return COMMANDS
+    if kind == "images":
+        return ["verify"]
     return OF_NETWORK if kind in ("config", "overrides", "environment.json", "weights") else OF_RECORDS
 
 
@@ -189,15 +191,14 @@ FORGED = [
 
 
 def test_twenty_edited_folders(world: World) -> None:
-    became = check([2 * list(EDITS).index(name) + 1 for name in FORGED], world, most=2)
-    assert became["verify", "message"] >= len(FORGED) / 2
+    became = check([2 * list(EDITS).index(name) + 1 for name in FORGED], world, most=1)
+    assert sum(count for (_, what), count in became.items() if what == "message") >= len(FORGED) / 2
 
 
 @pytest.mark.slow
 def test_a_hundred_edited_folders(world: World) -> None:
     became = check(range(2 * len(EDITS)), world)
-    with world.readers.capsys.disabled():
-        print(became)
+    assert sum(count for (_, what), count in became.items() if what == "message") > len(EDITS), became
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,7 @@ def test_every_option_of_this_project_is_taken_from_a_folder(path: Path) -> None
 
 
 def test_synthetic_images_have_a_largest_size() -> None:
-    assert Synthetic(channels=3, image_size=224, train=1000).load().x_train.nbytes == 1000 * 3 * 224**2
+    assert Synthetic(channels=3, image_size=224, train=1000).shape == (3, 224, 224)
     for much in ({"image_size": 100_000}, {"train": 10**10}, {"num_classes": 10**10}, {"channels": 10**30}):
         with pytest.raises(ValueError, match=r"synthetic images of shape .*; expected 268,435,456 at most"):
             Synthetic(**much)

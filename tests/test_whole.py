@@ -144,6 +144,8 @@ DAMAGE: list[tuple[str, Callable[[Path], None]]] = [
     ("overrides.yaml", cut),
     ("environment.json", flip),
     ("environment.json", Path.unlink),
+    ("metrics.jsonl", flip),
+    ("metrics.jsonl", folder_instead),
 ]
 
 

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from kwta_exp.errors import UserError
 from kwta_exp.fields import Count, Natural, NonNegative, Norm, Sha256
+from kwta_exp.received import MOST_EXPANDED, regular_size
 from kwta_exp.storage import damaged, read_json, sha256_of_file
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -155,8 +156,8 @@ def changed_files(folder: Path, results: dict[str, Any]) -> Iterator[str]:
     """Those that ``results`` vouch for and that are no longer what they were, or are missing."""
     for name, sha256 in results["evaluation"]["files"].items():
         try:
-            same = sha256_of_file(folder / name) == sha256
-        except UserError:
+            same = regular_size(folder / name) <= MOST_EXPANDED and sha256_of_file(folder / name) == sha256
+        except ValueError:
             same = False
         if not same:
             yield name

@@ -21,10 +21,10 @@ from kwta_exp.storage import (
     aside,
     damaged,
     held,
-    read_bytes,
     read_json,
     read_lines,
     read_metadata,
+    read_text_bytes,
     refuse_to_leave,
     sha256_of_json,
     write_json,
@@ -216,7 +216,7 @@ def read_described(run: Path, name: str) -> str:
         DamagedError: if either is not as it was written.
     """
     digests = read_json(run / "environment.json").get("files")
-    content = read_bytes(run / name)
+    content = read_text_bytes(run / name)
     if not isinstance(digests, dict) or digests.get(name) != hashlib.sha256(content).hexdigest():
         raise damaged(run / name, "its checksum is not the one in environment.json")
     try:

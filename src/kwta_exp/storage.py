@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import struct
 import tempfile
@@ -29,6 +30,9 @@ CHECKSUM = "checksum"
 
 WEIGHTS_CHECKSUM = "kwta_exp_sha256"
 """Where the metadata of a safetensors file has it. Files from elsewhere have none."""
+
+MOST_TEXT = 2**28
+"""Bytes of a JSON or YAML file; a file with holes can claim any size."""
 
 _held: dict[Path, tuple[int, int]] = {}
 
@@ -124,7 +128,12 @@ def write_text(path: Path, content: str) -> None:
     write_bytes(path, content.encode())
 
 
-def read_bytes(path: Path) -> bytes:
+def read_text_bytes(path: Path) -> bytes:
+    """:func:`read_bytes` of a file of :data:`MOST_TEXT` bytes at most: text has no need of more."""
+    return read_bytes(path, MOST_TEXT)
+
+
+def read_bytes(path: Path, most: float = math.inf) -> bytes:
     """The content of a regular file; nothing else (a pipe, a device, a folder) is opened.
 
     Raises:
@@ -134,7 +143,8 @@ def read_bytes(path: Path) -> bytes:
     if not os.path.lexists(path):
         raise UserError(f"{path}: no such file")
     try:
-        regular_size(path)
+        if (size := regular_size(path)) > most:
+            raise ValueError(f"{size:,} bytes; expected {most:,} at most")
         return path.read_bytes()
     except (OSError, ValueError) as error:
         raise damaged(path, error) from error
@@ -174,7 +184,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: if there is no such file.
         DamagedError: if it is not as it was written.
     """
-    content = read_bytes(path)
+    content = read_text_bytes(path)
     try:
         return _checked(content)
     except (ValueError, RecursionError) as error:
@@ -188,7 +198,7 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """What :func:`write_lines` wrote; raises as :func:`read_json`."""
-    content = read_bytes(path)
+    content = read_text_bytes(path)
     try:
         return [_checked(line) for line in content.splitlines()]
     except (ValueError, RecursionError) as error:
