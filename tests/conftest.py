@@ -27,8 +27,11 @@ TINY = [
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _one_thread_and_seed() -> None:
+    """So that neither the machine nor the order of the tests, which workers share out, decides anything."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)
+    np.random.seed(0)
 
 
 @pytest.fixture(params=CPUS)

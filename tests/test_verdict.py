@@ -158,7 +158,7 @@ SUITE: dict[str, Attack] = {
     "pgd": PGD(norm="linf", eps=EPS, steps=20, restarts=2),
     "apgd_t": APGD(norm="linf", eps=EPS, steps=20, targets=3),
     "surrogate": SurrogatePGD(norm="linf", eps=EPS, steps=20, restarts=3),
-    "square": Square(norm="linf", eps=EPS, queries=1000),
+    "square": Square(norm="linf", eps=EPS, queries=300),
     "es": EvolutionStrategies(norm="linf", eps=EPS, steps=20, samples=100, sigma=0.06, step_size=0.02),
 }
 
