@@ -1,7 +1,7 @@
 """Other CPUs than the machine's: pretended within a process, and emulated for the whole suite.
 
 ``python -m tests.cpus`` (``make test-cpus``) runs the fast tests under each setting that the machine can follow
-and ends with a table; arguments go to pytest. A setting for instructions that this CPU lacks is reported, not run.
+and ends with a table; arguments go to pytest. A setting that wants instructions this CPU lacks is named, not run.
 """
 
 import os

@@ -432,7 +432,7 @@ class InDouble(nn.Module):
         return logits
 
 
-def trained_on_digits(activation: nn.Module) -> tuple[nn.Module, Split]:
+def trained_on_digits(activation: nn.Module, n: int = 200) -> tuple[nn.Module, Split]:
     data = Digits().load()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 100), activation, nn.Linear(100, 10))
@@ -442,7 +442,7 @@ def trained_on_digits(activation: nn.Module) -> tuple[nn.Module, Split]:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
-    return model.eval().requires_grad_(False), first_test_images(data, 200, torch.device("cpu"))
+    return model.eval().requires_grad_(False), first_test_images(data, n, torch.device("cpu"))
 
 
 CHUNKED = {
@@ -456,9 +456,9 @@ CHUNKED = {
 @pytest.mark.parametrize("activation", [nn.ReLU(), KWTA(0.1)], ids=["relu", "kwta"])
 def test_chunks_of_any_size_give_the_same_outcomes_in_float64(activation: nn.Module, tmp_path: Path) -> None:
     """In float32, jumps amplify rounding, and rounding depends on the batch."""
-    network, split = trained_on_digits(activation)
+    network, split = trained_on_digits(activation, 60)
     model = InDouble(network)
-    found = [judge(tmp_path / str(size), split, CHUNKED, model, batch_size=size)[1] for size in (200, 64, 7)]
+    found = [judge(tmp_path / str(size), split, CHUNKED, model, batch_size=size)[1] for size in (60, 16, 7)]
     for name in CHUNKED:
         assert 0 < found[0][name].columns["fooled"].sum() < len(found[0][name])
         for other in found[1:]:
