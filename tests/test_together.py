@@ -183,7 +183,7 @@ def test_fewer_images_where_memory_does_not_suffice() -> None:
         in_parts(hopeless, None)(x)  # type: ignore[arg-type]
 
 
-def test_the_network_is_never_shown_more_than_a_batch(tmp_path: Path) -> None:
+def test_the_network_is_never_shown_more_than_a_batch(tmp_path: Path, cpu: str) -> None:
     """By an evaluation, whose chunks are longer where the attack refills; and the outcome is the same."""
     torch.manual_seed(1)
     network: nn.Module = nn.Sequential(nn.Flatten(), nn.Linear(48, 30), nn.Tanh(), nn.Linear(30, 5))
