@@ -27,8 +27,11 @@ TINY = [
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _one_thread_and_seed() -> None:
+    """So that neither the machine nor the order of the tests, which workers share out, decides anything."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)
+    np.random.seed(0)
 
 
 @pytest.fixture(params=CPUS)
@@ -49,8 +52,8 @@ def _cpu_of_the_suite() -> Iterator[None]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """``-n auto``: a worker for each core that this process may use; each holds about a gigabyte."""
-    return min(hardware.usable_cores(), 8)
+    """``-n auto``: a worker for each usable core, and no more than four: one takes up to 3 GB."""
+    return min(hardware.usable_cores(), 4)
 
 
 @pytest.fixture

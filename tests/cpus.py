@@ -1,8 +1,7 @@
 """Other CPUs than the machine's: pretended within a process, and emulated for the whole suite.
 
 ``python -m tests.cpus`` (``make test-cpus``) runs the fast tests under each setting that the machine can follow
-and ends with a table; arguments go to pytest. A setting for instructions that this CPU lacks is reported,
-not run.
+and ends with a table; arguments go to pytest. Settings for instructions that this CPU lacks are named, not run.
 """
 
 import os
@@ -66,7 +65,7 @@ def missing(variables: dict[str, str]) -> list[str]:
     return [need for item in variables.items() for need in INSTRUCTIONS.get(item, ()) if not can.get(need)]
 
 
-def tested(setting: str, variables: dict[str, str], arguments: list[str]) -> Outcome:
+def outcome_of(setting: str, variables: dict[str, str], arguments: list[str]) -> Outcome:
     """Run pytest in a process of its own under ``variables``."""
     ours = {PRETENDED, *(name for name, _ in INSTRUCTIONS)}
     environment = {name: value for name, value in os.environ.items() if name not in ours} | variables
@@ -107,7 +106,7 @@ def main(arguments: list[str]) -> int:
             outcomes.append(Outcome(setting, note=f"not on this machine ({', '.join(lacking)})"))
             continue
         print(f"\n== {setting}", flush=True)
-        outcomes.append(tested(setting, variables, arguments))
+        outcomes.append(outcome_of(setting, variables, arguments))
     print(f"\n{table(outcomes)}")
     return int(any(outcome.failed for outcome in outcomes))
 

@@ -47,7 +47,7 @@ values = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data(), shape=st.sampled_from(SHAPES), dtype=st.sampled_from(DTYPES),
        per_channel=st.booleans(), magnitude=st.booleans(), last=st.booleans())  # fmt: skip
 def test_kwta_equals_a_sort(data, shape, dtype, per_channel, magnitude, last):  # type: ignore[no-untyped-def]

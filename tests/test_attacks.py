@@ -478,7 +478,7 @@ def everything(threat: Threat) -> dict[str, Attack]:
     own["surrogate_apgd"] = SurrogatePGD(norm=threat.norm, eps=threat.eps, steps=7, restarts=3, ascent="apgd")
     own["twin"] = SmoothTwin(norm=threat.norm, eps=threat.eps, steps=7, restarts=3)
     for version in ("plus", "rand"):
-        own[version] = AutoAttack(norm="linf", eps=threat.eps, steps=15, queries=30, version=version)
+        own[version] = AutoAttack(norm="linf", eps=threat.eps, steps=6, queries=10, version=version)
     return {name: attack for name, attack in own.items() if hasattr(attack, "passes")}
 
 

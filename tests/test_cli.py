@@ -282,7 +282,7 @@ def test_the_same_command_again_does_nothing_and_loads_no_torch(finished: Path) 
 def test_another_suite_adds_an_evaluation_without_training_again(finished: Path) -> None:
     folder = only_folder(finished)
     weights = (folder / "checkpoints" / "last.safetensors").stat().st_mtime_ns
-    done = run_py(f"paths.outputs={finished}", *UNATTACKED, "+attack@attack.deepfool=deepfool")
+    done = run_py_forked(f"paths.outputs={finished}", *UNATTACKED, "+attack@attack.deepfool=deepfool")
     assert done.returncode == 0, done.stderr
     assert "epoch 1/" not in done.stdout
     assert only_folder(finished) == folder
@@ -294,7 +294,7 @@ def test_another_suite_adds_an_evaluation_without_training_again(finished: Path)
 @pytest.mark.parametrize("file", ["", "checkpoints/best.safetensors"])
 def test_a_run_can_be_judged_without_training(finished: Path, tmp_path: Path, file: str) -> None:
     source = only_folder(finished)
-    done = run_py(f"paths.outputs={tmp_path}", "training=none", f"weights={source / file}", *TINY[3:])
+    done = run_py_forked(f"paths.outputs={tmp_path}", "training=none", f"weights={source / file}", *TINY[3:])
     assert done.returncode == 0, done.stderr
     folder = only_folder(tmp_path)
     assert folder.parent.name == "digits-mlp-kwta0.1-none"  # the model is the run's own
@@ -317,7 +317,7 @@ def test_a_received_run_folder_builds_nothing_of_its_own(finished: Path, tmp_pat
     }
     OmegaConf.save(config, folder / "config.yaml")
     forge(folder)
-    done = run_py(f"paths.outputs={tmp_path / 'out'}", "training=none", f"weights={folder}")
+    done = run_py_forked(f"paths.outputs={tmp_path / 'out'}", "training=none", f"weights={folder}")
     assert done.returncode == 1
     assert "pathlib.Path.mkdir, which is not this project's" in done.stderr
     assert "Traceback" not in done.stderr
@@ -331,7 +331,7 @@ def test_a_killed_writers_leftovers_are_removed(finished: Path) -> None:
     (evaluation,) = (folder / "evaluation").glob("quick-*")
     results = (evaluation / "results.json").read_text()
     (evaluation / "results.json").unlink()  # killed just before the last file
-    done = run_py(f"paths.outputs={finished}", *TINY)
+    done = run_py_forked(f"paths.outputs={finished}", *TINY)
     assert done.returncode == 0, done.stderr
     assert not leftover.exists()
     again = json.loads((evaluation / "results.json").read_text())
@@ -340,10 +340,10 @@ def test_a_killed_writers_leftovers_are_removed(finished: Path) -> None:
 
 def test_rerun_sets_the_old_folder_aside(tmp_path: Path) -> None:
     command = [f"paths.outputs={tmp_path}", *UNATTACKED, "training.epochs=1"]
-    assert run_py(*command).returncode == 0
+    assert run_py_forked(*command).returncode == 0
     folder = only_folder(tmp_path)
     weights = (folder / "checkpoints" / "last.safetensors").read_bytes()
-    done = run_py(*command, "rerun=true")
+    done = run_py_forked(*command, "rerun=true")
     assert done.returncode == 0, done.stderr
     (aside,) = folder.parent.glob("*-before-*")
     for place in (folder, aside):
@@ -359,13 +359,13 @@ def test_a_grid_with_one_failing_job_completes_the_others(tmp_path: Path) -> Non
         "optimizer.lr=0.05,1e30",
         "seed=0",
     ]
-    done = run_py(*command)
+    done = run_py_forked(*command)
     assert done.returncode == 1
     assert len(list(tmp_path.glob("*/s*/results.json"))) == 2
     assert done.stdout.count("FAILED") == 2
     assert "training diverged in epoch 1: the loss is nan" in done.stderr
     assert "Traceback" not in done.stderr
-    again = run_py(*command)
+    again = run_py_forked(*command)
     assert again.stdout.count("already finished") == 2
 
 
@@ -400,7 +400,7 @@ def test_a_second_process_is_turned_away(finished: Path) -> None:
 
     folder = only_folder(finished)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
-        done = run_py(f"paths.outputs={finished}", *TINY, "rerun=true")
+        done = run_py_forked(f"paths.outputs={finished}", *TINY, "rerun=true")
     assert folder.exists()
     assert done.returncode == 1
     assert "another process" in done.stderr
@@ -534,7 +534,9 @@ def test_the_transfer_matrix_tries_each_on_all(tmp_path: Path, finished: Path) -
 
     outputs = tmp_path / "relu"
     assert (
-        run_py(f"paths.outputs={outputs}", *TINY[:5], *TINY[-2:], "activation=relu", "suite=none").returncode
+        run_py_forked(
+            f"paths.outputs={outputs}", *TINY[:5], *TINY[-2:], "activation=relu", "suite=none"
+        ).returncode
         == 0
     )
     folders = [only_folder(finished), only_folder(outputs)]

@@ -474,7 +474,7 @@ class InDouble(nn.Module):
         return logits
 
 
-def trained_on_digits(activation: nn.Module) -> tuple[nn.Module, Split]:
+def trained_on_digits(activation: nn.Module, n: int = 200) -> tuple[nn.Module, Split]:
     data = Digits().load()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 100), activation, nn.Linear(100, 10))
@@ -484,7 +484,7 @@ def trained_on_digits(activation: nn.Module) -> tuple[nn.Module, Split]:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
-    return model.eval().requires_grad_(False), first_test_images(data, 200, torch.device("cpu"))
+    return model.eval().requires_grad_(False), first_test_images(data, n, torch.device("cpu"))
 
 
 CHUNKED = {
@@ -495,26 +495,18 @@ CHUNKED = {
 }
 
 
-def test_chunks_of_any_size_give_the_same_outcomes_in_float64(tmp_path: Path) -> None:
-    relu, split = trained_on_digits(nn.ReLU())
-    model = InDouble(relu)
-    found = [judge(tmp_path / str(size), split, CHUNKED, model, batch_size=size)[1] for size in (200, 64, 7)]
+@pytest.mark.parametrize("activation", [nn.ReLU(), KWTA(0.1)], ids=["relu", "kwta"])
+def test_chunks_of_any_size_give_the_same_outcomes_in_float64(activation: nn.Module, tmp_path: Path) -> None:
+    """In float32, jumps amplify rounding, and rounding depends on the batch."""
+    network, split = trained_on_digits(activation, 60)
+    model = InDouble(network)
+    found = [judge(tmp_path / str(size), split, CHUNKED, model, batch_size=size)[1] for size in (60, 16, 7)]
     for name in CHUNKED:
         assert 0 < found[0][name].columns["fooled"].sum() < len(found[0][name])
         for other in found[1:]:
             for column in ("index", "fooled", "prediction", "steps", "key"):
                 np.testing.assert_array_equal(other[name].columns[column], found[0][name].columns[column])
             np.testing.assert_allclose(other[name].columns["distance"], found[0][name].columns["distance"])
-
-
-def test_chunks_of_any_size_agree_within_a_point_on_winners_in_float32(tmp_path: Path) -> None:
-    """Jumps amplify rounding, and rounding depends on the batch."""
-    model, split = trained_on_digits(KWTA(0.1))
-    worst = [
-        judge(tmp_path / str(size), split, CHUNKED, model, batch_size=size)[2]["worst_case"]["robust_accuracy"]
-        for size in (200, 64, 7)
-    ]
-    assert max(worst) - min(worst) <= 0.01
 
 
 def test_an_attack_that_gives_up_midway_leaves_no_trace(tmp_path: Path) -> None:

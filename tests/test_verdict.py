@@ -158,7 +158,7 @@ SUITE: dict[str, Attack] = {
     "pgd": PGD(norm="linf", eps=EPS, steps=20, restarts=2),
     "apgd_t": APGD(norm="linf", eps=EPS, steps=20, targets=3),
     "surrogate": SurrogatePGD(norm="linf", eps=EPS, steps=20, restarts=3),
-    "square": Square(norm="linf", eps=EPS, queries=1000),
+    "square": Square(norm="linf", eps=EPS, queries=300),
     "es": EvolutionStrategies(norm="linf", eps=EPS, steps=20, samples=100, sigma=0.06, step_size=0.02),
 }
 
@@ -331,7 +331,7 @@ def test_the_readout_is_a_ridge_regression(wide: bool) -> None:
 def test_the_readout_takes_the_place_of_the_last_layer_and_what_follows_it_stays() -> None:
     model = nn.Sequential(honest(), Loud(7.0))
     assert last_linear(model, torch.rand(1, 1, 6, 6)) is model[0][2]
-    split = nn.Sequential(Grey(), nn.Unflatten(1, (4, 9)), nn.Linear(9, 3), nn.Flatten())
+    split = nn.Sequential(Grey(), nn.Unflatten(1, (4, 9)), nn.Linear(9, 3), nn.Flatten()).double()
     assert last_linear(split, torch.rand(1, 1, 6, 6)) is None  # rows that are no images
     without = nn.Sequential(nn.Conv2d(1, 4, 6), nn.Flatten())
     assert last_linear(without, torch.rand(1, 1, 6, 6)) is None
