@@ -68,7 +68,7 @@ def test_a_single_run_is_shown_attack_by_attack(tmp_path: Path) -> None:
     assert "| d-m-kwta0.1-natural, seed 3, linf eps 0.1, n = 100: masked | passes |" in text
     assert "| pgd | 50.0 | 3 |" in text
     assert "| **worst case** | **20.0** |  |" in text
-    assert "*1 run, on cpu" in text
+    assert "*1 run, on EPYC" in text
 
 
 def test_two_arms_are_compared_seed_by_seed(tmp_path: Path) -> None:
