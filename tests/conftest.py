@@ -14,7 +14,8 @@ from omegaconf import DictConfig
 
 from kwta_exp import hardware
 from tests.cpus import CPUS, PRETENDED, pretend
-from tests.forked import run_forked
+from tests.forked import collect_seldom, run_forked
+from tests.launched import parse_once
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,6 +55,12 @@ def _cpu_of_the_suite() -> Iterator[None]:
 def pytest_xdist_auto_num_workers() -> int:
     """``-n auto``: a worker for each usable core, and no more than four: one takes up to 3 GB."""
     return min(hardware.usable_cores(), 4)
+
+
+def pytest_collection_finish() -> None:
+    """All tests are imported."""
+    parse_once()
+    collect_seldom()
 
 
 @pytest.fixture

@@ -2,21 +2,16 @@
 
 import logging
 import re
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 
-from kwta_exp import cli, experiment
+from kwta_exp import cli
 from kwta_exp.config import ConfigError
 from kwta_exp.storage import read_json
-from tests.conftest import ROOT
+from tests.launched import launch
 
 SUITE = ["suite=none", "+attack@attack.fgsm=fgsm"]
 
@@ -102,27 +97,3 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     """What commands set for their own process is undone."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.setattr(logging, "raiseExceptions", True)
-
-
-def launch(outputs: Path, *overrides: str) -> float:
-    """Run one experiment in this process."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", [f"paths.outputs={outputs}", *overrides], return_hydra_config=True)
-    HydraConfig.instance().set_config(cfg)
-    return experiment.run(cfg)
-
-
-@contextmanager
-def time_limit(seconds: int, what: str) -> Iterator[None]:
-    """A case that hangs fails, and says which it is."""
-
-    def stop(signum: int, frame: Any) -> None:
-        raise TimeoutError(f"hangs: {what}")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)

@@ -2,11 +2,14 @@
 
 import inspect
 from collections.abc import Callable
+from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
@@ -35,12 +38,31 @@ OURS = [(g, o) for g in GROUPS
         for o in options(g) if (g, o) != ("training", "none")]  # fmt: skip
 
 
+QUICK = ("fgsm", "pgd", "surrogate")
+"""The attacks that are there unless others are asked for."""
+
+
+@cache
+def nodes() -> dict[tuple[str, str], DictConfig]:
+    """The node of every option in :data:`OURS`, from as few compositions as there are options in a group."""
+    found = {}
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        attacks = [f"+attack@attack.{option}={option}" for option in options("attack") if option not in QUICK]
+        cfg = compose("config", attacks)
+        found |= {("attack", option): cfg.attack[option] for option in options("attack")}
+        others = {group: [o for g, o in OURS if g == group] for group in GROUPS if group != "attack"}
+        for chosen in zip_longest(*others.values()):
+            groups = {group: option for group, option in zip(others, chosen, strict=True) if option}
+            cfg = compose(
+                "config", ["recipe=arrays", *(f"{g}={o}" for g, o in ({"threat": "linf"} | groups).items())]
+            )
+            found |= {(group, option): cfg[group] for group, option in groups.items()}
+    return found
+
+
 @pytest.mark.parametrize(("group", "option"), OURS)
-def test_yaml_lists_every_tunable(composed: Callable[..., DictConfig], group: str, option: str) -> None:
-    at = "attack.it" if group == "attack" else group
-    override = f"+attack@attack.it={option}" if group == "attack" else f"{group}={option}"
-    cfg = composed(override, *(["threat=linf", "recipe=arrays"] if group == "dataset" else []))
-    node = OmegaConf.select(cfg, at)
+def test_yaml_lists_every_tunable(group: str, option: str) -> None:
+    node = nodes()[group, option]
     target = get_object(node._target_)
     parameters = set(inspect.signature(target).parameters) - {"self"}
     if group == "model":
@@ -234,14 +256,11 @@ def test_networks_get_the_facts_they_ask_for() -> None:
     assert with_facts(lambda **anything: None, facts) == facts
 
 
-def test_run_folders_are_trusted_with_exactly_what_conf_builds(composed: Callable[..., DictConfig]) -> None:
+def test_run_folders_are_trusted_with_exactly_what_conf_builds() -> None:
     found = set()
-    for group in ("dataset", "threat", "activation", "model"):
-        for option in options(group):
-            cfg = composed(
-                f"{group}={option}", "recipe=arrays", *(["threat=linf"] if group == "dataset" else [])
-            )
-            found |= set(targets(OmegaConf.to_container(cfg[group])))
+    for (group, _), node in nodes().items():
+        if group in ("dataset", "threat", "activation", "model"):
+            found |= set(targets(OmegaConf.to_container(node)))
     assert found == TRUSTED
 
 

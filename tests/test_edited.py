@@ -25,7 +25,8 @@ from kwta_exp.plan import Plan
 from kwta_exp.storage import read_json, sha256_of_file
 from kwta_exp.targets import require_trusted
 from tests.edits import EDITS
-from tests.readers import Answer, Readers, launch, time_limit
+from tests.launched import launch, time_limit
+from tests.readers import Answer, Readers
 from tests.readers import quiet as quiet
 from tests.stored import forge
 from tests.test_whole import QUICK, only

@@ -20,7 +20,8 @@ from kwta_exp.results_file import read_results
 from kwta_exp.run_folder import read_described
 from kwta_exp.sealed import read_arrays
 from kwta_exp.storage import read_json, read_lines
-from tests.readers import Readers, launch, time_limit
+from tests.launched import launch, time_limit
+from tests.readers import Readers
 from tests.readers import quiet as quiet
 from tests.test_whole import QUICK, only, outcome
 

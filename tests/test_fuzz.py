@@ -2,9 +2,7 @@
 
 import copy
 import random
-import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from kwta_exp.data.published import _Torchvision
 from kwta_exp.errors import UserError, shortened
 from kwta_exp.suggest import Tree, better_message
 from tests.conftest import ROOT
+from tests.launched import time_limit
 
 CONF = ROOT / "conf"
 
@@ -110,22 +109,6 @@ class CommandLines:
 
 class ReachedError(Exception):
     """The run's folder would be made now."""
-
-
-@contextmanager
-def time_limit(seconds: int, what: str) -> Iterator[None]:
-    """A case that hangs fails, and says which it is."""
-
-    def stop(signum: int, frame: Any) -> None:
-        raise TimeoutError(f"hangs: {what}")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def outcome(overrides: list[str]) -> str | None:

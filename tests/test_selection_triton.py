@@ -73,20 +73,32 @@ def check(triton_selection: ModuleType, rows: Tensor, k: int, by_magnitude: bool
         assert torch.equal(selected.nan_to_num(), threshold.nan_to_num())
 
 
-def check_sizes(sizes: Iterable[int], device: str) -> None:
+def check_sizes(sizes: Iterable[int], device: str, few: bool = False) -> None:
+    """Check rows of every kind, dtype and k; of a few, extreme k in float32 by value alone."""
     from kwta_exp.activations import selection_triton
 
     generator = torch.Generator().manual_seed(0)
     for size in sizes:
-        for k in sorted({1, int(torch.randint(1, size + 1, (1,), generator=generator)), size}):
-            for dtype in INTEGERS:
+        between = int(torch.randint(1, size + 1, (1,), generator=generator))
+        for k in sorted({1, between, size}):
+            for dtype in INTEGERS if k == between or not few else [torch.float32]:
                 rows = rows_of_every_kind(size, k, dtype, generator)
-                for by_magnitude in (False, True):
+                both = not few or (k == between and dtype == torch.float32)
+                for by_magnitude in (False, True) if both else (False,):
                     check(selection_triton, rows, k, by_magnitude, device)
 
 
 def interpret() -> None:
-    """Both ways of selection on small rows, and rows as long as in earnest."""
+    """Both ways of selection, each on rows of one size."""
+    from kwta_exp.activations import selection_triton
+
+    check_sizes([1, 100], "cpu", few=True)
+    selection_triton.IN_REGISTERS, selection_triton.TILE = 0, 128
+    check_sizes([200], "cpu", few=True)
+
+
+def interpret_more() -> None:
+    """Both ways of selection on rows of more sizes, and on rows as long as in earnest."""
     from kwta_exp.activations import selection_triton
 
     check_sizes([1, 7, 100, 1500], "cpu")
@@ -97,8 +109,8 @@ def interpret() -> None:
     check_sizes([1, 300], "cpu")
 
 
-def compile_for_sm_90() -> None:
-    """Compile what would be launched, launching nothing."""
+def compile_for_sm_90(few: bool = True) -> None:
+    """Compile what would be launched, launching nothing; of a few, the largest sizes in float32 alone."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -128,7 +140,8 @@ def compile_for_sm_90() -> None:
     for name in ("_in_registers", "_in_tiles", "_pass"):
         setattr(selection_triton, name, Compiled(getattr(selection_triton, name)))
     for dtype in INTEGERS:
-        for size in (1, 49, selection_triton.IN_REGISTERS, selection_triton.IN_REGISTERS + 1001):
+        large = (selection_triton.IN_REGISTERS, selection_triton.IN_REGISTERS + 1001)
+        for size in (49, *(large if not few or dtype == torch.float32 else ()), *(() if few else (1,))):
             rows = torch.zeros(2, size, dtype=dtype)
             _, bits = selection_triton.keep(rows, 1, False)
             selection_triton.pass_winners(rows, bits)
@@ -151,11 +164,18 @@ def test_the_interpreted_kernels_equal_a_sort() -> None:
     in_a_process("interpret", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
-def test_the_kernels_compile_for_sm_90(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_interpreted_kernels_equal_a_sort_at_more_sizes() -> None:
+    pytest.importorskip("triton")
+    in_a_process("interpret-more", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
+@pytest.mark.parametrize("what", ["compile", pytest.param("compile-more", marks=pytest.mark.slow)])
+def test_the_kernels_compile_for_sm_90(tmp_path: Path, what: str) -> None:
     triton = pytest.importorskip("triton")
     if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas").exists():
         pytest.skip("this Triton came without ptxas")
-    in_a_process("compile", TRITON_CACHE_DIR=str(tmp_path))
+    in_a_process(what, TRITON_CACHE_DIR=str(tmp_path))
 
 
 @pytest.mark.gpu
@@ -187,4 +207,9 @@ def test_what_the_kernels_cannot_take_is_refused(rows: Tensor, k: int) -> None:
 
 
 if __name__ == "__main__":
-    {"interpret": interpret, "compile": compile_for_sm_90}[sys.argv[1]]()
+    {
+        "interpret": interpret,
+        "interpret-more": interpret_more,
+        "compile": compile_for_sm_90,
+        "compile-more": lambda: compile_for_sm_90(few=False),
+    }[sys.argv[1]]()

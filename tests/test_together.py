@@ -42,17 +42,20 @@ class Watched(nn.Module):
         return logits
 
 
+IMAGES = 24
+
+
 @pytest.fixture
 def images() -> tuple[Watched, Tensor, Tensor, Tensor]:
     return images_for(nn.Tanh())
 
 
-def images_for(activation: nn.Module) -> tuple[Watched, Tensor, Tensor, Tensor]:
+def images_for(activation: nn.Module, n: int = IMAGES) -> tuple[Watched, Tensor, Tensor, Tensor]:
     model = Watched(activation).eval()
-    x = torch.rand(50, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     y = model(x).argmax(1)
     model.sizes.clear()
-    return model, x, y, torch.arange(50) * 7
+    return model, x, y, torch.arange(n) * 7
 
 
 EPS = 0.04
@@ -79,16 +82,16 @@ SURROGATES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("at_once", [1, 7, 16, 50, 1000])
+@pytest.mark.parametrize("at_once", [1, 7, 16, IMAGES, 1000])
 @pytest.mark.parametrize("name", [*ATTACKS, *SURROGATES])
 def test_company_changes_nothing(name: str, at_once: int) -> None:
     model, x, y, keys = images_for(KWTA(0.3) if name in SURROGATES else nn.Tanh())
     attack = (ATTACKS | SURROGATES)[name]
     expected = attack(model, x, y, keys)
     queries, most = sum(model.sizes), max(model.sizes)
-    assert most == 50
+    assert most == IMAGES
     fooled = model(expected).argmax(1) != y
-    assert 0 < fooled.sum() < 50 or name == "for training"
+    assert 0 < fooled.sum() < IMAGES or name == "for training"
     model.sizes.clear()
 
     found = attack(model, x, y, keys, at_once=at_once)
@@ -98,23 +101,22 @@ def test_company_changes_nothing(name: str, at_once: int) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
-def test_batches_are_refilled(images: Any) -> None:
+def test_batches_are_refilled() -> None:
     """Where many fall early and some never do, batches stay full until nobody is left waiting."""
-    model, x, y, keys = images
-    attack = PGD(norm="linf", eps=2 * EPS, steps=40)
-    assert_refilled(attack, model, x, y, keys)
+    assert_refilled(PGD(norm="linf", eps=2 * EPS, steps=40), *images_for(nn.Tanh(), 50))
 
 
 def test_batches_of_the_surrogate_are_refilled() -> None:
     """Images at different temperatures share a batch."""
-    assert_refilled(SurrogatePGD(norm="linf", eps=1.5 * EPS, steps=40, restarts=1), *images_for(KWTA(0.3)))
+    attack = SurrogatePGD(norm="linf", eps=1.5 * EPS, steps=40, restarts=1)
+    assert_refilled(attack, *images_for(KWTA(0.3), 50))
 
 
 def assert_refilled(attack: Any, model: Watched, x: Tensor, y: Tensor, keys: Tensor) -> None:
     attack(model, x, y, keys, at_once=12)
     refilled = list(model.sizes)
     model.sizes.clear()
-    for some in torch.arange(50).split(12):
+    for some in torch.arange(len(x)).split(12):
         attack(model, x[some], y[some], keys[some])
     one_by_one = model.sizes
 

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from kwta_exp import cli
 from kwta_exp.config import composed
-from kwta_exp.experiment import run
+from tests import launched
 from tests.conftest import ROOT, TINY
 from tests.stored import forge
 
@@ -67,14 +66,8 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def launch(config_dir: Path | None, outputs: Path, *overrides: str) -> Path:
     """Run one experiment in this process, images kept; its folder."""
-    given = [*TINY, "suite=quick", "evaluation.save_images=true", f"paths.outputs={outputs}", *overrides]
-    from hydra import compose, initialize_config_dir
-
-    own = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", [*own, *given], return_hydra_config=True)
-    HydraConfig.instance().set_config(cfg)
-    run(cfg)
+    given = [*TINY, "suite=quick", "evaluation.save_images=true", *overrides]
+    launched.launch(outputs, *given, config_dir=config_dir)
     (folder,) = outputs.glob("*/s0-*")
     return folder
 

@@ -9,28 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 from safetensors.numpy import load_file
 
 from kwta_exp import experiment
 from kwta_exp.config import ConfigError
 from kwta_exp.storage import read_json, read_lines, write_json
-from tests.conftest import ROOT, TINY
+from tests.conftest import TINY
+from tests.launched import launch
 
 QUICK = [*TINY, "evaluation.save_images=true"]
 OTHER = [override for override in TINY if not override.startswith("attack")] + [
     "suite=none",
     "+attack@attack.fgsm=fgsm",
 ]
-
-
-def launch(outputs: Path, *overrides: str) -> float:
-    """Run one experiment in this process."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", [f"paths.outputs={outputs}", *overrides], return_hydra_config=True)
-    HydraConfig.instance().set_config(cfg)
-    return experiment.run(cfg)
 
 
 def only(outputs: Path, pattern: str) -> Path:
