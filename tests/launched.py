@@ -34,6 +34,31 @@ def launch(outputs: Path, *overrides: str, config_dir: Path | None = None) -> fl
     return experiment.run(cfg)
 
 
+def message_of(overrides: list[str]) -> str | None:
+    """The message that ``python run.py OVERRIDES`` would end with; ``None`` if it ran."""
+    from kwta_exp import experiment
+    from kwta_exp.config import ConfigError
+    from kwta_exp.errors import shortened
+    from kwta_exp.suggest import better_message
+
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("config", overrides, return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        cfg = copy.deepcopy(cfg)
+        with read_write(cfg), open_dict(cfg):
+            del cfg["hydra"]
+    except Exception as error:
+        message = better_message(error, overrides, CONF)
+        assert message, overrides
+        return shortened(message)
+    try:
+        experiment.run(cfg)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
 @cache
 def _composed(overrides: tuple[str, ...], config_dir: Path | None) -> DictConfig:
     added = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []

@@ -1,7 +1,6 @@
 """run.py as its users meet it: in a process of its own."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from safetensors.numpy import load_file
 
 from kwta_exp.errors import UserError
 from tests.conftest import ROOT, TINY, run_py, run_py_forked
+from tests.launched import message_of
 from tests.stored import forge
 from tests.test_checkpoint import Hostile
 
@@ -136,6 +136,9 @@ WRONG = [
 ] + ([] if torch.cuda.is_available() else [(["runtime=gpu"], "runtime.accelerator='cuda'")])
 
 
+SOME = WRONG[::7]
+
+
 def wrong_files(folder: Path) -> None:
     """The files that wrong overrides name."""
     torch.save({"x": Hostile(folder / "outputs" / "code-ran")}, folder / "hostile.pth")
@@ -152,8 +155,22 @@ def wrong_files(folder: Path) -> None:
 
 @pytest.mark.parametrize(("overrides", "named"), WRONG, ids=[" ".join(each)[:60] for each, _ in WRONG])
 def test_a_wrong_override_gets_one_message_and_leaves_nothing(
-    overrides: list[str], named: str, tmp_path: Path
+    overrides: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    wrong_files(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    message = message_of(["paths.outputs=outputs", *overrides])
+    assert message
+    assert named in message
+    assert "Traceback" not in message
+    assert len(message) < 2000
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(("overrides", "named"), SOME, ids=[" ".join(each)[:60] for each, _ in SOME])
+def test_a_wrong_override_ends_a_run_with_status_1(overrides: list[str], named: str, tmp_path: Path) -> None:
+    """The same from the command line, for some of them."""
     wrong_files(tmp_path)
     before = sorted(tmp_path.iterdir())
     done = run_py_forked("paths.outputs=outputs", *overrides, cwd=tmp_path)
@@ -199,7 +216,7 @@ def test_help_and_config_do_not_load_torch(flags: list[str], tmp_path: Path) -> 
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The outputs of one tiny run."""
     outputs = tmp_path_factory.mktemp("finished")
-    done = run_py(f"paths.outputs={outputs}", *TINY)
+    done = run_py_forked(f"paths.outputs={outputs}", *TINY)
     assert done.returncode == 0, done.stderr
     assert "worst case" in done.stdout
     assert "Can this be believed?" in done.stdout
@@ -369,7 +386,9 @@ def test_a_grid_with_one_failing_job_completes_the_others(tmp_path: Path) -> Non
     assert again.stdout.count("already finished") == 2
 
 
-def test_users_plug_in_without_touching_the_project(tmp_path: Path, arrays_file: Path) -> None:
+def test_users_plug_in_without_touching_the_project(
+    tmp_path: Path, arrays_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mine = tmp_path / "mine"
     for group in ("activation", "attack"):
         (mine / group).mkdir(parents=True)
@@ -379,12 +398,10 @@ def test_users_plug_in_without_touching_the_project(tmp_path: Path, arrays_file:
         "class Invert:\n    def __init__(self, by): self.by = by\n"
         "    def __call__(self, model, x, y, keys): return x + self.by * (1 - 2 * x)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), "--config-dir", str(mine), "activation=gelu", "dataset=arrays",
-         f"dataset.path={arrays_file}", "+attack@attack.invert=invert", f"paths.outputs={tmp_path / 'out'}",
-         *TINY],
-        capture_output=True, text=True, env=environment, check=False,
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = run_py_forked(
+        "--config-dir", str(mine), "activation=gelu", "dataset=arrays", f"dataset.path={arrays_file}",
+        "+attack@attack.invert=invert", f"paths.outputs={tmp_path / 'out'}", *TINY,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     folder = only_folder(tmp_path / "out")

@@ -27,7 +27,10 @@ def traced_count(model: nn.Module) -> int:
     return count
 
 
-NAMES = ["resnet18", "densenet121", "vgg16_bn", "mobilenet_v3_small", "vit_b_16", "convnext_tiny"]
+NAMES = [
+    "resnet18", "densenet121", "mobilenet_v3_small", "vit_b_16",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("vgg16_bn", "convnext_tiny")),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import run_py, run_py_forked
 
 
-@pytest.mark.parametrize("overrides", [["activation.ratio=1.5"], ["model=nothing"], ["--cfg", "job"]])
+@pytest.mark.parametrize("overrides", [["activation.ratio=1.5"], ["--cfg", "job"]])
 def test_a_fork_says_what_a_process_says(overrides: list[str], tmp_path: Path) -> None:
     forked, own = (run(*overrides, cwd=tmp_path) for run in (run_py_forked, run_py))
     assert (forked.returncode, forked.stdout, forked.stderr) == (own.returncode, own.stdout, own.stderr)

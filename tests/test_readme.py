@@ -26,7 +26,10 @@ PYTHON = [text for kind, text in BLOCKS if kind == "python" and not NAMED.match(
 SMALL = ["runtime=cpu", "runtime.threads=1", "scale=tiny"]
 """What is added to every command, so that it takes seconds."""
 
-SLOW = ("suite=strong", "compile=true", "image_folder", "paper/refutation", "model.name=densenet121")
+SLOW = (
+    "suite=strong", "compile=true", "image_folder", "paper/refutation", "model.name=densenet121", "resnet50",
+    "wrn", "seed=0,1", "+point=",
+)  # fmt: skip
 
 SLOWLY = pytest.mark.slow
 

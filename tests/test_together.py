@@ -82,7 +82,7 @@ SURROGATES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("at_once", [1, 7, 16, IMAGES, 1000])
+@pytest.mark.parametrize("at_once", [1, 7, 1000])
 @pytest.mark.parametrize("name", [*ATTACKS, *SURROGATES])
 def test_company_changes_nothing(name: str, at_once: int) -> None:
     model, x, y, keys = images_for(KWTA(0.3) if name in SURROGATES else nn.Tanh())
