@@ -500,7 +500,7 @@ def test_chunks_of_any_size_give_the_same_outcomes_in_float64(activation: nn.Mod
     """In float32, jumps amplify rounding, and rounding depends on the batch."""
     network, split = trained_on_digits(activation, 60)
     model = InDouble(network)
-    found = [judge(tmp_path / str(size), split, CHUNKED, model, batch_size=size)[1] for size in (60, 16, 7)]
+    found = [judge(tmp_path / str(size), split, CHUNKED, model, batch_size=size)[1] for size in (60, 7)]
     for name in CHUNKED:
         assert 0 < found[0][name].columns["fooled"].sum() < len(found[0][name])
         for other in found[1:]:
