@@ -126,7 +126,8 @@ def page(records: Path = RECORDS) -> str:
         " Accuracies are percentages; with several seeds, their mean and, in brackets, the smallest and the"
         " largest. The worst case is per image over all attacks of the suite. A verdict of `masked` means that"
         " the number under PGD is no measure of robustness; `untested` that nothing yet speaks for the rest."
-        " Images per second are of the machine as it was, with whatever else it did, and no benchmark.",
+        " Images per second are of the machine as it was, with whatever else it did, and no benchmark."
+        " Under each table stands the processor, or `cpu` where the record does not name it.",
     ]
     for path in sorted(records.glob("*.json")):
         found: list[Record] = json.loads(path.read_text())["records"]
