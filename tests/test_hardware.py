@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import MappingProxyType
 
@@ -10,7 +12,7 @@ import torch
 
 from kwta_exp import hardware
 from kwta_exp.hardware import computes_in_bfloat16, has_matrix_units
-from kwta_exp.runtime import Runtime
+from kwta_exp.runtime import SPINS, Runtime, let_idle_threads_sleep
 
 CPU = torch.device("cpu")
 SOURCE = Path(hardware.__file__).parent
@@ -87,6 +89,34 @@ def test_a_run_takes_one_thread_a_usable_core_and_is_named_by_them(monkeypatch: 
         assert Runtime(accelerator="cpu").resolved_threads == cores
         assert Runtime(accelerator="cpu").identity()["threads"] == cores
     assert Runtime(accelerator="cpu", threads=2).identity()["threads"] == 2
+
+
+@pytest.mark.parametrize(("given", "spins"), [
+    ({}, SPINS), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "active"}, None),
+])  # fmt: skip
+def test_idle_threads_sleep_soon_unless_the_user_says_otherwise(
+    given: dict[str, str], spins: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    let_idle_threads_sleep()
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
+@pytest.mark.parametrize("command", ["command", "cli"])
+def test_every_command_sets_it_before_torch_is_loaded(command: str) -> None:
+    """OpenMP reads it once, as torch is loaded."""
+    code = f"""if True:
+        import sys
+        import kwta_exp.{command} as it
+        sys.argv[1:] = ["run"]
+        it.let_idle_threads_sleep = lambda: sys.exit("torch" in sys.modules)
+        it.main()
+        """
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

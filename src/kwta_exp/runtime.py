@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["32-true", "bf16-mixed"]
 
-SPINS = "1000"
+SPINS = "8000"
 """Turns of the loop in which an idle thread of GNU OpenMP waits for work before it sleeps."""
 
 
