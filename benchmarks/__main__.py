@@ -32,8 +32,7 @@ REST = """\
 - **Threads**: the work is done by torch's own OpenMP team, whose idle threads spin before they sleep and
   would keep another's from the core. A run lets them spin 8,000 turns (`GOMP_SPINCOUNT`): on the machine
   above one run alone then takes 1.10 times as long as with the default, two at once 2.25 times one alone, and
-  four 4.6 times (medians of two rounds of [shared.py](../benchmarks/shared.py)). With the default, PGD on two
-  networks at once took 13 times as long as on one.
+  four 4.6 times (`python -m benchmarks.shared --rounds 2`).
 - **Adversarial training**: inner attacks ask for the gradient of the input alone, under the run's own
   precision (`runtime.precision=bf16-mixed runtime.channels_last=true`). `training.search=fast` shows them the
   stand-in described below, brought up to date at every step. `runtime.compile=true` adds `torch.compile`,
