@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 PARALLEL := -n auto --dist worksteal  # one worker for each usable core
-SOURCES := src tests benchmarks run.py  # not a user's own files beside them
+SOURCES := src tests benchmarks scripts run.py  # not a user's own files beside them
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -56,7 +56,7 @@ calibrate: $(READY)  ## the verdict's thresholds and errors (an hour; wants Fash
 	$(BIN)/python benchmarks/calibration.py
 
 results: $(READY)  ## docs/results.md from the records in docs/results/
-	$(BIN)/python -m kwta_exp.report.study page
+	$(BIN)/python -m scripts.study page
 
 clean:  ## remove the environment and caches, never outputs/
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -35,15 +35,15 @@ REST = """\
   four 4.6 times (`python -m benchmarks.shared --rounds 2`).
 - **Adversarial training**: inner attacks ask for the gradient of the input alone, under the run's own
   precision (`runtime.precision=bf16-mixed runtime.channels_last=true`). `training.search=fast` shows them the
-  stand-in described below, brought up to date at every step. `runtime.compile=true` adds `torch.compile`,
+  proxy described below, brought up to date at every step. `runtime.compile=true` adds `torch.compile`,
   which is not measured here.
 - **Attacks**: an image is left alone once it is fooled, and another takes its place in the batch (PGD,
-  Auto-PGD, the surrogate and the twin).
-  `evaluation.search=fast` searches on a stand-in with BatchNorm folded, channels last and in bfloat16; the
-  network itself judges what comes back, and an image on which the stand-in was fooled but the network was not
+  Auto-PGD, the bpda and the twin).
+  `evaluation.search=fast` searches on a proxy with BatchNorm folded, channels last and in bfloat16; the
+  network itself judges what comes back, and an image on which the proxy was fooled but the network was not
   is attacked again on the network.
 - **Zeros** ([sparse.py](../src/kwta_exp/models/sparse.py)): what k-WTA lets through is mostly zeros, and so
-  is the gradient that it lets back. On a CPU the stand-in's convolutions of winners multiply what is not zero
+  is the gradient that it lets back. On a CPU the proxy's convolutions of winners multiply what is not zero
   and nothing else, forward and backward, where at most a fifth wins: so attacking k-WTA costs less than
   attacking ReLU. On CPUs with matrix units (AMX), and on GPUs, the dense convolution is left in place.
 
@@ -53,13 +53,13 @@ Digits, `python run.py -m experiment=digits suite=none seed=0,1,2 runtime.precis
 test images: k-WTA 0.1 98.1, 97.8 and 97.5% in float32, 98.6, 97.8 and 98.1% in bfloat16; ReLU 95.3, 98.9
 and 98.1% against 98.6, 98.9 and 98.6%. Of 500 digits (those classified correctly), PGD-20 at eps 0.1 leaves
 44.8% of a ReLU network with the exact search and 45.2% with the fast one, and 40.0% and 39.2% of a k-WTA
-network; the surrogate leaves 21.0% and 20.8% of that. A test holds the fast search, over three
+network; the bpda leaves 21.0% and 20.8% of that. A test holds the fast search, over three
 networks, to within two points
 ([test_search.py](../tests/test_search.py)).
 
 Digits again, adversarial training, `python run.py -m experiment=digits training=pgd
 training.search=exact,fast seed=0,1,2 suite=quick runtime.threads=1`: PGD leaves 78.9, 83.9 and 80.0% of
-k-WTA 0.1 trained with the exact search and 77.2, 79.2 and 79.7% trained with the fast one; the surrogate, which
+k-WTA 0.1 trained with the exact search and 77.2, 79.2 and 79.7% trained with the fast one; the bpda, which
 sees through both, 40.0, 52.5 and 51.7%, and 47.2, 53.6 and 57.2%. Seeds differ by as much.
 
 The CUDA kernels are checked through Triton's interpreter and compiled for sm_90, but were not run on a GPU

@@ -3,7 +3,7 @@
     python -m benchmarks.attack [--rounds 3] [--images 64] [--steps 20] [--device cuda] [--json FILE]
 
 foolbox attacks the network with the published snippet for its activation, in float32. Ours searches on the
-fast stand-in (``evaluation.search=fast``), and the network itself judges the result.
+fast proxy (``evaluation.search=fast``), and the network itself judges the result.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ from kwta_exp.activations import KWTA
 from kwta_exp.attacks import PGD
 from kwta_exp.evaluation.judge import Judge
 from kwta_exp.models import ResNet
-from kwta_exp.models.stand_in import StandIn
+from kwta_exp.models.proxy import Proxy
 
 EPS = 8 / 255
 
@@ -32,12 +32,12 @@ def main() -> None:
     network = steadfast(KWTA(ratio=0.1), asked.device)
     theirs = steadfast(PublishedKWTA(0.1), asked.device)
     relu = steadfast(nn.ReLU(), asked.device)
-    searched = {id(each): (StandIn(each, x[:2]), Judge(each, asked.images)) for each in (network, relu)}
+    searched = {id(each): (Proxy(each, x[:2]), Judge(each, asked.images)) for each in (network, relu)}
     wrapped = foolbox.PyTorchModel(theirs, bounds=(0, 1), device=asked.device)
 
     def ours(steps: int, attacked: nn.Module = network) -> None:
-        stand_in, judge = searched[id(attacked)]
-        x_adv = PGD(norm="linf", eps=EPS, steps=steps)(stand_in, x, y, keys)
+        proxy, judge = searched[id(attacked)]
+        x_adv = PGD(norm="linf", eps=EPS, steps=steps)(proxy, x, y, keys)
         assert (judge.logits(x_adv).argmax(1) == y).all(), "an image fell: the comparison would not be one"
 
     def foolboxes(steps: int) -> None:

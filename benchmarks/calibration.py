@@ -58,10 +58,10 @@ EFFORT = [
 
 FLOORS = {
     "gain_over_plain_pgd": 0.05, "single_step_finds_more": 0.02, "black_box_finds_more": 0.02,
-    "stands_at_large_eps": 0.05, "gradients_are_zero": 0.05, "gradients_are_not_finite": 0.0,
+    "robust_at_large_eps": 0.05, "gradients_are_zero": 0.05, "gradients_are_not_finite": 0.0,
     "change_unseen_by_gradients": 0.2, "last_is_not_best": 0.1, "still_rising": 0.1,
     "outputs_are_probabilities": 0.5, "outputs_are_random": 0.0, "random_search_finds_more": 0.0,
-    "repeating_finds_more": 0.01, "planted_missed_by_plain_pgd": 0.05, "planted_missed": 0.05,
+    "repeating_finds_more": 0.01, "binarization_missed_by_pgd": 0.05, "binarization_missed": 0.05,
 }  # fmt: skip
 """The least that each threshold may be."""
 

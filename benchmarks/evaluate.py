@@ -5,7 +5,7 @@
 ResNet-18 is trained for three epochs on digits, enlarged to 32x32, grey on grey in three channels: with an
 eighth of the contrast, so that they fall about as fast as photographs do. Or on 5,000 images of an ``.npz``
 of 32x32 photographs, as ``dataset=arrays`` takes it; or its weights are read (``--weights``). Our side is
-all that ``run.py`` does between a trained network and its record, stand-in, judging, confirming and
+all that ``run.py`` does between a trained network and its record, proxy, judging, confirming and
 counting included; foolbox's is its attack alone.
 """
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 TINY = [
     "model=mlp", "model.hidden=[32]", "training.epochs=2", "evaluation.n=40", "evaluation.batch_size=16",
-    "attack.pgd.steps=5", "attack.pgd.restarts=1", "attack.surrogate.steps=3", "attack.surrogate.restarts=2",
+    "attack.pgd.steps=5", "attack.pgd.restarts=1", "attack.bpda.steps=3", "attack.bpda.restarts=2",
     "runtime=cpu", "runtime.threads=1",
 ]  # fmt: skip
 """Overrides that make a digits run take a second."""

@@ -21,7 +21,7 @@ Edit = Callable[[Path, Random], None]
 FILES = [
     "config.yaml", "overrides.yaml", "environment.json", "results.json", "evaluation/*/results.json",
     "evaluation/*/evaluation.json", "evaluation/*/clean.npz", "evaluation/*/pgd.npz",
-    "evaluation/*/surrogate.npz",
+    "evaluation/*/bpda.npz",
     "evaluation/*/images/pgd-*.npz", "evaluation/*/images/fgsm-*.npz", "checkpoints/best.safetensors",
     "checkpoints/last.safetensors",
 ]  # fmt: skip
@@ -192,7 +192,7 @@ def reserved(config: dict[str, Any], rng: Random) -> None:
 TARGETS = [
     "torch.nn.ReLU", "torch.nn.Linear", "os.system", "kwta_exp.models.CNN", "kwta_exp.models.Torchvision",
     "kwta_exp.models.Converted", "kwta_exp.activations.LWTA", "kwta_exp.data.datasets.MNIST",
-    "kwta_exp.data.folder.ImageFolder", "kwta_exp.data.datasets.Synthetic", "kwta_exp.attacks.Threat",
+    "kwta_exp.data.image_folder.ImageFolder", "kwta_exp.data.datasets.Synthetic", "kwta_exp.attacks.Threat",
     "kwta_exp.storage.write_text", "", "..", "nothing", "kwta_exp.models", None, 3,
 ]  # fmt: skip
 

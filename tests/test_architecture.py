@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "kwta_exp"
 LAYERS = [
     {"errors", "fields", "hardware", "randomness", "progress", "received"},
     {"activations", "environment", "storage", "runtime", "explain", "naming", "settings"},
-    {"sealed", "download", "targets"},
+    {"sealed", "download", "trust"},
     {"results_file"},
     {"run_folder"},
     {"recorded"},

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kwta_exp.activations import KWTA
 from kwta_exp.attacks import (
     APGD,
+    BPDA,
     NES,
     PGD,
     Attack,
@@ -21,10 +22,9 @@ from kwta_exp.attacks import (
     EvolutionStrategies,
     FoolboxAttack,
     NotApplicableError,
+    RelaxedTransfer,
     SmoothedPGD,
-    SmoothTwin,
     Square,
-    SurrogatePGD,
     Threat,
     Transfer,
 )
@@ -33,8 +33,8 @@ from kwta_exp.attacks.losses import LossName, attack_loss, dlr, excess, margin, 
 from kwta_exp.attacks.pgd import Best
 from kwta_exp.attacks.threat import check_radius
 from kwta_exp.attacks.together import together
-from kwta_exp.evaluation.counting import Counted
-from kwta_exp.evaluation.judge import errs
+from kwta_exp.evaluation.judge import misclassified
+from kwta_exp.evaluation.query_counter import QueryCounter
 from kwta_exp.fields import Norm
 from kwta_exp.randomness import fold, key
 
@@ -473,10 +473,10 @@ def everything(threat: Threat) -> dict[str, Attack]:
     own: dict[str, Attack] = {name: make(threat) for name, make in MAKERS.items() if name != "transfer"}
     own["restarts"] = PGD(norm=threat.norm, eps=threat.eps, steps=7, restarts=3, loss="kl")
     own["apgd_kl"] = APGD(norm=threat.norm, eps=threat.eps, steps=7, restarts=2, loss="kl")
-    own["surrogate"] = SurrogatePGD(norm=threat.norm, eps=threat.eps, steps=7, restarts=3)
-    own["surrogate_pgd"] = SurrogatePGD(norm=threat.norm, eps=threat.eps, steps=7, restarts=3, ascent="pgd")
-    own["surrogate_apgd"] = SurrogatePGD(norm=threat.norm, eps=threat.eps, steps=7, restarts=3, ascent="apgd")
-    own["twin"] = SmoothTwin(norm=threat.norm, eps=threat.eps, steps=7, restarts=3)
+    own["bpda"] = BPDA(norm=threat.norm, eps=threat.eps, steps=7, restarts=3)
+    own["bpda"] = BPDA(norm=threat.norm, eps=threat.eps, steps=7, restarts=3, ascent="pgd")
+    own["bpda_apgd"] = BPDA(norm=threat.norm, eps=threat.eps, steps=7, restarts=3, ascent="apgd")
+    own["relaxed_transfer"] = RelaxedTransfer(norm=threat.norm, eps=threat.eps, steps=7, restarts=3)
     for version in ("plus", "rand"):
         own[version] = AutoAttack(norm="linf", eps=threat.eps, steps=6, queries=10, version=version)
     return {name: attack for name, attack in own.items() if hasattr(attack, "passes")}
@@ -493,7 +493,7 @@ def test_no_attack_costs_more_than_its_forecast(name: str, classes: int) -> None
     tiny = Threat(norm="linf", eps=1e-6)
     if classes < 4 and ("dlr" in name or name == "apgd_t"):
         return
-    counted = Counted(model.requires_grad_(False), x, y, tiny)
+    counted = QueryCounter(model.requires_grad_(False), x, y, tiny)
     attack = everything(tiny)[name]
     found = attack(counted, x, y, torch.arange(3))  # type: ignore[operator]
     assert (model(found).argmax(1) == y).all()
@@ -502,7 +502,9 @@ def test_no_attack_costs_more_than_its_forecast(name: str, classes: int) -> None
     slack = 3.0 if isinstance(attack, AutoAttack) else 1.05
     assert counted.forwards <= 3 * forwards <= slack * counted.forwards + 60
     assert counted.backwards <= 3 * backwards <= slack * counted.backwards
-    assert counted.queries.sum() == counted.forwards or name == "twin"  # which may err where the model does not
+    assert (
+        counted.queries.sum() == counted.forwards or name == "relaxed_transfer"
+    )  # which may err where the model does not
 
 
 class Breaking(nn.Module):
@@ -538,10 +540,10 @@ def test_an_error_without_a_margin_is_kept(attack: Attack, kind: str) -> None:
     model = Breaking(kind)
     x = 0.5 + 0.01 * torch.randn(8, 3, 4, 4)
     y = torch.ones(8, dtype=torch.long)
-    assert not errs(model(x), y).any()
+    assert not misclassified(model(x), y).any()
     x_adv = attack(model, x, y, torch.arange(8))
     assert x_adv.isfinite().all()
-    assert errs(model(x_adv), y).all()
+    assert misclassified(model(x_adv), y).all()
 
 
 def test_the_excess_is_positive_exactly_where_the_judge_finds_an_error() -> None:
@@ -551,7 +553,7 @@ def test_the_excess_is_positive_exactly_where_the_judge_finds_an_error() -> None
         [-inf, -inf, -inf], [0, -inf, 0],
     ])  # fmt: skip
     y = torch.ones(len(logits), dtype=torch.long)
-    assert torch.equal(excess(logits, y) > 0, errs(logits, y))
+    assert torch.equal(excess(logits, y) > 0, misclassified(logits, y))
     assert not excess(logits, y).isnan().any()
     assert torch.equal(excess(logits, y)[:2], margin(logits, y)[:2])
 

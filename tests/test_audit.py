@@ -24,7 +24,7 @@ from tests.conftest import TINY
 
 THREAT = Threat(norm="linf", eps=0.1)
 FEW = ["evaluation.n=40", "evaluation.batch_size=16", "attack.pgd.steps=5", "attack.pgd.restarts=1",
-       "attack.surrogate.steps=3", "attack.surrogate.restarts=2"]  # fmt: skip
+       "attack.bpda.steps=3", "attack.bpda.restarts=2"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -246,7 +246,7 @@ def test_a_run_leaves_its_folder(finished: Path) -> None:
         "clean.npz",
         "fgsm.npz",
         "pgd.npz",
-        "surrogate.npz",
+        "bpda.npz",
         "evaluation.json",
         "results.json",
     }
@@ -272,10 +272,10 @@ def test_results_keep_the_contract(finished: Path) -> None:
     ]  # fmt: skip
     assert results["schema"] == 1
     assert results["threat"] == {"norm": "linf", "eps": 0.1}
-    assert list(results["attacks"]) == ["fgsm", "pgd", "surrogate"]
+    assert list(results["attacks"]) == ["fgsm", "pgd", "bpda"]
     fields = {"robust_accuracy", "n", "ci95", "cumulative", "eps", "norm", "forwards", "backwards", "seconds"}
     assert set(results["attacks"]["pgd"]) == fields
-    assert results["attacks"]["surrogate"]["activations_replaced"] == 1
+    assert results["attacks"]["bpda"]["activations_replaced"] == 1
     assert results["worst_case"]["n"] == 40
     assert results["run"]["command"].startswith("python run.py")
     # The numbers follow from the rows.
@@ -318,7 +318,7 @@ def test_a_run_can_be_judged_without_training(finished: Path, tmp_path: Path, fi
     judged = json.loads((folder / "results.json").read_text())
     (evaluation,) = (source / "evaluation").glob("quick-*")
     original = json.loads((evaluation / "results.json").read_text())
-    for name in ("fgsm", "pgd", "surrogate"):
+    for name in ("fgsm", "pgd", "bpda"):
         assert judged["attacks"][name]["robust_accuracy"] == original["attacks"][name]["robust_accuracy"]
 
 
@@ -409,7 +409,7 @@ def test_users_plug_in_without_touching_the_project(
     (described,) = (folder / "evaluation").glob("*/evaluation.json")
     assert list(json.loads(described.read_text())["identity"]["code"]) == ["my_attack"]
     assert list(json.loads((folder / "results.json").read_text())["attacks"]) == ["fgsm", "pgd", "invert"]
-    assert "surrogate" in json.loads((folder / "results.json").read_text())["inapplicable"]
+    assert "bpda" in json.loads((folder / "results.json").read_text())["inapplicable"]
 
 
 def test_a_second_process_is_turned_away(finished: Path) -> None:
@@ -454,7 +454,7 @@ def test_ten_kills_change_nothing(tmp_path: Path) -> None:
         (calm / name).stat().st_mtime
         for name in ("environment.json", "checkpoints/last.safetensors", "results.json")
     )
-    (record,) = calm.glob("evaluation/*/surrogate.npz")
+    (record,) = calm.glob("evaluation/*/bpda.npz")
     with np.load(record) as file:
         rows = len(file["index"])
 
@@ -471,7 +471,7 @@ def test_ten_kills_change_nothing(tmp_path: Path) -> None:
         def done(evaluating: bool = evaluating) -> int:
             if not evaluating:
                 return sum(len(p.read_text().splitlines()) for p in outputs.glob("*/s*/metrics.jsonl"))
-            for path in outputs.glob("*/s*/evaluation/*/surrogate.npz"):
+            for path in outputs.glob("*/s*/evaluation/*/bpda.npz"):
                 with np.load(path) as file:
                     return len(file["index"])
             return 0 if list(outputs.glob("*/s*/evaluation/*/clean.npz")) else -1
@@ -570,7 +570,7 @@ def test_the_transfer_matrix_tries_each_on_all(tmp_path: Path, finished: Path) -
     assert matrix(plans, asked, work) == found
     assert matrix(dict(reversed(plans.items())), asked, work)["left"] == found["left"]
     assert len(text(found).splitlines()) == 7
-    soft = matrix(plans, Question("surrogate", 30, 0.1), work)
+    soft = matrix(plans, Question("bpda", 30, 0.1), work)
     assert relu not in soft["left"][kwta]  # nothing to soften there
     assert "n/a" in text(soft)
     with pytest.raises(UserError, match="given twice"):

@@ -20,7 +20,7 @@ from kwta_exp.models.factory import with_facts
 from kwta_exp.recorded import RecordedRun
 from kwta_exp.run_folder import RunFolder
 from kwta_exp.suggest import complaint
-from kwta_exp.targets import TRUSTED, local_code, require_buildable, targets
+from kwta_exp.trust import TRUSTED, local_code, require_buildable, targets
 from tests.conftest import ROOT
 from tests.stored import forge
 
@@ -38,7 +38,7 @@ OURS = [(g, o) for g in GROUPS
         for o in options(g) if (g, o) != ("training", "none")]  # fmt: skip
 
 
-QUICK = ("fgsm", "pgd", "surrogate")
+QUICK = ("fgsm", "pgd", "bpda")
 """The attacks that are there unless others are asked for."""
 
 
@@ -215,7 +215,7 @@ def test_a_command_line_that_does_not_compose_gets_the_nearest_name(overrides: l
 
 @pytest.mark.parametrize("overrides", [
     ["activation=relu", "model=mlp", "model.hidden=[3]", "+attack@attack.more=deepfool", "attack.more.steps=3"],
-    ["training=pgd", "attack@training.attack=surrogate_inner", "~attack.pgd", "+point=relu"],
+    ["training=pgd", "attack@training.attack=bpda_inner", "~attack.pgd", "+point=relu"],
     ["++x.y=1", "x.y=2"],
     ["hydra.foo=1", "experiment=paper/cifar10", "dataset=${threat}"],
 ])  # fmt: skip
@@ -273,7 +273,7 @@ def test_a_users_own_code_is_part_of_the_identity(tmp_path: Path, monkeypatch: p
     assert first.keys() == local_code(node).keys() == {"own_layers"}
     assert first != local_code(node)
     assert local_code({"_target_": "torch.nn.GELU", "b": {"_target_": "numpy.array"}}) == {}
-    attack = {"_target_": "kwta_exp.attacks.SurrogatePGD", "gates": {"torch.nn.ReLU": "own_layers.A"}}
+    attack = {"_target_": "kwta_exp.attacks.BPDA", "gates": {"torch.nn.ReLU": "own_layers.A"}}
     assert local_code({"training": {"attack": attack}}).keys() == {"own_layers"}
 
 

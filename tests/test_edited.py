@@ -17,13 +17,13 @@ import yaml
 from kwta_exp.checkpoint import require_fit, save_weights
 from kwta_exp.config import CommandLine
 from kwta_exp.data.datasets import Synthetic
-from kwta_exp.data.published import _Torchvision
+from kwta_exp.data.torchvision import _Torchvision
 from kwta_exp.environment import CONF
 from kwta_exp.errors import UserError
 from kwta_exp.parts import planned_network
 from kwta_exp.plan import Plan
 from kwta_exp.storage import read_json, sha256_of_file
-from kwta_exp.targets import require_trusted
+from kwta_exp.trust import require_trusted
 from tests.edits import EDITS
 from tests.launched import launch, time_limit
 from tests.readers import Answer, Readers

@@ -12,13 +12,21 @@ from scipy.stats import norm
 from torch import Tensor, nn
 
 from kwta_exp.activations import KWTA
-from kwta_exp.attacks import APGD, PGD, EvolutionStrategies, NotApplicableError, SmoothedPGD, SmoothTwin, Threat
+from kwta_exp.attacks import (
+    APGD,
+    PGD,
+    EvolutionStrategies,
+    NotApplicableError,
+    RelaxedTransfer,
+    SmoothedPGD,
+    Threat,
+)
 from kwta_exp.data.batches import Split, first_test_images, to_float
 from kwta_exp.data.datasets import Digits
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation import Diagnosis, Roles, evaluate, summarise
-from kwta_exp.evaluation.counting import Counted
 from kwta_exp.evaluation.judge import Judge
+from kwta_exp.evaluation.query_counter import QueryCounter
 from kwta_exp.evaluation.records import Record
 from kwta_exp.report.terminal import results_table
 from kwta_exp.sealed import read_arrays
@@ -228,7 +236,7 @@ def test_an_attack_whose_kept_images_are_lost_runs_again(tmp_path: Path, kept: s
 def test_costs_are_counted_whoever_asks() -> None:
     x = torch.rand(5, 1, 2, 2)
     network = random_net()
-    model = Counted(network, x, network(x).argmax(1), THREAT)
+    model = QueryCounter(network, x, network(x).argmax(1), THREAT)
     PGD(norm="linf", eps=1e-6, steps=4)(model, x, network(x).argmax(1), torch.arange(5))
     assert (model.forwards, model.backwards) == (25, 20)
     assert model.queries.tolist() == [5] * 5
@@ -242,7 +250,7 @@ def test_costs_are_counted_whoever_asks() -> None:
 def test_passes_are_booked_on_their_image_until_it_is_fooled(norm_name: Any) -> None:
     x = torch.tensor([0.2, 0.45, 0.9])[:, None, None, None].expand(-1, 1, 2, 2).clone()
     threat = Threat(norm=norm_name, eps=0.1 if norm_name == "linf" else 0.2)
-    model = Counted(Threshold(), x, torch.tensor([0, 0, 1]), threat)
+    model = QueryCounter(Threshold(), x, torch.tensor([0, 0, 1]), threat)
     model(x)
     model(torch.cat([x[2:], x[1:2], x[1:2] + 0.15]))  # dropped, disordered, repeated; an error outside the ball
     assert model.queries.tolist() == [1, 3, 2]
@@ -277,11 +285,11 @@ def test_the_table_says_it_in_80_columns(tmp_path: Path) -> None:
 def test_the_table_of_long_names_and_large_numbers_fits_80_columns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, _, results = judge(tmp_path, images(0.45, 0.55, 0.8, 0.2), {"surrogate_apgd": shift(0.09)})
-    results["attacks"]["surrogate_apgd"] |= {
+    _, _, results = judge(tmp_path, images(0.45, 0.55, 0.8, 0.2), {"bpda_apgd": shift(0.09)})
+    results["attacks"]["bpda_apgd"] |= {
         "n": 10_000, "ci95": [0.998, 1.0], "forwards": 123_456_788, "backwards": 1, "seconds": 99_999.9,
     }  # fmt: skip
-    results["attacks"]["an_own_attack_of_a_very_long_name"] = results["attacks"]["surrogate_apgd"]
+    results["attacks"]["an_own_attack_of_a_very_long_name"] = results["attacks"]["bpda_apgd"]
     results["inapplicable"] = {"another": "for a reason"}
     for encoding, line in (("utf-8", "────"), ("ascii", "----")):
         monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
@@ -335,7 +343,7 @@ def test_an_error_that_cannot_be_had_again_is_no_success(tmp_path: Path) -> None
 
 
 class Single(nn.Module):
-    """A threshold that cannot run in float64, but errs by itself too."""
+    """A threshold that cannot run in float64, but misclassified by itself too."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float64:
@@ -545,9 +553,9 @@ def test_a_network_that_draws_random_numbers_is_judged_reproducibly(tmp_path: Pa
 
 def test_passes_of_a_twin_count_but_its_errors_do_not(tmp_path: Path) -> None:
     model, split = trained_on_digits(KWTA(0.1))
-    attack = SmoothTwin(norm="linf", eps=0.1, steps=5, restarts=2, temperatures=[3.0])
-    _, records, _ = judge(tmp_path, split, {"twin": attack}, model, batch_size=200)
-    rows = records["twin"].columns
+    attack = RelaxedTransfer(norm="linf", eps=0.1, steps=5, restarts=2, temperatures=[3.0])
+    _, records, _ = judge(tmp_path, split, {"relaxed_transfer": attack}, model, batch_size=200)
+    rows = records["relaxed_transfer"].columns
     assert (~rows["fooled"]).any()
     assert rows["steps"][~rows["fooled"]].tolist() == [10] * int((~rows["fooled"]).sum())
 

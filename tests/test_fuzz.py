@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from kwta_exp import experiment
-from kwta_exp.data.published import _Torchvision
+from kwta_exp.data.torchvision import _Torchvision
 from kwta_exp.errors import UserError
 from kwta_exp.suggest import Tree
 from tests.conftest import ROOT

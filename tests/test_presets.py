@@ -127,8 +127,8 @@ def test_one_of_each_network_family_trains_attacks_and_reports(tiny: Tiny, overr
     results = tiny(*overrides)
     assert results["run"]["scale"] == "tiny"
     assert results["run"]["name"].startswith("tiny-")
-    assert ("stand_in" in results["run"]) == any("dataset=" in override for override in overrides)
-    assert results["attacks"]["surrogate"]["activations_replaced"] >= 2
+    assert ("synthetic" in results["run"]) == any("dataset=" in override for override in overrides)
+    assert results["attacks"]["bpda"]["activations_replaced"] >= 2
     assert results["worst_case"]["n"] == 64
     assert results["attacks"]["pgd"]["forwards"] > 0  # some image was right, and was attacked
 
@@ -156,12 +156,10 @@ def test_every_preset_runs_end_to_end_at_scale_tiny(tiny: Tiny, preset: str) -> 
 
 
 def test_training_against_the_adaptive_attack(tiny: Tiny) -> None:
-    adaptive = ["training=pgd", "attack@training.attack=surrogate_inner"]
+    adaptive = ["training=pgd", "attack@training.attack=bpda_inner"]
     results = tiny(*adaptive)
-    assert results["attacks"]["surrogate"]["activations_replaced"] >= 2
-    with pytest.raises(
-        ConfigError, match=r"training\.attack: SurrogatePGD cannot attack this network: no winner"
-    ):
+    assert results["attacks"]["bpda"]["activations_replaced"] >= 2
+    with pytest.raises(ConfigError, match=r"training\.attack: BPDA cannot attack this network: no winner"):
         tiny(*adaptive, "activation=relu")
 
 
@@ -298,7 +296,7 @@ def test_caps_reach_every_number_of_that_name(composed: Callable[..., DictConfig
 
 
 def test_a_real_dataset_is_used_at_scale_tiny_where_it_is(tiny: Tiny, arrays_file: Path) -> None:
-    assert "stand_in" not in tiny("dataset=arrays", f"dataset.path={arrays_file}")["run"]
+    assert "synthetic" not in tiny("dataset=arrays", f"dataset.path={arrays_file}")["run"]
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
@@ -422,8 +420,8 @@ def test_the_inner_attack_is_any_attack(tiny: Tiny, tmp_path: Path) -> None:
     (source,) = (tmp_path / "out").glob("*-pgd/s0-*")
     transferred = ["training=pgd", "attack@training.attack=transfer", f"training.attack.source={source}"]
     assert tiny(*transferred, "model=mlp")["run"]["training"] == "pgd"
-    with pytest.raises(ConfigError, match=r"training\.probe: SurrogatePGD cannot attack this network"):
-        tiny("training=free", "attack@training.probe=surrogate_inner", "activation=relu")
+    with pytest.raises(ConfigError, match=r"training\.probe: BPDA cannot attack this network"):
+        tiny("training=free", "attack@training.probe=bpda_inner", "activation=relu")
 
 
 def test_a_clipped_training_that_diverges_says_so(tiny: Tiny) -> None:

@@ -1,4 +1,4 @@
-"""The stand-in that attacks may search with is the network up to rounding, and never its judge."""
+"""The proxy that attacks may search with is the network up to rounding, and never its judge."""
 
 import copy
 from functools import partial
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from kwta_exp import hardware
 from kwta_exp.activations import KWTA
-from kwta_exp.attacks import PGD, Attack, SurrogatePGD, Threat
+from kwta_exp.attacks import BPDA, PGD, Attack, Threat
 from kwta_exp.data.batches import Split
 from kwta_exp.data.datasets import Digits
 from kwta_exp.evaluation import evaluate
 from kwta_exp.models import CNN, DenseNet, ResNet, WideResNet
-from kwta_exp.models.stand_in import StandIn, following, stand_in_for, with_folded_batch_norms
+from kwta_exp.models.proxy import Proxy, following, proxy_for, with_folded_batch_norms
 from kwta_exp.training import PGDTraining
 from tests.test_evaluation import InDouble
 from tests.test_training import INNER, After, KilledError, train
@@ -61,13 +61,13 @@ def batch_norms(network: nn.Module) -> int:
         (partial(DenseNet, KWTA_01, growth=4), None),
     ],
 )
-def test_the_stand_in_is_the_network_up_to_rounding(make: Any, left: int | None, cpu: str) -> None:
+def test_the_proxy_is_the_network_up_to_rounding(make: Any, left: int | None, cpu: str) -> None:
     torch.manual_seed(0)
     x = torch.rand(6, 3, 16, 16)
     network = trained_statistics(make(num_classes=10, in_channels=3), x)
     before = copy.deepcopy(network.state_dict())
 
-    fast = StandIn(network, x[:2])
+    fast = Proxy(network, x[:2])
 
     assert batch_norms(fast) < batch_norms(network)
     assert left is None or batch_norms(fast) == left
@@ -121,7 +121,7 @@ def test_it_follows_weights_statistics_and_ratios(
     assert per_image(answers[0], answers[1]).median() > 1e-2
 
 
-def test_whether_a_stand_in_is_new_decides_no_bit(cpu: str) -> None:
+def test_whether_a_proxy_is_new_decides_no_bit(cpu: str) -> None:
     torch.manual_seed(0)
     x = torch.rand(6, 1, 8, 8)
     network = trained_statistics(ResNet(KWTA_01, num_classes=10, in_channels=1, width=16), x)
@@ -133,12 +133,12 @@ def test_whether_a_stand_in_is_new_decides_no_bit(cpu: str) -> None:
     assert torch.equal(fresh(x), again)
 
 
-def test_a_training_attack_may_search_on_a_stand_in(tmp_path: Path, cpu: str) -> None:
+def test_a_training_attack_may_search_on_a_proxy(tmp_path: Path, cpu: str) -> None:
     """It sees the weights of the moment; a training that is killed goes on to the same bits."""
     seen: list[Tensor] = []
 
     def attack(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
-        assert isinstance(model, StandIn)
+        assert isinstance(model, Proxy)
         assert not model.training
         present = network.get_parameter("7.weight")
         assert torch.equal(model.network.get_parameter("7.weight"), present)
@@ -196,7 +196,7 @@ def test_what_cannot_be_folded_is_left_as_it_is(cpu: str) -> None:
     x = torch.rand(4, 1, 8, 8)
     for network in (Branching(), Shared()):
         trained_statistics(network, x)
-        fast = StandIn(network, x)
+        fast = Proxy(network, x)
         assert batch_norms(fast) == batch_norms(network)
         with torch.autocast("cpu", torch.bfloat16, enabled=cpu != "plain"):
             expected = network.to(memory_format=torch.channels_last)(
@@ -227,7 +227,7 @@ def own_answers(network: nn.Module, n: int) -> Split:
 
 
 class Liar(nn.Module):
-    """A stand-in that errs on every image, so that every search with it ends at once."""
+    """A proxy that misclassified on every image, so that every search with it ends at once."""
 
     def __init__(self, network: nn.Module, sample: Tensor) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ class Liar(nn.Module):
         return -logits
 
 
-def test_a_success_on_the_stand_in_alone_does_not_end_the_search(
+def test_a_success_on_the_proxy_alone_does_not_end_the_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = random_in_double()
@@ -246,7 +246,7 @@ def test_a_success_on_the_stand_in_alone_does_not_end_the_search(
     suite = {"pgd": PGD(norm="linf", eps=0.03, steps=20)}
     settings = {"threat": THREAT, "seed": 0, "batch_size": 30}
     _, exact, _ = evaluate(network, images, suite, folder=tmp_path / "exact", **settings)  # type: ignore[arg-type]
-    monkeypatch.setattr("kwta_exp.evaluation.chunks.stand_in_for", Liar)
+    monkeypatch.setattr("kwta_exp.evaluation.chunks.proxy_for", Liar)
 
     _, fast, _ = evaluate(
         network, images, suite, folder=tmp_path / "fast", fast_search=True, **settings  # type: ignore[arg-type]
@@ -278,7 +278,7 @@ def test_an_error_seen_during_the_search_is_not_forgotten(
     suite = {"square": Settling(), "pgd": PGD(norm="linf", eps=0.03, steps=10)}
     settings = {"threat": THREAT, "seed": 0, "batch_size": 30}
     _, exact, _ = evaluate(network, images, suite, folder=tmp_path / "exact", **settings)  # type: ignore[arg-type]
-    monkeypatch.setattr("kwta_exp.evaluation.chunks.stand_in_for", Forgetful)
+    monkeypatch.setattr("kwta_exp.evaluation.chunks.proxy_for", Forgetful)
     _, fast, _ = evaluate(
         network, images, suite, folder=tmp_path / "fast", fast_search=True, **settings  # type: ignore[arg-type]
     )  # fmt: skip
@@ -328,11 +328,11 @@ class Unique(Flattening):
         raise TypeError("there can be only one")
 
 
-def test_networks_that_no_stand_in_suits_are_searched_all_the_same(tmp_path: Path, cpu: str) -> None:
+def test_a_network_without_a_proxy_is_attacked_exactly(tmp_path: Path, cpu: str) -> None:
     torch.manual_seed(0)
     x = torch.rand(3, 1, 8, 8)
-    viewed = stand_in_for(Flattening().eval(), x)
-    assert isinstance(viewed, StandIn)
+    viewed = proxy_for(Flattening().eval(), x)
+    assert isinstance(viewed, Proxy)
     assert viewed._layout == torch.contiguous_format
 
     normed, unique = Flattening().eval(), Unique().eval()
@@ -367,7 +367,7 @@ class Inner(nn.Module):
 def test_an_activation_with_modules_of_its_own_stays_one() -> None:
     torch.manual_seed(0)
     network = ResNet(Inner, num_classes=10, in_channels=1, width=8).eval()
-    fast = StandIn(network, torch.rand(2, 1, 8, 8))
+    fast = Proxy(network, torch.rand(2, 1, 8, 8))
     count = sum(isinstance(module, Inner) for module in network.modules())
     assert sum(isinstance(module, Inner) for module in fast.modules()) == count
     assert batch_norms(fast) == 0
@@ -400,7 +400,7 @@ def test_the_fast_search_finds_what_the_exact_one_finds(activation: Any, tmp_pat
     images, threat = digits(500), Threat(norm="linf", eps=0.08)
     suite: dict[str, Attack] = {"pgd": PGD(norm="linf", eps=0.08, steps=20)}
     if activation is KWTA_01:
-        suite["surrogate"] = SurrogatePGD(norm="linf", eps=0.08, steps=20, restarts=2)
+        suite["bpda"] = BPDA(norm="linf", eps=0.08, steps=20, restarts=2)
     left = {(name, fast): 0.0 for name in suite for fast in (False, True)}
     for seed in range(3):
         network = trained(activation, seed)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kwta_exp.activations import KWTA, LWTA, kwta
-from kwta_exp.models import DenseNet, ResNet, WideResNet, sparse, stand_in
+from kwta_exp.models import DenseNet, ResNet, WideResNet, proxy, sparse
+from kwta_exp.models.proxy import Proxy
 from kwta_exp.models.sparse import SparseConv2d, fits, make_sparse
-from kwta_exp.models.stand_in import StandIn
 
 
 def winners(*shape: int, ratio: float = 0.1) -> Tensor:
@@ -178,7 +178,7 @@ def test_which_convolutions_of_a_resnet_become_sparse(cpu: str) -> None:
     x = torch.rand(2, 3, 16, 16)
 
     network = ResNet(partial(KWTA, ratio=0.1), num_classes=10, in_channels=3).eval()
-    found = sparse_ones(StandIn(network, x))
+    found = sparse_ones(Proxy(network, x))
     blocks = sum(isinstance(module, nn.Conv2d) for module in network.modules())
     assert len(found) == blocks - 2  # the first sees the image, the second a ReLU's output
     assert all(found.values())  # every sum of a block goes through k-WTA next, as does every convolution
@@ -186,7 +186,7 @@ def test_which_convolutions_of_a_resnet_become_sparse(cpu: str) -> None:
     pre_activation = WideResNet(
         partial(KWTA, ratio=0.1), depth=10, widen_factor=4, num_classes=10, in_channels=3
     )
-    found = sparse_ones(StandIn(pre_activation.eval(), x))
+    found = sparse_ones(Proxy(pre_activation.eval(), x))
     assert {name for name, each in found.items() if each} == {  # what conv2 adds to goes through BatchNorm
         "network.block2.layer.0.conv1", "network.block3.layer.0.conv1",
     }  # fmt: skip
@@ -194,9 +194,9 @@ def test_which_convolutions_of_a_resnet_become_sparse(cpu: str) -> None:
 
     for activation in (nn.ReLU, partial(KWTA, ratio=0.3), partial(KWTA, k=5), LWTA):
         network = ResNet(activation, num_classes=10, in_channels=3).eval()  # type: ignore[arg-type]
-        assert not sparse_ones(StandIn(network, x))
+        assert not sparse_ones(Proxy(network, x))
     network = ResNet(partial(LWTA, group_size=8), num_classes=10, in_channels=3).eval()
-    assert len(sparse_ones(StandIn(network, x))) == blocks - 2
+    assert len(sparse_ones(Proxy(network, x))) == blocks - 2
 
 
 @pytest.mark.parametrize(
@@ -208,12 +208,12 @@ def test_which_convolutions_of_a_resnet_become_sparse(cpu: str) -> None:
     ],
 )
 @pytest.mark.parametrize("cpu", ["plain"], indirect=True)
-def test_gradients_of_a_sparse_stand_in(make: Any, cpu: str) -> None:
+def test_gradients_of_a_sparse_proxy(make: Any, cpu: str) -> None:
     """Rounding makes another unit win now and then, so of most images."""
     torch.manual_seed(0)
     network = make(partial(KWTA, ratio=0.1), num_classes=10, in_channels=3).eval()
     x = torch.rand(9, 3, 16, 16)
-    fast = StandIn(network, x[:2])
+    fast = Proxy(network, x[:2])
     assert sparse_ones(fast)
 
     found, expected = [], []
@@ -230,7 +230,7 @@ def test_gradients_of_a_sparse_stand_in(make: Any, cpu: str) -> None:
 def test_matrix_units_are_left_their_work(cpu: str) -> None:
     network = ResNet(partial(KWTA, ratio=0.1), num_classes=10, in_channels=3).eval()
     assert not sparse.pays(torch.device("cpu"))
-    assert not sparse_ones(StandIn(network, torch.rand(2, 3, 16, 16)))
+    assert not sparse_ones(Proxy(network, torch.rand(2, 3, 16, 16)))
     assert not sparse.pays(torch.device("cuda"))
 
 
@@ -248,6 +248,6 @@ def test_a_graph_is_changed_where_winners_flow_and_nowhere_else() -> None:
             out: Tensor = self.d(self.act(third)).mean((2, 3)) + second.mean((2, 3))
             return out
 
-    traced = torch.fx.GraphModule(Net().eval(), stand_in._Tracer().trace(Net().eval()))
+    traced = torch.fx.GraphModule(Net().eval(), proxy._Tracer().trace(Net().eval()))
     assert make_sparse(traced) == 2
     assert sparse_ones(traced) == {"b": False, "d": False}

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts.study import collect, page
 
 from kwta_exp.checkpoint import save_weights
 from kwta_exp.errors import UserError
-from kwta_exp.report.study import collect, page
 from kwta_exp.storage import write_json, write_lines
 from tests import stored
 from tests.conftest import ROOT
@@ -108,19 +108,19 @@ def test_the_committed_page_is_what_the_command_makes() -> None:
 
 def test_what_the_surrogate_and_nes_cost_where_nes_has_to_work(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, "d-m-kwta0.1-none", 0, 0.9, 0.5, epochs=0)
-    queries = {"surrogate": [10, 20, 30], "nes": [100, 22041, 1222100]}
+    queries = {"bpda": [10, 20, 30], "nes": [100, 22041, 1222100]}
     stored.evaluation(
-        folder, "x", [True] * 3, {"surrogate": [], "nes": []}, verdict="masked", name="d-m-kwta0.1-none",
+        folder, "x", [True] * 3, {"bpda": [], "nes": []}, verdict="masked", name="d-m-kwta0.1-none",
         columns={name: {"queries": each, "steps": [0, 1, 2]} for name, each in queries.items()},
     )  # fmt: skip
     records = tmp_path / "records"
     collect("first", [("digits, natural", folder)], records)
     (records / "first.md").write_text("## A study")
     (found,) = json.loads((records / "first.json").read_text())["records"]
-    assert found["late"] == {"images": 2, "passes": {"surrogate": 53, "nes": 1244144}}
+    assert found["late"] == {"images": 2, "passes": {"bpda": 53, "nes": 1244144}}
     text = page(records)
     assert "- digits, natural: on the 2 images that withstand the first 40 steps" in text
-    assert "takes 1,244,144 passes and the surrogate 53, a 23,474th part." in text
+    assert "takes 1,244,144 passes and the bpda 53, a 23,474th part." in text
     assert "| digits, natural, seed 0, linf eps 0.1, n = 3: masked | passes |" in text
 
 
@@ -129,14 +129,14 @@ def test_without_counts_of_single_images_the_price_is_a_bound(tmp_path: Path) ->
     collect("first", [run_folder(tmp_path, "d-m-kwta0.1-none", 0, 0.9, 0.5, epochs=0)], tmp_path / "records")
     path = tmp_path / "records" / "first.json"
     content = json.loads(path.read_text())
-    passes = {"surrogate": 1000, "nes": 22040 * 90 + 5_000_000}
+    passes = {"bpda": 1000, "nes": 22040 * 90 + 5_000_000}
     content["records"][0]["attacks"] = {
         name: {"robust_accuracy": 0.5, "n": 100, "forwards": many, "backwards": 0}
         for name, many in passes.items()
     }
     path.write_text(json.dumps(content))
     path.with_suffix(".md").write_text("")
-    assert "at least 5,000,000 passes, and the surrogate at most 1,000, a 5,000th part" in page(path.parent)
+    assert "at least 5,000,000 passes, and the bpda at most 1,000, a 5,000th part" in page(path.parent)
 
 
 def test_no_number_comes_from_damaged_files(tmp_path: Path) -> None:

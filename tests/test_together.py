@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from kwta_exp.activations import KWTA
 from kwta_exp.attacks import (
     APGD,
+    BPDA,
     PGD,
     Attack,
     EvolutionStrategies,
+    RelaxedTransfer,
     SmoothedPGD,
-    SmoothTwin,
-    SurrogatePGD,
     Threat,
 )
-from kwta_exp.attacks.together import Climb, Query, in_parts, input_gradient, together
+from kwta_exp.attacks.together import Climb, Query, input_gradient, micro_batched, together
 from kwta_exp.data.batches import Split
 from kwta_exp.evaluation import evaluate
 from kwta_exp.evaluation.evaluator import BATCHES_OF_A_CHUNK
@@ -72,21 +72,21 @@ ATTACKS: dict[str, Any] = {
 }
 
 
-SURROGATES: dict[str, Any] = {
-    "surrogate": SurrogatePGD(norm="linf", eps=EPS, steps=15, restarts=2),
-    "surrogate, l2": SurrogatePGD(norm="l2", eps=4 * EPS, steps=8, restarts=1, loss="ce"),
-    "surrogate, kl": SurrogatePGD(norm="linf", eps=EPS, steps=8, restarts=2, loss="kl"),
-    "surrogate of pgd": SurrogatePGD(norm="linf", eps=EPS, steps=8, restarts=3, ascent="pgd"),
-    "surrogate of apgd": SurrogatePGD(norm="linf", eps=EPS, steps=20, restarts=2, ascent="apgd"),
-    "twin": SmoothTwin(norm="linf", eps=EPS, steps=8, restarts=3),
+BPDAS: dict[str, Any] = {
+    "bpda": BPDA(norm="linf", eps=EPS, steps=15, restarts=2),
+    "bpda, l2": BPDA(norm="l2", eps=4 * EPS, steps=8, restarts=1, loss="ce"),
+    "bpda, kl": BPDA(norm="linf", eps=EPS, steps=8, restarts=2, loss="kl"),
+    "bpda of pgd": BPDA(norm="linf", eps=EPS, steps=8, restarts=3, ascent="pgd"),
+    "bpda of apgd": BPDA(norm="linf", eps=EPS, steps=20, restarts=2, ascent="apgd"),
+    "relaxed_transfer": RelaxedTransfer(norm="linf", eps=EPS, steps=8, restarts=3),
 }
 
 
-@pytest.mark.parametrize("at_once", [1, 7, 1000])
-@pytest.mark.parametrize("name", [*ATTACKS, *SURROGATES])
-def test_company_changes_nothing(name: str, at_once: int) -> None:
-    model, x, y, keys = images_for(KWTA(0.3) if name in SURROGATES else nn.Tanh())
-    attack = (ATTACKS | SURROGATES)[name]
+@pytest.mark.parametrize("max_batch_size", [1, 7, 1000])
+@pytest.mark.parametrize("name", [*ATTACKS, *BPDAS])
+def test_company_changes_nothing(name: str, max_batch_size: int) -> None:
+    model, x, y, keys = images_for(KWTA(0.3) if name in BPDAS else nn.Tanh())
+    attack = (ATTACKS | BPDAS)[name]
     expected = attack(model, x, y, keys)
     queries, most = sum(model.sizes), max(model.sizes)
     assert most == IMAGES
@@ -94,9 +94,9 @@ def test_company_changes_nothing(name: str, at_once: int) -> None:
     assert 0 < fooled.sum() < IMAGES or name == "for training"
     model.sizes.clear()
 
-    found = attack(model, x, y, keys, at_once=at_once)
+    found = attack(model, x, y, keys, max_batch_size=max_batch_size)
 
-    assert max(model.sizes) <= at_once
+    assert max(model.sizes) <= max_batch_size
     assert sum(model.sizes) == queries  # no image is asked about more often than it would be alone
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
@@ -108,12 +108,12 @@ def test_batches_are_refilled() -> None:
 
 def test_batches_of_the_surrogate_are_refilled() -> None:
     """Images at different temperatures share a batch."""
-    attack = SurrogatePGD(norm="linf", eps=1.5 * EPS, steps=40, restarts=1)
+    attack = BPDA(norm="linf", eps=1.5 * EPS, steps=40, restarts=1)
     assert_refilled(attack, *images_for(KWTA(0.3), 50))
 
 
 def assert_refilled(attack: Any, model: Watched, x: Tensor, y: Tensor, keys: Tensor) -> None:
-    attack(model, x, y, keys, at_once=12)
+    attack(model, x, y, keys, max_batch_size=12)
     refilled = list(model.sizes)
     model.sizes.clear()
     for some in torch.arange(len(x)).split(12):
@@ -169,7 +169,7 @@ def test_fewer_images_where_memory_does_not_suffice() -> None:
 
     model = Small(nn.Tanh()).eval()
     x = torch.rand(50, 3, 4, 4, dtype=torch.float64)
-    asked = in_parts(model, 40)
+    asked = micro_batched(model, 40)
     torch.testing.assert_close(asked(x), model.layers(x))
     assert model.sizes == [10] * 5  # not 40, not 20
     assert asked(x[:0]).shape == (0, 5)
@@ -182,7 +182,7 @@ def test_fewer_images_where_memory_does_not_suffice() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        in_parts(hopeless, None)(x)  # type: ignore[arg-type]
+        micro_batched(hopeless, None)(x)  # type: ignore[arg-type]
 
 
 def test_the_network_is_never_shown_more_than_a_batch(tmp_path: Path, cpu: str) -> None:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 import kwta_exp.activations
 import kwta_exp.evaluation
 from kwta_exp.activations import KWTA
-from kwta_exp.attacks import APGD, PGD, Attack, EvolutionStrategies, Square, SurrogatePGD, Threat, Transfer
+from kwta_exp.attacks import APGD, BPDA, PGD, Attack, EvolutionStrategies, Square, Threat, Transfer
 from kwta_exp.data.batches import Split, to_float
 from kwta_exp.evaluation import Diagnosis, Roles, diagnose, evaluate, summarise
 from kwta_exp.evaluation.binarization import last_linear, plant, readout
-from kwta_exp.evaluation.counting import Owners
 from kwta_exp.evaluation.diagnostics import _most_successful
-from kwta_exp.evaluation.probes import _ascent, _unseen_change
+from kwta_exp.evaluation.gradient_checks import _ascent, _unseen_change
+from kwta_exp.evaluation.query_counter import Owners
 from kwta_exp.evaluation.records import Record
 from kwta_exp.evaluation.verdict import CHECKS, SIGNS, WITH_INTERVAL, Tried, verdict
 from kwta_exp.randomness import fold
@@ -27,7 +27,7 @@ from kwta_exp.report.terminal import results_table
 
 EPS = 0.1
 THREAT = Threat(norm="linf", eps=EPS)
-PASSED = {"planted_missed": 0.0, "repeating_finds_more": 0.0, "gain_over_plain_pgd": 0.0}
+PASSED = {"binarization_missed": 0.0, "repeating_finds_more": 0.0, "gain_over_plain_pgd": 0.0}
 
 
 def said(measured: dict[str, float], n: int = 100, **tried: bool) -> Any:
@@ -56,7 +56,7 @@ def test_sound_must_be_earned() -> None:
     assert said(PASSED)["verdict"] == "sound"
     for missing in ("plain", "without_gradient"):
         assert said(PASSED, **{missing: False})["verdict"] == "untested"
-    for missing in ("planted_missed", "repeating_finds_more"):
+    for missing in ("binarization_missed", "repeating_finds_more"):
         assert said({k: v for k, v in PASSED.items() if k != missing})["verdict"] == "untested"
     assert said({}, attacks=False)["verdict"] == "untested"
 
@@ -157,7 +157,7 @@ SUITE: dict[str, Attack] = {
     "fgsm": PGD(norm="linf", eps=EPS, steps=1, step_size=EPS, random_start=False),
     "pgd": PGD(norm="linf", eps=EPS, steps=20, restarts=2),
     "apgd_t": APGD(norm="linf", eps=EPS, steps=20, targets=3),
-    "surrogate": SurrogatePGD(norm="linf", eps=EPS, steps=20, restarts=3),
+    "bpda": BPDA(norm="linf", eps=EPS, steps=20, restarts=3),
     "square": Square(norm="linf", eps=EPS, queries=300),
     "es": EvolutionStrategies(norm="linf", eps=EPS, steps=20, samples=100, sigma=0.06, step_size=0.02),
 }
@@ -178,16 +178,16 @@ def test_an_honest_network_is_sound(tmp_path: Path) -> None:
     assert masking["checks_n"] == 16
     assert masking["planted"]["problems"] == masking["planted"]["tried"] == 16
     assert masking["planted"]["found"]["pgd"] == 1
-    assert masking["planted"]["by_chance"] < 1
+    assert masking["planted"]["random_success_rate"] < 1
 
 
 CULPRITS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "a quantised input": (
         lambda: nn.Sequential(Steps(), honest()),
-        {"gradients_are_zero", "change_unseen_by_gradients", "stands_at_large_eps"},
+        {"gradients_are_zero", "change_unseen_by_gradients", "robust_at_large_eps"},
     ),
     "loud logits": (lambda: nn.Sequential(honest(), Loud(1000.0)), {"gradients_are_zero"}),
-    "winners": (lambda: honest(KWTA(ratio=0.2)), {"change_unseen_by_gradients", "planted_missed_by_plain_pgd"}),
+    "winners": (lambda: honest(KWTA(ratio=0.2)), {"change_unseen_by_gradients", "binarization_missed_by_pgd"}),
 }
 
 
@@ -236,7 +236,7 @@ def test_an_attack_that_never_moves_is_found_out(tmp_path: Path) -> None:
     masking = judged(honest(), tmp_path, lazy)["masking"]
     assert masking["verdict"] == "suspect"
     raised = {flag["check"]: flag["value"] for flag in masking["flags"]}
-    assert raised["planted_missed"] == 1
+    assert raised["binarization_missed"] == 1
     assert raised["random_search_finds_more"] > 0
 
 
@@ -379,7 +379,7 @@ def test_what_follows_the_last_layer_does_not_hide_its_confidence(tmp_path: Path
     model = nn.Sequential(model, nn.Softmax(1)).eval().requires_grad_(False)
     masking = judged(model, tmp_path)["masking"]
     raised = {flag["check"] for flag in masking["flags"]}
-    assert {"gradients_are_zero", "planted_missed_by_plain_pgd"} <= raised
+    assert {"gradients_are_zero", "binarization_missed_by_pgd"} <= raised
     assert masking["verdict"] in ("masked", "suspect")
 
 
@@ -424,7 +424,7 @@ def test_networks_without_gradients_or_finite_features_are_judged_too(tmp_path: 
     square = {"square": SUITE["square"]}
     masking = judged(nn.Sequential(NoGradient(), honest()), tmp_path / "a", square)["masking"]
     raised = {flag["check"] for flag in masking["flags"]}
-    assert {"gradients_are_zero", "stands_at_large_eps"} <= raised
+    assert {"gradients_are_zero", "robust_at_large_eps"} <= raised
     assert masking["verdict"] == "suspect"
     model = honest()
     infinite = nn.Sequential(model[0], model[1], Broken(), model[2]).eval()

@@ -124,7 +124,7 @@ DAMAGE: list[tuple[str, Callable[[Path], None]]] = [
     ("evaluation/*/clean.npz", Path.unlink),
     ("evaluation/*/pgd.npz", cut),
     ("evaluation/*/pgd.npz", folder_instead),
-    ("evaluation/*/surrogate.npz", Path.unlink),
+    ("evaluation/*/bpda.npz", Path.unlink),
     ("evaluation/*/images/pgd-*.npz", flip),
     ("evaluation/*/images/fgsm-*.npz", Path.unlink),
     ("evaluation/*/evaluation.json", flip),

@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
     transfer = command("transfer", _transfer, "who fools whom: adversarial images of each run, tried on all")
     transfer.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
-    transfer.add_argument("--attack", choices=["pgd", "apgd", "surrogate"], default="pgd", help="default: pgd")
+    transfer.add_argument("--attack", choices=["pgd", "apgd", "bpda"], default="pgd", help="default: pgd")
     transfer.add_argument("--n", type=int, help="test images (default: all)")
     transfer.add_argument("--eps", type=_eps, help="radius, such as 8/255 (default: the first run's)")
     transfer.add_argument("--seed", type=int, default=0, help="of the attack (default: 0)")

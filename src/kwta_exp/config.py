@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 
-from kwta_exp.data.folder import DEATH_OF_WORKER, is_death_of_worker
+from kwta_exp.data.image_folder import DEATH_OF_WORKER, is_death_of_worker
 from kwta_exp.environment import CONF
 from kwta_exp.errors import UserError, printable
 from kwta_exp.explain import did_you_mean, explain_validation, explanation
@@ -26,7 +26,7 @@ from kwta_exp.fields import fraction
 from kwta_exp.recorded import RecordedRun
 from kwta_exp.run_folder import readable
 from kwta_exp.settings import Settings
-from kwta_exp.targets import require_buildable
+from kwta_exp.trust import require_buildable
 
 GROUPS = (
     "dataset", "threat", "recipe", "activation", "model", "optimizer", "lr_schedule", "sparsity", "training",

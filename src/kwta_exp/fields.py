@@ -29,12 +29,6 @@ def fraction(value: object) -> object:
 Ratio = Annotated[float, Field(gt=0, le=1)]
 """The share of a layer's values that win, in (0, 1]."""
 
-Positive = Annotated[float, Field(gt=0)]
-"""A number above 0."""
-
-NonNegative = Annotated[float, Field(ge=0)]
-"""A number of 0 or more."""
-
 Eps = Annotated[float, BeforeValidator(fraction), Field(ge=0)]
 """A perturbation radius or step in pixel units of [0, 1]; ``8/255`` may be written as such."""
 
@@ -44,14 +38,8 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 """A share that may be zero, in [0, 1)."""
 
-Count = Annotated[int, Field(ge=1)]
-"""A positive whole number."""
-
-Natural = Annotated[int, Field(ge=0)]
-"""A whole number, zero included."""
-
-Several = Annotated[int, Field(ge=2)]
-"""Two or more."""
+AtLeastTwo = Annotated[int, Field(ge=2)]
+"""An integer of 2 or more."""
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 """The hex digits of a SHA-256."""

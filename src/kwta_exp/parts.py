@@ -24,9 +24,9 @@ from kwta_exp.naming import safe_names
 from kwta_exp.plan import Plan, source_network
 from kwta_exp.randomness import key
 from kwta_exp.storage import trained_ratio
-from kwta_exp.targets import TRUSTED, targets
 from kwta_exp.training import Training
 from kwta_exp.training.sparsity import Sparsity, scheduled, set_ratio
+from kwta_exp.trust import TRUSTED, targets
 
 
 @dataclass(frozen=True)

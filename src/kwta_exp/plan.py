@@ -23,8 +23,8 @@ from kwta_exp.config import (
     run_name,
     settings,
 )
-from kwta_exp.data.datasets import Dataset, Synthetic, stand_in
-from kwta_exp.data.folder import ImageFolder
+from kwta_exp.data.datasets import Dataset, Synthetic, synthetic_like
+from kwta_exp.data.image_folder import ImageFolder
 from kwta_exp.download import fetch, is_url
 from kwta_exp.errors import UserError
 from kwta_exp.received import regular_size
@@ -35,7 +35,7 @@ from kwta_exp.runtime import Runtime
 from kwta_exp.scale import SCALED, apply_scale
 from kwta_exp.settings import Settings
 from kwta_exp.storage import held, read_metadata, sha256_of_file, trained_ratio, write_json
-from kwta_exp.targets import local_code
+from kwta_exp.trust import local_code
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +82,8 @@ class Plan:
         read_fractions(cfg)
         runtime, dataset = build(cfg, "runtime", Runtime), build(cfg, "dataset", Dataset)
         if scale != "full" and _replaceable(dataset, line.overrides):
-            dataset = stand_in(dataset)
-            log.info("scale=%s: %s is absent; %s stands in for it", scale, chosen["dataset"], dataset)
+            dataset = synthetic_like(dataset)
+            log.info("scale=%s: %s is absent; %s is used instead", scale, chosen["dataset"], dataset)
         nodes = ("model", "training", "optimizer", "lr_schedule", "sparsity") if trains else ("model",)
         decisive = {node: plain(cfg, node) for node in nodes}
         if decisive.get("training", {}).get("search") == "exact":
@@ -170,7 +170,7 @@ class Plan:
             "folder": self.folder.path.name,
             "seed": self.options.seed,
             "scale": self.scale,
-            **({"stand_in": repr(self.dataset)} if isinstance(self.dataset, Synthetic) else {}),
+            **({"synthetic": repr(self.dataset)} if isinstance(self.dataset, Synthetic) else {}),
             **{group: self.chosen[group] for group in groups},
             "weights_sha256": sha256_of_file(weights),
             "source_sha256": self.weights and sha256_of_file(self.weights),

@@ -12,7 +12,7 @@ from typing import Any
 from kwta_exp.errors import UserError
 from kwta_exp.received import plain_yaml
 from kwta_exp.run_folder import read_described, readable
-from kwta_exp.targets import require_trusted
+from kwta_exp.trust import require_trusted
 
 GROUPS = ("dataset", "threat", "activation", "model")
 """What a judged run lends to the command that judges it."""

@@ -4,10 +4,20 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from kwta_exp.errors import UserError
-from kwta_exp.fields import Count, Natural, NonNegative, Norm, Sha256
+from kwta_exp.fields import Norm, Sha256
 from kwta_exp.received import MOST_EXPANDED, regular_size
 from kwta_exp.storage import damaged, read_json, sha256_of_file
 
@@ -43,7 +53,7 @@ class _Part(BaseModel):
 
 class _Run(_Part):
     name: Name
-    seed: Natural
+    seed: NonNegativeInt
     suite: Name
     weights_sha256: Sha256
     command: str
@@ -52,28 +62,28 @@ class _Run(_Part):
 
 class _Threat(_Part):
     norm: Norm
-    eps: NonNegative
+    eps: NonNegativeFloat
 
 
 class _Clean(_Part):
     accuracy: Share
-    n: Count
+    n: PositiveInt
     ci95: Interval
 
 
 class _Robust(_Part):
     robust_accuracy: Share
-    n: Count
+    n: PositiveInt
     ci95: Interval
 
 
 class _Attack(_Robust):
     cumulative: Share
-    eps: NonNegative
+    eps: NonNegativeFloat
     norm: Norm
-    forwards: Natural
-    backwards: Natural
-    seconds: NonNegative
+    forwards: NonNegativeInt
+    backwards: NonNegativeInt
+    seconds: NonNegativeFloat
 
 
 class _Worst(_Robust):

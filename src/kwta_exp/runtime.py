@@ -4,11 +4,11 @@ import os
 import shutil
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import dataclasses
+from pydantic import PositiveInt, dataclasses
 
 from kwta_exp import hardware
 from kwta_exp.errors import UserError
-from kwta_exp.fields import STRICT, Count
+from kwta_exp.fields import STRICT
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -56,7 +56,7 @@ class Runtime:
     precision: Precision = "32-true"
     channels_last: bool = False
     compile: bool = False
-    threads: Count | None = None
+    threads: PositiveInt | None = None
 
     def __post_init__(self) -> None:
         if self.accelerator == "cuda" and not hardware.nvidia_gpus():

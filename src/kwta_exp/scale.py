@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, NonNegativeInt, ValidationError
 
 from kwta_exp.config import plain
 from kwta_exp.errors import UserError
 from kwta_exp.explain import explain_validation
-from kwta_exp.fields import STRICT, Natural
+from kwta_exp.fields import STRICT
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class Scale(BaseModel):
 
     model_config = STRICT
     name: str
-    caps: dict[str, Natural]
+    caps: dict[str, NonNegativeInt]
     instead: dict[str, dict[str, Any]]
 
 

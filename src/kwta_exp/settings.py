@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, NonNegativeInt, PositiveInt
 
-from kwta_exp.fields import STRICT, Count, Natural, Sha256
+from kwta_exp.fields import STRICT, Sha256
 
 
 class Paths(BaseModel):
@@ -22,13 +22,13 @@ class EvaluationSettings(BaseModel):
     """
 
     model_config = STRICT
-    n: Count | None
-    diagnostic_n: Count | None
-    batch_size: Count
+    n: PositiveInt | None
+    diagnostic_n: PositiveInt | None
+    batch_size: PositiveInt
     save_images: bool
-    checks_n: Natural
-    budget: Count | None
-    processes: Count
+    checks_n: NonNegativeInt
+    budget: PositiveInt | None
+    processes: PositiveInt
     search: Literal["exact", "fast"]
 
 
@@ -36,7 +36,7 @@ class Settings(BaseModel):
     """The plain top-level keys of ``conf/config.yaml``."""
 
     model_config = STRICT
-    seed: Natural
+    seed: NonNegativeInt
     weights: str | None
     weights_sha256: Sha256 | None
     trust: bool

@@ -1,6 +1,6 @@
 """Who fools whom: adversarial images of each network, tried on all.
 
-    kwta-exp transfer RUN_FOLDER RUN_FOLDER... [--attack surrogate] [--n 200] [--eps 8/255]
+    kwta-exp transfer RUN_FOLDER RUN_FOLDER... [--attack bpda] [--n 200] [--eps 8/255]
 
 Each run's network is attacked, and what was found is tried on every other, on the test images that the other
 classifies correctly. All runs must be of the same data. Threat and number of images are the first run's unless
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kwta_exp.attacks import APGD, PGD, Attack, SurrogatePGD, Threat, Transfer
+from kwta_exp.attacks import APGD, BPDA, PGD, Attack, Threat, Transfer
 from kwta_exp.config import build
 from kwta_exp.data.base import Images
 from kwta_exp.data.batches import first_test_images
@@ -29,7 +29,7 @@ from kwta_exp.storage import held, sha256_of_file, sha256_of_json, write_text
 
 BATCH_SIZE = 250
 
-ATTACKS = {"pgd": PGD, "apgd": APGD, "surrogate": SurrogatePGD}
+ATTACKS = {"pgd": PGD, "apgd": APGD, "bpda": BPDA}
 """What the images are made with, at 20 steps."""
 
 

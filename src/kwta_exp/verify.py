@@ -18,7 +18,7 @@ from kwta_exp.attacks import Threat
 from kwta_exp.data.base import Images
 from kwta_exp.data.batches import first_test_images, to_float
 from kwta_exp.errors import UserError
-from kwta_exp.evaluation.judge import Judge, errs
+from kwta_exp.evaluation.judge import Judge, misclassified
 from kwta_exp.evaluation.stored import evaluation_folders, finished
 from kwta_exp.parts import planned_network
 from kwta_exp.plan import Plan
@@ -73,7 +73,7 @@ def _verify_one(evaluation: Path, network: nn.Module, data: Images) -> str:
 
     clean = torch.cat(
         [
-            ~errs(judge.logits(to_float(images.x[at])), images.y[at])
+            ~misclassified(judge.logits(to_float(images.x[at])), images.y[at])
             for at in torch.arange(len(images)).split(judge.batch_size)
         ]
     )
@@ -86,8 +86,8 @@ def _verify_one(evaluation: Path, network: nn.Module, data: Images) -> str:
         x, y = to_float(images.x[at]), images.y[at]
         if x_adv.shape != x.shape or not _is_inside(threat, x_adv, x):
             raise UserError(f"{path}: holds images outside {threat.norm} eps {threat.eps:g} or [0, 1]")
-        fooled = errs(judge.logits(x_adv), y)
-        fooled[fooled.clone()] = judge.errs_again(x_adv[fooled], y[fooled])
+        fooled = misclassified(judge.logits(x_adv), y)
+        fooled[fooled.clone()] = judge.confirmed(x_adv[fooled], y[fooled])
         standing[at[fooled]] = False
 
     found = {"clean": clean.double().mean().item(), "worst case": standing.double().mean().item()}

@@ -8,11 +8,11 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import validate_call
+from pydantic import PositiveInt, validate_call
 from torch import Tensor, nn
 
 from kwta_exp.activations.selection import keep, kth_largest
-from kwta_exp.fields import STRICT, Count, Ratio
+from kwta_exp.fields import STRICT, Ratio
 
 Over = Literal["volume", "channel"]
 By = Literal["value", "magnitude"]
@@ -117,7 +117,7 @@ class KWTA(nn.Module):
     def __init__(
         self,
         ratio: Ratio | None = None,
-        k: Count | None = None,
+        k: PositiveInt | None = None,
         over: Over = "volume",
         by: By = "value",
         relu: bool = False,

@@ -6,10 +6,10 @@ Srivastava, Masci, Kazerounian, Gomez and Schmidhuber, "Compete to Compute", NIP
 import math
 
 import torch
-from pydantic import validate_call
+from pydantic import PositiveInt, validate_call
 from torch import Tensor, nn
 
-from kwta_exp.fields import STRICT, Count
+from kwta_exp.fields import STRICT
 
 
 def lwta(x: Tensor, group_size: int = 2) -> Tensor:
@@ -42,7 +42,7 @@ class LWTA(nn.Module):
     """Local Winner-Take-All as a layer; see :func:`lwta`."""
 
     @validate_call(config=STRICT)
-    def __init__(self, group_size: Count = 2) -> None:
+    def __init__(self, group_size: PositiveInt = 2) -> None:
         super().__init__()
         self.group_size = group_size
 

@@ -3,16 +3,17 @@
 from kwta_exp.attacks.apgd import APGD
 from kwta_exp.attacks.autoattack import AutoAttack, Square
 from kwta_exp.attacks.base import Attack, NotApplicableError
+from kwta_exp.attacks.bpda import BPDA, RelaxedTransfer
 from kwta_exp.attacks.evolution import NES, EvolutionStrategies
 from kwta_exp.attacks.foolbox_adapter import FoolboxAttack, adapted
 from kwta_exp.attacks.pgd import PGD
 from kwta_exp.attacks.smoothed import SmoothedPGD
-from kwta_exp.attacks.surrogate import SmoothTwin, SurrogatePGD
 from kwta_exp.attacks.threat import Threat
 from kwta_exp.attacks.transfer import Transfer
 
 __all__ = [
     "APGD",
+    "BPDA",
     "NES",
     "PGD",
     "Attack",
@@ -20,10 +21,9 @@ __all__ = [
     "EvolutionStrategies",
     "FoolboxAttack",
     "NotApplicableError",
-    "SmoothTwin",
+    "RelaxedTransfer",
     "SmoothedPGD",
     "Square",
-    "SurrogatePGD",
     "Threat",
     "Transfer",
     "adapted",

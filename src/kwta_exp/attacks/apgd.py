@@ -10,15 +10,15 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from pydantic import dataclasses
+from pydantic import NonNegativeInt, PositiveInt, dataclasses
 from torch import Tensor, nn
 
 from kwta_exp.attacks.losses import Loss, LossName, attack_loss, targeted_dlr, wrong_classes
 from kwta_exp.attacks.pgd import Best
 from kwta_exp.attacks.standing import Try, best_of
 from kwta_exp.attacks.threat import Threat
-from kwta_exp.attacks.together import Climb, Query, in_parts, together
-from kwta_exp.fields import STRICT, Count, Eps, Natural, Norm, Share
+from kwta_exp.attacks.together import Climb, Query, micro_batched, together
+from kwta_exp.fields import STRICT, Eps, Norm, Share
 from kwta_exp.randomness import fold
 
 
@@ -42,25 +42,27 @@ class APGD:
 
     norm: Norm
     eps: Eps
-    steps: Count = 100
-    restarts: Count = 1
+    steps: PositiveInt = 100
+    restarts: PositiveInt = 1
     loss: LossName = "ce"
-    targets: Natural = 0
+    targets: NonNegativeInt = 0
     rho: Share = 0.75
 
     refills: ClassVar = True
 
     def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, at_once: int | None = None
+        self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, max_batch_size: int | None = None
     ) -> Tensor:
         """Adversarial images inside the ball and [0, 1]; see :class:`~kwta_exp.attacks.Attack`."""
-        return best_of(self._tries(model, x, y, keys, at_once), in_parts(model, at_once), x, y)
+        return best_of(
+            self._tries(model, x, y, keys, max_batch_size), micro_batched(model, max_batch_size), x, y
+        )
 
     def _tries(
-        self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, at_once: int | None
+        self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, max_batch_size: int | None
     ) -> Iterator[Try]:
         threat = Threat(norm=self.norm, eps=self.eps)
-        asked = in_parts(model, at_once)
+        asked = micro_batched(model, max_batch_size)
         ranking = wrong_classes(asked, x, y) if self.targets else None
         if ranking is not None and ranking.shape[1] < 3:
             raise ValueError(
@@ -77,7 +79,7 @@ class APGD:
                     loss = targeted_dlr(y[at], ranking[at, target])
                 best = Best(x[at], y[at])
                 climb = partial(ascend, start, best, loss, threat, self.steps, self.rho)
-                together(model, climb, best.standing, at_once)
+                together(model, climb, best.standing, max_batch_size)
                 return best.x
 
             return attempt

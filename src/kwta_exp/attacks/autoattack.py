@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from pydantic import dataclasses
+from pydantic import PositiveInt, dataclasses
 from torch import Tensor, nn
 
 from kwta_exp.attacks.base import NotApplicableError, frozen
-from kwta_exp.fields import STRICT, Count, Eps, Norm
+from kwta_exp.fields import STRICT, Eps, Norm
 from kwta_exp.randomness import isolated
 
 _NORMS = {"linf": "Linf", "l2": "L2"}
@@ -43,8 +43,8 @@ class AutoAttack:
     norm: Norm
     eps: Eps
     version: Literal["standard", "plus", "rand"] = "standard"
-    steps: Count = 100
-    queries: Count = 5000
+    steps: PositiveInt = 100
+    queries: PositiveInt = 5000
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         """Adversarial images; see :class:`~kwta_exp.attacks.Attack`."""
@@ -101,8 +101,8 @@ class Square:
 
     norm: Norm
     eps: Eps
-    queries: Count = 5000
-    restarts: Count = 1
+    queries: PositiveInt = 5000
+    restarts: PositiveInt = 1
     p_init: float = 0.8
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:

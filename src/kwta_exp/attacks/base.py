@@ -51,8 +51,8 @@ class Attack(Protocol):
             A tensor shaped like ``x``.
 
         An attack may also have ``refills = True``: then it is given more images than a batch holds and, as the
-        keyword ``at_once``, how many the model may be shown at a time. And ``passes(classes) -> (forward,
-        backward)``, the most passes it takes for an image of so many classes that withstands, for the
+        keyword ``max_batch_size``, how many the model may be shown at a time. And ``passes(classes) ->
+        (forward, backward)``, the most passes it takes for an image of so many classes that withstands, for the
         forecast; and ``details(model)``, what it wishes to say in ``results.json``.
         """
         ...

@@ -3,19 +3,19 @@
 Tramèr, Carlini, Brendel and Mądry, "On Adaptive Attacks to Adversarial Example Defenses", NeurIPS 2020
 (arXiv 2002.08347), section 5. A winner-take-all network jumps everywhere, so its gradient at a point says
 nothing about the neighbourhood; differences over a distance that spans many jumps do. The estimator is that
-of Wierstra et al., "Natural Evolution Strategies", JMLR 2014, with antithetic draws.
+of Wierstra et al., "NonNegativeInt Evolution Strategies", JMLR 2014, with antithetic draws.
 """
 
 from collections.abc import Callable
 
 import torch
-from pydantic import dataclasses
+from pydantic import PositiveFloat, PositiveInt, dataclasses
 from torch import Tensor, nn
 
 from kwta_exp.attacks.losses import excess, margin
 from kwta_exp.attacks.threat import Threat
-from kwta_exp.attacks.together import in_parts
-from kwta_exp.fields import STRICT, Count, Eps, Norm, Positive, Several
+from kwta_exp.attacks.together import micro_batched
+from kwta_exp.fields import STRICT, AtLeastTwo, Eps, Norm
 from kwta_exp.randomness import fold, normal
 
 
@@ -38,11 +38,11 @@ class EvolutionStrategies:
 
     norm: Norm
     eps: Eps
-    steps: Count = 100
-    samples: Count = 400
-    sigma: Positive = 8 / 255
+    steps: PositiveInt = 100
+    samples: PositiveInt = 400
+    sigma: PositiveFloat = 8 / 255
     step_size: Eps = 0.01
-    chunk: Several = 1000
+    chunk: AtLeastTwo = 1000
 
     def __post_init__(self) -> None:
         if any(samples % 2 for _, samples in self.schedule):
@@ -57,7 +57,7 @@ class EvolutionStrategies:
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         """Adversarial images inside the ball and [0, 1]; see :class:`~kwta_exp.attacks.Attack`."""
         threat = Threat(norm=self.norm, eps=self.eps)
-        x_adv, asked = x.clone(), in_parts(model, self.chunk)
+        x_adv, asked = x.clone(), micro_batched(model, self.chunk)
         standing = torch.arange(len(x), device=x.device)
         step = 0
         for steps, samples in self.schedule:
@@ -110,7 +110,7 @@ class NES:
 
     norm: Norm
     eps: Eps
-    chunk: Several = 1000
+    chunk: AtLeastTwo = 1000
 
     def __post_init__(self) -> None:
         if self.norm != "linf":

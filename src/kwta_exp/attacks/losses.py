@@ -22,7 +22,7 @@ def cross_entropy(logits_NK: Tensor, y_N: Tensor) -> Tensor:
 
 
 def margin(logits_NK: Tensor, y_N: Tensor) -> Tensor:
-    """``max_{j != y} z_j - z_y``, shape ``(N,)``: positive exactly where the model errs.
+    """``max_{j != y} z_j - z_y``, shape ``(N,)``: positive exactly where the model misclassified.
 
     Carlini and Wagner, "Towards Evaluating the Robustness of Neural Networks", S&P 2017, f_6
     without its threshold.

@@ -10,13 +10,13 @@ from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import dataclasses
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, dataclasses
 from torch import Tensor, nn
 
 from kwta_exp.attacks.losses import Loss, LossName, attack_loss, excess, targeted_loss, wrong_classes
 from kwta_exp.attacks.threat import Threat
-from kwta_exp.attacks.together import Climb, Query, in_parts, together
-from kwta_exp.fields import STRICT, Count, Eps, Natural, NonNegative, Norm, Positive
+from kwta_exp.attacks.together import Climb, Query, micro_batched, together
+from kwta_exp.fields import STRICT, Eps, Norm
 from kwta_exp.randomness import fold, normal
 
 
@@ -45,14 +45,14 @@ class PGD:
 
     norm: Norm
     eps: Eps
-    steps: Count = 40
+    steps: PositiveInt = 40
     step_size: Eps | None = None
-    relative_step_size: Positive = 2.5
+    relative_step_size: PositiveFloat = 2.5
     random_start: bool | Literal["normal"] = True
-    restarts: Count = 1
-    momentum: NonNegative = 0.0
+    restarts: PositiveInt = 1
+    momentum: NonNegativeFloat = 0.0
     loss: LossName = "ce"
-    targets: Natural = 0
+    targets: NonNegativeInt = 0
     keep_best: bool = True
 
     def __post_init__(self) -> None:
@@ -64,14 +64,14 @@ class PGD:
     refills: ClassVar = True
 
     def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, at_once: int | None = None
+        self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, max_batch_size: int | None = None
     ) -> Tensor:
         """Adversarial images inside the ball and [0, 1]; see :class:`~kwta_exp.attacks.Attack`."""
-        losses = self._losses(in_parts(model, at_once), x, y)
+        losses = self._losses(micro_batched(model, max_batch_size), x, y)
         best = Best(x, y)
         for run in range(len(losses) * self.restarts):
             climb = partial(self._climb, x, keys, losses[run % len(losses)], run, best)
-            together(model, climb, best.standing, at_once)
+            together(model, climb, best.standing, max_batch_size)
         return best.x
 
     def _climb(self, x: Tensor, keys: Tensor, loss: Loss, run: int, best: "Best", at: Tensor) -> Climb:

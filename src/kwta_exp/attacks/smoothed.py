@@ -8,14 +8,14 @@ E[L(x + s u)]. It sees a little past jumps of the network, where the gradient at
 from functools import partial
 
 import torch
-from pydantic import dataclasses
+from pydantic import PositiveFloat, PositiveInt, dataclasses
 from torch import Tensor, nn
 
 from kwta_exp.attacks.losses import LossName, attack_loss
 from kwta_exp.attacks.pgd import Best
 from kwta_exp.attacks.threat import Threat
 from kwta_exp.attacks.together import input_gradient
-from kwta_exp.fields import STRICT, Count, Eps, Norm, Positive
+from kwta_exp.fields import STRICT, Eps, Norm
 from kwta_exp.randomness import fold, normal
 
 
@@ -35,10 +35,10 @@ class SmoothedPGD:
 
     norm: Norm
     eps: Eps
-    steps: Count = 40
-    samples: Count = 20
-    sigma: Positive = 0.5
-    relative_step_size: Positive = 2.5
+    steps: PositiveInt = 40
+    samples: PositiveInt = 20
+    sigma: PositiveFloat = 0.5
+    relative_step_size: PositiveFloat = 2.5
     loss: LossName = "ce"
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:

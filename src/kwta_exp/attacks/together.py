@@ -36,7 +36,10 @@ Climb = Generator[Query, Answer, None]
 
 
 def together(
-    model: Callable[..., Tensor], climb: Callable[[Tensor], Climb], positions: Tensor, at_once: int | None
+    model: Callable[..., Tensor],
+    climb: Callable[[Tensor], Climb],
+    positions: Tensor,
+    max_batch_size: int | None,
 ) -> None:
     """Run ``climb`` on all ``positions``, group by group.
 
@@ -44,15 +47,15 @@ def together(
         model: images to logits; with a second argument where a query has one.
         climb: begins the attack on the images at some positions.
         positions: int64 ``(n,)``.
-        at_once: the most images in a batch. A group begins whenever a quarter of it is free. ``None``: all
-            images are one group.
+        max_batch_size: the most images in a batch. A group begins whenever a quarter of it is free. ``None``:
+            all images are one group.
     """
-    at_once = at_once or max(1, len(positions))
+    max_batch_size = max_batch_size or max(1, len(positions))
     waiting = positions
     running: list[tuple[Climb, Query]] = []
     while running or len(waiting):
-        room = at_once - sum(len(query.x) for _, query in running)
-        if len(waiting) and 4 * room >= at_once:
+        room = max_batch_size - sum(len(query.x) for _, query in running)
+        if len(waiting) and 4 * room >= max_batch_size:
             begun, waiting = climb(waiting[:room]), waiting[room:]
             running.append((begun, next(begun)))
         asking = [each for each in running if each[1].loss is None]  # mostly it is their last, and makes room
@@ -101,9 +104,9 @@ def input_gradient(
     return gradient, logits.detach(), value.detach()
 
 
-def in_parts(model: Callable[[Tensor], Tensor], at_once: int | None) -> Callable[[Tensor], Tensor]:
-    """``model``, shown at most ``at_once`` images at a time; fewer once a GPU's memory did not suffice."""
-    most = at_once
+def micro_batched(model: Callable[[Tensor], Tensor], max_batch_size: int | None) -> Callable[[Tensor], Tensor]:
+    """``model``, shown at most ``max_batch_size`` images at a time; fewer once a GPU ran out of memory."""
+    most = max_batch_size
 
     def ask(x: Tensor) -> Tensor:
         nonlocal most

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import dataclasses
+from pydantic import NonNegativeInt, dataclasses
 
-from kwta_exp.fields import STRICT, Natural, Several, Share
+from kwta_exp.fields import STRICT, AtLeastTwo, Share
 
 if TYPE_CHECKING:
-    from kwta_exp.data.folder import FolderPixels
+    from kwta_exp.data.image_folder import FolderPixels
 
 UInt8 = npt.NDArray[np.uint8]
 Int64 = npt.NDArray[np.int64]
@@ -58,9 +58,9 @@ class Dataset(ABC):
         val_fraction: share of the training images held out to choose the best epoch.
     """
 
-    crop_padding: Natural = 0
+    crop_padding: NonNegativeInt = 0
     flip: bool = False
-    train_n: Several | None = None
+    train_n: AtLeastTwo | None = None
     val_fraction: Share = 0.1
 
     @abstractmethod

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kwta_exp.data.base import Images, Int64, UInt8
-from kwta_exp.data.folder import FolderPixels
+from kwta_exp.data.image_folder import FolderPixels
 from kwta_exp.randomness import fold, key, permutation, uniform
 
 

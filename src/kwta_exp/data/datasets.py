@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import dataclasses
+from pydantic import PositiveInt, dataclasses
 
 from kwta_exp.data.base import Dataset, Images, Int64, UInt8, channels_first
-from kwta_exp.data.published import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
+from kwta_exp.data.torchvision import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
 from kwta_exp.errors import UserError
-from kwta_exp.fields import STRICT, Count, Several
+from kwta_exp.fields import STRICT, AtLeastTwo
 from kwta_exp.received import regular_size, require_plain
 from kwta_exp.storage import sha256_of_file, sha256_of_json
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 __all__ = [
     "CIFAR10", "CIFAR100", "MNIST", "SVHN", "Arrays", "Dataset", "Digits", "FashionMNIST", "Images",
-    "Synthetic", "stand_in",
+    "Synthetic", "synthetic_like",
 ]  # fmt: skip
 
 
@@ -174,11 +174,11 @@ class Synthetic(Dataset):
         test: test images.
     """
 
-    channels: Count = 3
-    image_size: Count = 32
-    num_classes: Several = 10
-    train: Several = 256
-    test: Count = 64
+    channels: PositiveInt = 3
+    image_size: PositiveInt = 32
+    num_classes: AtLeastTwo = 10
+    train: AtLeastTwo = 256
+    test: PositiveInt = 64
 
     def __post_init__(self) -> None:
         images = self.num_classes + self.train + self.test
@@ -212,7 +212,7 @@ class Synthetic(Dataset):
         return Images(x_train, y_train, x_test, y_test)
 
 
-def stand_in(dataset: Dataset) -> Synthetic:
+def synthetic_like(dataset: Dataset) -> Synthetic:
     """Synthetic images of the shape and classes of ``dataset``, augmented as it is."""
     channels, image_size, _ = dataset.shape
     return Synthetic(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from kwta_exp.attacks import Threat
 from kwta_exp.data.batches import Split, to_float
-from kwta_exp.evaluation.counting import Owners
+from kwta_exp.evaluation.query_counter import Owners
 from kwta_exp.randomness import fold, key
 
 log = logging.getLogger(__name__)

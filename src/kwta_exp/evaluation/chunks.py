@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from kwta_exp.attacks import Attack, Threat
 from kwta_exp.attacks.losses import margin
-from kwta_exp.attacks.together import in_parts, refills
+from kwta_exp.attacks.together import micro_batched, refills
 from kwta_exp.data.batches import Split, to_float
 from kwta_exp.errors import UserError
-from kwta_exp.evaluation.counting import Counted
-from kwta_exp.evaluation.judge import Judge, errs, predicted
+from kwta_exp.evaluation.judge import Judge, misclassified, predicted
+from kwta_exp.evaluation.query_counter import QueryCounter
 from kwta_exp.evaluation.records import Column
-from kwta_exp.models.stand_in import stand_in_for
+from kwta_exp.models.proxy import proxy_for
 from kwta_exp.randomness import fold, isolated, key
 from kwta_exp.storage import image_digests
 
@@ -57,7 +57,7 @@ class Bench:
         if not task.fast_search:
             return cls(judge, judge.network)
         some = torch.arange(min(2, len(task.images)), device=task.images.y.device)
-        return cls(judge, stand_in_for(task.network, to_float(task.images.x[some])))
+        return cls(judge, proxy_for(task.network, to_float(task.images.x[some])))
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Outcome:
 def attacked(task: Task, bench: Bench, name: str, chunk: Tensor) -> Outcome:
     """Attack the images at positions ``chunk`` with the attack called ``name`` and judge what it returns.
 
-    Where the attack searched with a stand-in and fooled that alone (at any time: it may have left off), the
+    Where the attack searched with a proxy and fooled that alone (at any time: it may have left off), the
     image is attacked again, on the network itself: a success that was no success must not end a search.
 
     Raises:
@@ -85,9 +85,11 @@ def attacked(task: Task, bench: Bench, name: str, chunk: Tensor) -> Outcome:
     withstood = torch.from_numpy(np.flatnonzero(~outcome.rows["fooled"])).to(chunk.device)
     if bench.searched is bench.judge.network or not len(withstood):
         return outcome
-    asked = in_parts(bench.searched, task.batch_size)
+    asked = micro_batched(bench.searched, task.batch_size)
     with torch.no_grad(), isolated(key(task.seed, "claimed", name, int(chunk[0]))):
-        ended = ended[withstood] | errs(asked(outcome.x_adv[withstood]), task.images.y[chunk[withstood]])
+        ended = ended[withstood] | misclassified(
+            asked(outcome.x_adv[withstood]), task.images.y[chunk[withstood]]
+        )
     again = withstood[ended]
     if not len(again):
         return outcome
@@ -111,12 +113,12 @@ def _attacked(
     images, threat = task.images, task.threat
     x, y = to_float(images.x[chunk]), images.y[chunk]
     keys = fold(key(task.seed, "attack", name), images.index[chunk])
-    counted = Counted(searched, x, y, threat)
+    counted = QueryCounter(searched, x, y, threat)
     started = time.monotonic()
     try:
         with isolated(int(keys.sum())):  # whatever draws from global generators does so reproducibly
             attack = task.suite[name]
-            limit = {"at_once": task.batch_size} if refills(attack) else {}
+            limit = {"max_batch_size": task.batch_size} if refills(attack) else {}
             returned = attack(counted, x.clone(), y, keys, **limit)
         if not isinstance(returned, Tensor) or returned.shape != x.shape:
             raise ValueError(
@@ -130,9 +132,9 @@ def _attacked(
         x_adv = returned.detach().to(x)
         x_adv = threat.project(torch.where(x_adv.isfinite(), x_adv, x), x)
         logits = judge.logits(x_adv)
-        erred = errs(logits, y)
+        erred = misclassified(logits, y)
         fooled = erred.clone()
-        fooled[erred] = judge.errs_again(x_adv[erred], y[erred])
+        fooled[erred] = judge.confirmed(x_adv[erred], y[erred])
         rows = {
             **rows_of(images, chunk, logits),
             "fooled": fooled.cpu().numpy(),

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from kwta_exp.attacks import Attack, NotApplicableError, Threat
 from kwta_exp.data.batches import Split, to_float
-from kwta_exp.data.folder import FolderPixels
+from kwta_exp.data.image_folder import FolderPixels
 from kwta_exp.evaluation.binarization import plant
 from kwta_exp.evaluation.evaluator import evaluate
-from kwta_exp.evaluation.probes import fooled_by_luck, looked_at
+from kwta_exp.evaluation.gradient_checks import fooled_by_random_search, measured_per_image
 from kwta_exp.evaluation.records import Record
 from kwta_exp.evaluation.roles import Roles
 from kwta_exp.randomness import fold, isolated, key
@@ -103,7 +103,7 @@ def diagnose(
     log.info("checking for masked gradients on %d images", len(first))
     with isolated(key(seed, "looked at")):  # some networks draw random numbers
         pieces = [
-            looked_at(network, *some, threat)
+            measured_per_image(network, *some, threat)
             for some in zip(x.split(batch_size), y.split(batch_size), keys.split(batch_size), strict=True)
         ]
     each = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
@@ -144,12 +144,12 @@ def diagnose(
             name: int(hunt.columns["fooled"].sum()) / n for name, hunt in hunts.items() if len(hunt)
         }
         with isolated(key(seed, "chance")):
-            found["by_chance"] = _by_chance(planted.network, planted.images, threat, seed, batch_size)
+            found["random_success_rate"] = _by_chance(planted.network, planted.images, threat, seed, batch_size)
         missed = 1 - sum(found["found"].values())  # each attack sees only what those before it left
-        if found["by_chance"] <= TOO_EASY:
-            measured["planted_missed"] = max(0.0, missed)
+        if found["random_success_rate"] <= TOO_EASY:
+            measured["binarization_missed"] = max(0.0, missed)
         if plain := [found["found"].get(name, 0.0) for name in roles.plain if name in hunts]:
-            measured["planted_missed_by_plain_pgd"] = 1 - sum(plain)
+            measured["binarization_missed_by_pgd"] = 1 - sum(plain)
     return Diagnosis(len(first), measured, found)
 
 
@@ -157,7 +157,7 @@ def _by_chance(network: nn.Module, images: Split, threat: Threat, seed: int, bat
     x = to_float(images.x[torch.arange(len(images))])
     keys = fold(key(seed, "chance"), images.index)
     lucky = [
-        fooled_by_luck(network, some, y, own, threat)
+        fooled_by_random_search(network, some, y, own, threat)
         for some, y, own in zip(
             x.split(batch_size), images.y.split(batch_size), keys.split(batch_size), strict=True
         )

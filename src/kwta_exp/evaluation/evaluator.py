@@ -71,7 +71,7 @@ def evaluate(
         processes: chunks attacked at once, each in a process of its own. It decides no outcome.
         budget: passes, forward and backward, that the suite may cost by forecast; attacks that do not fit in
             are left out and named. ``None``: no limit.
-        fast_search: attacks see a stand-in (:class:`~kwta_exp.models.stand_in.StandIn`); what they
+        fast_search: attacks see a proxy (:class:`~kwta_exp.models.proxy.Proxy`); what they
             return is judged by ``network`` all the same.
 
     Returns:

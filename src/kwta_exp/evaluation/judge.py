@@ -45,12 +45,12 @@ class Judge:
             logits: Tensor = self.network(x)
         return logits
 
-    def errs_again(self, x: Tensor, y: Tensor) -> Tensor:
+    def confirmed(self, x: Tensor, y: Tensor) -> Tensor:
         """Which of these images, all misclassified once, are misclassified again; bool ``(N,)``."""
         if not len(x):
             return torch.zeros(0, dtype=torch.bool, device=x.device)
         other_size = self.batch_size // 2 if self.batch_size > 1 else 2
-        again = errs(self._in_batches(x, other_size), y)
+        again = misclassified(self._in_batches(x, other_size), y)
         again[~again] = self._errs_in_double(x[~again], y[~again])
         return again
 
@@ -62,7 +62,7 @@ class Judge:
                     self._double = copy.deepcopy(self.network).double()
                 with torch.autocast(x.device.type, enabled=False):
                     again = [self._double(some.double()) for some in x.split(self.batch_size)]
-                return errs(torch.cat(again), y)
+                return misclassified(torch.cat(again), y)
             except Exception as error:  # somebody's network that insists on float32, in whatever way
                 self._has_double = False
                 log.info(
@@ -76,6 +76,6 @@ def predicted(logits: Tensor) -> Tensor:
     return torch.where(logits.isnan().any(1), -1, logits.argmax(1))
 
 
-def errs(logits: Tensor, y: Tensor) -> Tensor:
+def misclassified(logits: Tensor, y: Tensor) -> Tensor:
     """Which predictions are wrong, bool ``(N,)``."""
     return predicted(logits) != y

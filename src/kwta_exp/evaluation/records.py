@@ -39,8 +39,8 @@ class Record:
     uint8 image's SHA-256), ``label``, ``prediction``, ``margin`` (true logit minus the best other
     one: negative is an error), and for attacks ``fooled``, ``unconfirmed`` (an error that was not made
     again, so the image counts as standing), ``distance`` (in the threat's norm), ``queries`` and ``steps``
-    (forward and backward passes until fooled; see :class:`~kwta_exp.evaluation.counting.Counted`) and ``key``
-    (the seed of its random stream).
+    (forward and backward passes until fooled; see
+    :class:`~kwta_exp.evaluation.query_counter.QueryCounter`) and ``key`` (the seed of its random stream).
     """
 
     path: Path

@@ -7,11 +7,10 @@ from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.records import ATTACK_COLUMNS, CLEAN_COLUMNS, Record, due
-from kwta_exp.fields import Count
 from kwta_exp.results_file import changed_files, read_results
 from kwta_exp.run_folder import is_evaluation
 from kwta_exp.storage import damaged, read_json
@@ -25,7 +24,7 @@ MOST_AT_ONCE = 1 << 16
 class _Identity(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     attacks: list[Annotated[list[str | dict[str, Any]], Field(min_length=2, max_length=2)]]
-    batch_size: Annotated[Count, Field(le=MOST_AT_ONCE)]
+    batch_size: Annotated[PositiveInt, Field(le=MOST_AT_ONCE)]
 
 
 @dataclass(frozen=True)

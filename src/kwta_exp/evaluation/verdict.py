@@ -46,7 +46,7 @@ CHECKS: dict[str, Check] = {
     "black_box_finds_more": Check(
         0.02, "worst case", _OBFUSCATED, "attacks without gradients fool images that no gradient attack does"
     ),
-    "stands_at_large_eps": Check(
+    "robust_at_large_eps": Check(
         0.05, "worst case", _OBFUSCATED, "PGD fails where any image can be made any other"
     ),
     "gradients_are_zero": Check(0.05, "worst case", _EVALUATING, "gradients vanish on PGD's way"),
@@ -70,10 +70,10 @@ CHECKS: dict[str, Check] = {
     "repeating_finds_more": Check(
         0.01, "worst case", _EVALUATING, "the same attack, repeated, fools more images"
     ),
-    "planted_missed_by_plain_pgd": Check(
+    "binarization_missed_by_pgd": Check(
         0.0625, "plain gradients", _BINARIZATION, "plain PGD misses adversarial examples planted for it"
     ),
-    "planted_missed": Check(
+    "binarization_missed": Check(
         0.05, "worst case", _BINARIZATION, "the attacks miss adversarial examples planted for them"
     ),
 }
@@ -87,8 +87,8 @@ those that some fool and others do not. The images are the same, so these are pa
 
 
 SIGNS = {
-    "stands_at_large_eps", "gradients_are_zero", "gradients_are_not_finite", "change_unseen_by_gradients",
-    "last_is_not_best", "outputs_are_probabilities", "outputs_are_random", "planted_missed_by_plain_pgd",
+    "robust_at_large_eps", "gradients_are_zero", "gradients_are_not_finite", "change_unseen_by_gradients",
+    "last_is_not_best", "outputs_are_probabilities", "outputs_are_random", "binarization_missed_by_pgd",
 }  # fmt: skip
 """Signs that gradients are masked. Where they were looked for and none is there, plain PGD that lags behind
 other attacks is merely weak: on any network other losses, and targets, find a little more."""
@@ -143,7 +143,7 @@ def verdict(measured: Mapping[str, float], n: int, tried: Tried) -> dict[str, An
     doubts = [flag["meaning"] for flag in flags if flag["bears_on"] == "worst case"]
     lags = "gain_over_plain_pgd" in raised
     missed = f"{round(measured.get('gain_over_plain_pgd', 0) * n)} of {n} images"
-    whole = {"planted_missed", "repeating_finds_more"} <= measured.keys()
+    whole = {"binarization_missed", "repeating_finds_more"} <= measured.keys()
     if not tried.attacks:
         found = "untested"
         why = "No attack ran: this evaluation says nothing about robustness."

@@ -2,13 +2,13 @@
 
 from typing import Annotated
 
-from pydantic import Field, validate_call
+from pydantic import Field, PositiveInt, validate_call
 from torch import Tensor, nn
 
-from kwta_exp.fields import STRICT, Count
+from kwta_exp.fields import STRICT
 from kwta_exp.models.factory import ActivationFactory
 
-FourWidths = Annotated[list[Count], Field(min_length=4, max_length=4)]
+FourWidths = Annotated[list[PositiveInt], Field(min_length=4, max_length=4)]
 
 
 class CNN(nn.Module):
@@ -33,10 +33,10 @@ class CNN(nn.Module):
         self,
         activation: ActivationFactory,
         channels: FourWidths,
-        hidden: Count,
-        num_classes: Count,
-        in_channels: Count,
-        image_size: tuple[Count, Count],
+        hidden: PositiveInt,
+        num_classes: PositiveInt,
+        in_channels: PositiveInt,
+        image_size: tuple[PositiveInt, PositiveInt],
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []

@@ -4,11 +4,11 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from pydantic import validate_call
+from pydantic import PositiveInt, validate_call
 from torch import nn
 
 from kwta_exp.errors import UserError
-from kwta_exp.fields import STRICT, Count
+from kwta_exp.fields import STRICT
 from kwta_exp.models.convert import Kind, convert
 from kwta_exp.models.factory import ActivationFactory, with_facts
 
@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 def Converted(  # noqa: N802 - stands where a network's class would
     activation: ActivationFactory,
     network: Callable[..., nn.Module],
-    num_classes: Count,
-    in_channels: Count,
-    image_size: tuple[Count, Count],
+    num_classes: PositiveInt,
+    in_channels: PositiveInt,
+    image_size: tuple[PositiveInt, PositiveInt],
     kinds: list[Kind] | None = None,
 ) -> nn.Module:
     """Any network with its activations replaced; see :func:`convert`.
@@ -45,9 +45,9 @@ def Converted(  # noqa: N802 - stands where a network's class would
 def Torchvision(  # noqa: N802 - stands where a network's class would
     activation: ActivationFactory,
     name: str,
-    num_classes: Count,
-    in_channels: Count,
-    image_size: tuple[Count, Count],
+    num_classes: PositiveInt,
+    in_channels: PositiveInt,
+    image_size: tuple[PositiveInt, PositiveInt],
     kinds: list[Kind] | None = None,
 ) -> nn.Module:
     """A classification network of torchvision, untrained, with its activations replaced.

@@ -8,10 +8,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import validate_call
+from pydantic import PositiveInt, validate_call
 from torch import Tensor, nn
 
-from kwta_exp.fields import STRICT, Count
+from kwta_exp.fields import STRICT
 from kwta_exp.models.factory import ActivationFactory, Activations, per_stage
 
 
@@ -88,11 +88,11 @@ class DenseNet(nn.Module):
     def __init__(
         self,
         activation: Activations,
-        num_classes: Count,
-        in_channels: Count,
+        num_classes: PositiveInt,
+        in_channels: PositiveInt,
         last_activation: ActivationFactory = nn.ReLU,
         depth: Literal[121, 161, 169, 201] = 121,
-        growth: Count | None = None,
+        growth: PositiveInt | None = None,
     ) -> None:
         super().__init__()
         usual_growth, layers = _DEPTHS[depth]

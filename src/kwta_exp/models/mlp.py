@@ -1,9 +1,9 @@
 """The fully connected network of the k-WTA study (784-h-h-10 on MNIST)."""
 
-from pydantic import validate_call
+from pydantic import PositiveInt, validate_call
 from torch import Tensor, nn
 
-from kwta_exp.fields import STRICT, Count
+from kwta_exp.fields import STRICT
 from kwta_exp.models.factory import ActivationFactory
 
 
@@ -24,10 +24,10 @@ class MLP(nn.Module):
     def __init__(
         self,
         activation: ActivationFactory,
-        hidden: list[Count],
-        num_classes: Count,
-        in_channels: Count,
-        image_size: tuple[Count, Count],
+        hidden: list[PositiveInt],
+        num_classes: PositiveInt,
+        in_channels: PositiveInt,
+        image_size: tuple[PositiveInt, PositiveInt],
     ) -> None:
         super().__init__()
         width = in_channels * image_size[0] * image_size[1]

@@ -7,10 +7,10 @@ for small images (a 3x3 stem of stride 1, no max-pool), or the paper's own stem 
 from typing import Literal
 
 import torch.nn.functional as F
-from pydantic import validate_call
+from pydantic import PositiveInt, validate_call
 from torch import Tensor, nn
 
-from kwta_exp.fields import STRICT, Count
+from kwta_exp.fields import STRICT
 from kwta_exp.models.factory import ActivationFactory, Activations, per_stage
 
 
@@ -115,11 +115,11 @@ class ResNet(nn.Module):
     def __init__(
         self,
         activation: Activations,
-        num_classes: Count,
-        in_channels: Count,
+        num_classes: PositiveInt,
+        in_channels: PositiveInt,
         stem_activation: ActivationFactory = nn.ReLU,
         depth: Literal[18, 34, 50, 101, 152] = 18,
-        width: Count = 64,
+        width: PositiveInt = 64,
         stem: Literal["3x3", "7x7"] = "3x3",
         conv_bias: bool = False,
     ) -> None:

@@ -8,10 +8,10 @@ import math
 from typing import Literal
 
 import torch.nn.functional as F
-from pydantic import validate_call
+from pydantic import PositiveInt, validate_call
 from torch import Tensor, nn
 
-from kwta_exp.fields import STRICT, Count, Rate
+from kwta_exp.fields import STRICT, Rate
 from kwta_exp.models.factory import ActivationFactory
 
 _CONVOLUTIONS = {
@@ -45,10 +45,10 @@ class VGG(nn.Module):
     def __init__(
         self,
         activation: ActivationFactory,
-        num_classes: Count,
-        in_channels: Count,
+        num_classes: PositiveInt,
+        in_channels: PositiveInt,
         depth: Literal[11, 13, 16, 19] = 16,
-        width: Count = 64,
+        width: PositiveInt = 64,
         batch_norm: bool = True,
         dropout: Rate = 0.5,
     ) -> None:

@@ -7,10 +7,10 @@ their two convolutions.
 import math
 
 import torch.nn.functional as F
-from pydantic import validate_call
+from pydantic import PositiveInt, validate_call
 from torch import Tensor, nn
 
-from kwta_exp.fields import STRICT, Count, Rate
+from kwta_exp.fields import STRICT, Rate
 from kwta_exp.models.factory import ActivationFactory, Activations, per_stage
 
 
@@ -89,10 +89,10 @@ class WideResNet(nn.Module):
     def __init__(
         self,
         activation: Activations,
-        num_classes: Count,
-        in_channels: Count,
-        depth: Count = 28,
-        widen_factor: Count = 10,
+        num_classes: PositiveInt,
+        in_channels: PositiveInt,
+        depth: PositiveInt = 28,
+        widen_factor: PositiveInt = 10,
         dropout: Rate = 0.0,
         conv_bias: bool = False,
     ) -> None:

@@ -67,7 +67,7 @@ class _Running:
         return cls(torch.zeros((), device=device), torch.zeros((), device=device), 0, 0, 0.0)
 
     def add(self, loss: Tensor, right_N: Tensor) -> None:
-        """Count a step's mean loss and which of its images were classified correctly."""
+        """PositiveInt a step's mean loss and which of its images were classified correctly."""
         self.loss += loss * len(right_N)
         self.correct += right_N.sum()
         self.judged += len(right_N)

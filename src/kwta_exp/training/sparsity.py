@@ -8,11 +8,11 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any
 
-from pydantic import dataclasses
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, dataclasses
 from torch import nn
 
 from kwta_exp.activations import KWTA
-from kwta_exp.fields import STRICT, Count, Natural, Positive, Ratio
+from kwta_exp.fields import STRICT, Ratio
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -47,9 +47,9 @@ class Incremental(Sparsity):
 
     start: Ratio
     final: Ratio
-    step: Positive = 0.005
-    every: Count = 2
-    hold: Natural = 0
+    step: PositiveFloat = 0.005
+    every: PositiveInt = 2
+    hold: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
         _check_order(self.start, self.final)

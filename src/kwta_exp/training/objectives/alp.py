@@ -6,11 +6,11 @@ min_theta E[L(theta, x', y) + lambda * |f(x) - f(x')|^2 / K].
 
 import torch
 import torch.nn.functional as F
-from pydantic import dataclasses
+from pydantic import PositiveFloat, dataclasses
 from torch import Tensor, nn
 
 from kwta_exp.data.batches import Batch
-from kwta_exp.fields import STRICT, Positive
+from kwta_exp.fields import STRICT
 from kwta_exp.training.objectives.base import AdversarialTraining
 
 
@@ -27,7 +27,7 @@ class ALPTraining(AdversarialTraining):
         weight: lambda, on the mean over images and classes; 0.5 in the study and the paper.
     """
 
-    weight: Positive = 0.5
+    weight: PositiveFloat = 0.5
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         x_adv = self.attacked(model, batch)

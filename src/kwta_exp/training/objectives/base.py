@@ -7,13 +7,13 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import dataclasses
+from pydantic import PositiveFloat, PositiveInt, dataclasses
 from torch import Tensor, nn
 
 from kwta_exp.attacks import Attack
 from kwta_exp.data.batches import Batch
-from kwta_exp.fields import STRICT, Count, Positive, Rate, Share
-from kwta_exp.models.stand_in import following
+from kwta_exp.fields import STRICT, Rate, Share
+from kwta_exp.models.proxy import following
 
 Search = Literal["exact", "fast"]
 
@@ -34,10 +34,10 @@ class Training(ABC):
             weights themselves.
     """
 
-    epochs: Count
-    batch_size: Count = 128
+    epochs: PositiveInt
+    batch_size: PositiveInt = 128
     label_smoothing: Rate = 0.0
-    clip_norm: Positive | None = None
+    clip_norm: PositiveFloat | None = None
     ema_decay: Share | None = None
 
     @abstractmethod
@@ -82,8 +82,8 @@ class AdversarialTraining(Training):
     Args:
         attack: the inner maximiser, with its own norm, eps and steps. Any object of this project's attack
             interface will do.
-        search: ``"fast"`` lets it see a stand-in of the network as it is at that moment
-            (:class:`~kwta_exp.models.stand_in.StandIn`), the same up to rounding; ``"exact"`` the network. What
+        search: ``"fast"`` lets it see a proxy of the network as it is at that moment
+            (:class:`~kwta_exp.models.proxy.Proxy`), the same up to rounding; ``"exact"`` the network. What
             is learned from, and judged, is the network's answer either way.
     """
 
@@ -99,7 +99,7 @@ class AdversarialTraining(Training):
 
 
 def search(attack: Attack, model: nn.Module, batch: Batch, how: Search) -> Tensor:
-    """What ``attack`` makes of the images, on the network in eval mode or on its stand-in."""
+    """What ``attack`` makes of the images, on the network in eval mode or on its proxy."""
     network = unwrapped(model)
     with eval_mode(network):
         searched = following(network, batch.x[:2]) if how == "fast" else network

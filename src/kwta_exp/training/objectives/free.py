@@ -7,12 +7,12 @@ Free!", NeurIPS 2019, algorithm 1.
 from collections.abc import Iterator
 
 import torch
-from pydantic import dataclasses
+from pydantic import PositiveInt, dataclasses
 from torch import Tensor, nn
 
 from kwta_exp.attacks import Attack, Threat
 from kwta_exp.data.batches import Batch
-from kwta_exp.fields import STRICT, Count, Eps, Norm
+from kwta_exp.fields import STRICT, Eps, Norm
 from kwta_exp.training.objectives.base import Training, withstands
 
 
@@ -33,7 +33,7 @@ class FreeTraining(Training):
         probe: the attack that validation images are judged under.
     """
 
-    replays: Count = 8
+    replays: PositiveInt = 8
     norm: Norm
     eps: Eps
     probe: Attack

@@ -8,11 +8,11 @@ BCE(p', y) = -log p'_y - log(1 - max_{k != y} p'_k).
 
 import torch
 import torch.nn.functional as F
-from pydantic import dataclasses
+from pydantic import PositiveFloat, dataclasses
 from torch import Tensor, nn
 
 from kwta_exp.data.batches import Batch
-from kwta_exp.fields import STRICT, Positive
+from kwta_exp.fields import STRICT
 from kwta_exp.training.objectives.base import AdversarialTraining
 
 _HEADROOM = 1e-4
@@ -31,7 +31,7 @@ class MARTTraining(AdversarialTraining):
         weight: lambda; 5 in the paper.
     """
 
-    weight: Positive = 5.0
+    weight: PositiveFloat = 5.0
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         x_adv = self.attacked(model, batch)

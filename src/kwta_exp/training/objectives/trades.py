@@ -6,11 +6,11 @@ min_theta E[CE(f(x), y) + beta * max_{x' in S(x)} KL(p(x) || p(x'))].
 """
 
 import torch.nn.functional as F
-from pydantic import dataclasses
+from pydantic import PositiveFloat, dataclasses
 from torch import Tensor, nn
 
 from kwta_exp.data.batches import Batch
-from kwta_exp.fields import STRICT, Positive
+from kwta_exp.fields import STRICT
 from kwta_exp.training.objectives.base import AdversarialTraining
 
 
@@ -27,7 +27,7 @@ class TRADESTraining(AdversarialTraining):
         beta: weight of the KL divergence; the k-WTA study and the paper's CIFAR-10 results use 6.
     """
 
-    beta: Positive = 6.0
+    beta: PositiveFloat = 6.0
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         x_adv = self.attacked(model, batch)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import dataclasses
+from pydantic import NonNegativeInt, PositiveInt, dataclasses
 
 from kwta_exp.data.base import Dataset, Images, Int64
 from kwta_exp.errors import UserError
-from kwta_exp.fields import STRICT, Count, Natural
+from kwta_exp.fields import STRICT
 from kwta_exp.received import regular_size
 from kwta_exp.storage import sha256_of_file, sha256_of_json
 
@@ -52,8 +52,8 @@ class ImageFolder(Dataset):
     """
 
     root: str
-    image_size: Count = 224
-    workers: Natural = 8
+    image_size: PositiveInt = 224
+    workers: NonNegativeInt = 8
 
     @property
     def shape(self) -> tuple[int, int, int]:

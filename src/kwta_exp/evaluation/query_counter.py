@@ -13,7 +13,7 @@ _ROUNDING = 1e-6
 """How far float32 may carry an image over the edge of its ball."""
 
 
-class Counted(nn.Module):
+class QueryCounter(nn.Module):
     """A network that counts the images it is shown and those it returns gradients for, whoever asks.
 
     An attack sends its images in any number and order. Each query is booked on the nearest of the originals,

@@ -18,7 +18,7 @@ TRUSTED = frozenset({
     *(f"kwta_exp.data.datasets.{name}" for name in (
         "Arrays", "CIFAR10", "CIFAR100", "Digits", "FashionMNIST", "MNIST", "SVHN", "Synthetic",
     )),
-    "kwta_exp.data.folder.ImageFolder",
+    "kwta_exp.data.image_folder.ImageFolder",
     "kwta_exp.attacks.Threat",
 })  # fmt: skip
 """What a run folder may have built: it can come from anybody, and a ``_target_`` can be any function."""
@@ -166,7 +166,7 @@ def local_code(content: Any) -> dict[str, str]:
 
 
 def _gates(content: Any) -> Iterator[str]:
-    """Every class and function named in a ``gates`` mapping (of the surrogate attack)."""
+    """Every class and function named in a ``gates`` mapping (of the bpda attack)."""
     if isinstance(content, Mapping):
         for key, value in content.items():
             if key == "gates" and isinstance(value, Mapping):

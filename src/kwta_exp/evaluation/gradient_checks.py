@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kwta_exp.attacks import PGD, Threat
 from kwta_exp.attacks.losses import cross_entropy, margin
 from kwta_exp.attacks.together import input_gradient
-from kwta_exp.evaluation.judge import errs
+from kwta_exp.evaluation.judge import misclassified
 from kwta_exp.randomness import fold
 
 DRAWS = 200
@@ -30,15 +30,17 @@ RANDOM_LOGITS = 1e-3
 """Relative difference of two answers to one question that rounding does not explain."""
 
 
-def looked_at(network: nn.Module, x: Tensor, y: Tensor, keys: Tensor, threat: Threat) -> dict[str, Tensor]:
+def measured_per_image(
+    network: nn.Module, x: Tensor, y: Tensor, keys: Tensor, threat: Threat
+) -> dict[str, Tensor]:
     """One number for each image ``(N,)`` and measurement, NaN where it says nothing."""
     return {
         **_ascent(network, x, y, keys, threat),
         "change_unseen_by_gradients": _unseen_change(network, x, y, keys, threat),
-        "stands_at_large_eps": _at_large_eps(network, x, y, keys, threat),
+        "robust_at_large_eps": _at_large_eps(network, x, y, keys, threat),
         "outputs_are_probabilities": _probabilities(network, x),
         "outputs_are_random": _random(network, x),
-        "by_luck": fooled_by_luck(network, x, y, keys, threat),
+        "by_luck": fooled_by_random_search(network, x, y, keys, threat),
     }
 
 
@@ -121,7 +123,7 @@ def _at_large_eps(network: nn.Module, x: Tensor, y: Tensor, keys: Tensor, threat
     except RuntimeError:  # there is no gradient at all
         found = x
     with torch.no_grad():
-        return (~errs(network(found), y)).double()
+        return (~misclassified(network(found), y)).double()
 
 
 def _probabilities(network: nn.Module, x: Tensor) -> Tensor:
@@ -138,12 +140,12 @@ def _random(network: nn.Module, x: Tensor) -> Tensor:
     return ((one - other).abs().amax(1) > RANDOM_LOGITS * size).double()
 
 
-def fooled_by_luck(network: nn.Module, x: Tensor, y: Tensor, keys: Tensor, threat: Threat) -> Tensor:
+def fooled_by_random_search(network: nn.Module, x: Tensor, y: Tensor, keys: Tensor, threat: Threat) -> Tensor:
     """Which images a random point of the ball fools, bool ``(N,)``."""
     fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     with torch.no_grad():
         for draw in range(DRAWS):
-            fooled |= errs(network(_draw(x, fold(2 + draw, keys), threat, draw)), y)
+            fooled |= misclassified(network(_draw(x, fold(2 + draw, keys), threat, draw)), y)
     return fooled
 
 

@@ -1,4 +1,4 @@
-"""The surrogate-gradient attack: exact forward, soft backward.
+"""The bpda-gradient attack: exact forward, soft backward.
 
 A winner-take-all layer is discontinuous in its input: which values win changes densely, and the
 gradient, which only sees today's winners, says nothing about it. Backward pass differentiable
@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import dataclasses
+from pydantic import PositiveFloat, PositiveInt, dataclasses
 from torch import Tensor, nn
 
 from kwta_exp.activations import KWTA, LWTA
@@ -28,15 +28,15 @@ from kwta_exp.attacks.losses import Loss, LossName, attack_loss
 from kwta_exp.attacks.pgd import PGD, Best
 from kwta_exp.attacks.standing import Try, best_of
 from kwta_exp.attacks.threat import Threat
-from kwta_exp.attacks.together import Climb, Query, in_parts, together
-from kwta_exp.fields import STRICT, Count, Eps, Norm, Positive
+from kwta_exp.attacks.together import Climb, Query, micro_batched, together
+from kwta_exp.fields import STRICT, Eps, Norm
 from kwta_exp.randomness import fold
 
 Temperature = float | Tensor
 """Of all images, or of each: ``(n,)``, for a gate with the dimensions of ``x``, the others of size 1."""
 
-Gate = Callable[[Any, Tensor, Any], Tensor]
-"""``gate(module, x, temperature)``: a smooth stand-in for ``module(x)``; see :data:`Temperature`."""
+Relaxation = Callable[[Any, Tensor, Any], Tensor]
+"""``gate(module, x, temperature)``: a relaxation of ``module(x)``; see :data:`Temperature`."""
 
 
 def soft_kwta(module: KWTA, x: Tensor, temperature: Temperature) -> Tensor:
@@ -74,15 +74,15 @@ def _spread(x: Tensor, first: int) -> Tensor:
     return spread.clamp_min(1e-12)
 
 
-GATES: dict[type[nn.Module], Gate] = {KWTA: soft_kwta, LWTA: soft_lwta}
-"""The discontinuous activations known here, and the smooth stand-in of each."""
+RELAXATIONS: dict[type[nn.Module], Relaxation] = {KWTA: soft_kwta, LWTA: soft_lwta}
+"""The discontinuous activations known here, and the relaxation of each."""
 
 _MOMENTUM = 0.75
 _FIRST_STEP = 0.5  # of eps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
-class SurrogatePGD:
+class BPDA:
     """PGD whose forward pass is the network's own and whose backward pass goes through soft gates.
 
     Every restart is a run with a random start of its own. The iterate with the largest margin of error, under
@@ -101,7 +101,7 @@ class SurrogatePGD:
             through them; under ``"anneal"`` each goes from the largest to the smallest, geometrically.
         loss: ``"ce"`` or ``"margin"``.
         gates: for activations of your own: dotted path of the class to dotted path of its gate, a
-            function ``(module, x, temperature)`` that returns a smooth stand-in for ``module(x)``.
+            function ``(module, x, temperature)`` that returns a relaxation of ``module(x)``.
             ``"anneal"`` hands it a temperature for each image, of ``x``'s dimensions, the others a float.
 
     Raises:
@@ -111,11 +111,11 @@ class SurrogatePGD:
 
     norm: Norm
     eps: Eps
-    steps: Count = 40
+    steps: PositiveInt = 40
     step_size: Eps | None = None
     ascent: Literal["anneal", "pgd", "apgd"] = "anneal"
-    restarts: Count = 6
-    temperatures: list[Positive] = field(default_factory=lambda: [0.1, 0.01])
+    restarts: PositiveInt = 6
+    temperatures: list[PositiveFloat] = field(default_factory=lambda: [0.1, 0.01])
     loss: LossName = "margin"
     gates: dict[str, str] | None = None
 
@@ -137,10 +137,10 @@ class SurrogatePGD:
     refills: ClassVar = True
 
     def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, at_once: int | None = None
+        self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, max_batch_size: int | None = None
     ) -> Tensor:
         """Adversarial images inside the ball and [0, 1]; see :class:`~kwta_exp.attacks.Attack`."""
-        gated, asked = self.require(model), in_parts(model, at_once)
+        gated, asked = self.require(model), micro_batched(model, max_batch_size)
         descent = self._descent
 
         def run(restart: int) -> Try:
@@ -151,17 +151,19 @@ class SurrogatePGD:
                 if self.ascent == "anneal":
                     best = Best(x[at], y[at])
                     loss = attack_loss(self.loss, asked, x[at], y[at])
-                    together(soft, partial(self._anneal, keys_of_run, best, loss), best.standing, at_once)
+                    together(
+                        soft, partial(self._anneal, keys_of_run, best, loss), best.standing, max_batch_size
+                    )
                     return best.x
-                with softened(gated, temperature):
-                    return descent(model, x[at], y[at], keys_of_run, at_once=at_once)
+                with relaxed(gated, temperature):
+                    return descent(model, x[at], y[at], keys_of_run, max_batch_size=max_batch_size)
 
             return attempt
 
         def soft(x: Tensor, temperatures: Tensor | None = None) -> Tensor:
             if temperatures is None:
                 return asked(x)
-            with softened(gated, temperatures):
+            with relaxed(gated, temperatures):
                 logits: Tensor = model(x)
             return logits
 
@@ -196,7 +198,7 @@ class SurrogatePGD:
         forwards, backwards = self._descent.passes(classes)
         return self.restarts * (forwards + 1), self.restarts * backwards
 
-    def require(self, model: nn.Module) -> list[tuple[nn.Module, Gate]]:
+    def require(self, model: nn.Module) -> list[tuple[nn.Module, Relaxation]]:
         """The activations with a gate.
 
         Raises:
@@ -204,12 +206,12 @@ class SurrogatePGD:
         """
         return _require_gates(model, self.gates)
 
-    def _gated(self, model: nn.Module) -> list[tuple[nn.Module, Gate]]:
+    def _gated(self, model: nn.Module) -> list[tuple[nn.Module, Relaxation]]:
         return gated_modules(model, self.gates)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
-class SmoothTwin:
+class RelaxedTransfer:
     """PGD on a twin of the network with soft gates going forward too; what it finds is tried on the network.
 
     The twin is smooth, so its gradients are honest, and near the network, so its adversarial images often
@@ -221,9 +223,9 @@ class SmoothTwin:
         eps: radius of the ball, in pixel units of [0, 1].
         steps: gradient steps of each restart.
         restarts: independent runs; they take turns through the temperatures.
-        temperatures: see :class:`SurrogatePGD`.
+        temperatures: see :class:`BPDA`.
         loss: ``"ce"``, ``"margin"`` or ``"dlr"``.
-        gates: see :class:`SurrogatePGD`.
+        gates: see :class:`BPDA`.
 
     Raises:
         NotApplicableError: from a call, if the model has no module of a class with a gate.
@@ -231,9 +233,9 @@ class SmoothTwin:
 
     norm: Norm
     eps: Eps
-    steps: Count = 40
-    restarts: Count = 6
-    temperatures: list[Positive] = field(default_factory=lambda: [0.1, 0.05, 0.2])
+    steps: PositiveInt = 40
+    restarts: PositiveInt = 6
+    temperatures: list[PositiveFloat] = field(default_factory=lambda: [0.1, 0.05, 0.2])
     loss: LossName = "ce"
     gates: dict[str, str] | None = None
 
@@ -248,7 +250,7 @@ class SmoothTwin:
     refills: ClassVar = True
 
     def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, at_once: int | None = None
+        self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, max_batch_size: int | None = None
     ) -> Tensor:
         """Adversarial images inside the ball and [0, 1]; see :class:`~kwta_exp.attacks.Attack`."""
         gated = _require_gates(model, self.gates)
@@ -258,30 +260,30 @@ class SmoothTwin:
             temperature = self.temperatures[restart % len(self.temperatures)]
 
             def attempt(at: Tensor) -> Tensor:
-                with softened(gated, temperature, exact_forward=False):
-                    return descent(model, x[at], y[at], fold(restart, keys[at]), at_once=at_once)
+                with relaxed(gated, temperature, exact_forward=False):
+                    return descent(model, x[at], y[at], fold(restart, keys[at]), max_batch_size=max_batch_size)
 
             return attempt
 
-        return best_of(map(run, range(self.restarts)), in_parts(model, at_once), x, y)
+        return best_of(map(run, range(self.restarts)), micro_batched(model, max_batch_size), x, y)
 
 
-def gated_modules(model: nn.Module, own: Mapping[str, str] | None) -> list[tuple[nn.Module, Gate]]:
+def gated_modules(model: nn.Module, own: Mapping[str, str] | None) -> list[tuple[nn.Module, Relaxation]]:
     """The modules of ``model`` whose class has a gate, here or in ``own`` (dotted path to dotted path)."""
     resolve = pkgutil.resolve_name
-    gates = GATES | {resolve(name): resolve(gate) for name, gate in (own or {}).items()}
+    gates = RELAXATIONS | {resolve(name): resolve(gate) for name, gate in (own or {}).items()}
     return [(module, gates[type(module)]) for module in model.modules() if type(module) in gates]
 
 
-def _require_gates(model: nn.Module, own: Mapping[str, str] | None) -> list[tuple[nn.Module, Gate]]:
+def _require_gates(model: nn.Module, own: Mapping[str, str] | None) -> list[tuple[nn.Module, Relaxation]]:
     if gated := gated_modules(model, own):
         return gated
     raise NotApplicableError("no winner-take-all activation to put a soft gate in")
 
 
 @contextmanager
-def softened(
-    gated: Sequence[tuple[nn.Module, Gate]], temperature: Temperature, exact_forward: bool = True
+def relaxed(
+    gated: Sequence[tuple[nn.Module, Relaxation]], temperature: Temperature, exact_forward: bool = True
 ) -> Iterator[None]:
     """Let gradients of ``gated`` modules pass through their gates; what they return is unchanged, unless
     ``exact_forward`` is off: then it is the gates' too.
@@ -290,7 +292,7 @@ def softened(
     its images, all of these get the mean.
     """
 
-    def hook_for(gate: Gate) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor | None]:
+    def hook_for(gate: Relaxation) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor | None]:
         inside = False
 
         def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:

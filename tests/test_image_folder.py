@@ -16,7 +16,7 @@ from PIL import Image
 
 from kwta_exp.config import user_errors
 from kwta_exp.data.batches import TrainingBatches, first_test_images, split_training
-from kwta_exp.data.folder import ImageFolder
+from kwta_exp.data.image_folder import ImageFolder
 from kwta_exp.errors import UserError
 
 CPU = torch.device("cpu")
@@ -99,7 +99,7 @@ def test_other_pixels_of_the_same_size_are_another_dataset(
         return dataset(tmp_path).fingerprint()
 
     assert write(10) != write(20)
-    monkeypatch.setattr("kwta_exp.data.folder.READ_WHOLE", 10)  # as if it were too large to read
+    monkeypatch.setattr("kwta_exp.data.image_folder.READ_WHOLE", 10)  # as if it were too large to read
     assert write(10) == write(20)
 
 
@@ -203,7 +203,7 @@ def test_what_may_not_be_read_is_one_message(root: Path, monkeypatch: pytest.Mon
         with pytest.raises(UserError, match=r"dataset\.root=.*/train/a cannot be read: Permission denied"):
             dataset(root).fingerprint()
     with monkeypatch.context() as patch:
-        patch.setattr("kwta_exp.data.folder.sha256_of_file", deny)
+        patch.setattr("kwta_exp.data.image_folder.sha256_of_file", deny)
         with pytest.raises(UserError, match=r"dataset\.root: .*0\.png cannot be read: Permission denied"):
             dataset(root).fingerprint()
     images = dataset(root).load()
@@ -226,7 +226,7 @@ def test_a_worker_that_dies_ends_the_run_with_one_message(root: Path, monkeypatc
         assert os.getpid() != main
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr("kwta_exp.data.folder._judged", dies)
+    monkeypatch.setattr("kwta_exp.data.image_folder._judged", dies)
     with pytest.raises(UserError, match=r"^dataset\.workers=1: a process that reads images died"):
         list(pixels.stream([torch.arange(3)], None))
 

@@ -1,4 +1,4 @@
-"""The surrogate attack: exact forward, soft backward, and stronger than plain PGD where it matters."""
+"""The bpda attack: exact forward, soft backward, and stronger than plain PGD where it matters."""
 
 from functools import partial
 from typing import Any
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from kwta_exp.activations import KWTA, LWTA
-from kwta_exp.attacks import PGD, Attack, NotApplicableError, SmoothTwin, SurrogatePGD, Threat
-from kwta_exp.attacks.surrogate import GATES, softened
+from kwta_exp.attacks import BPDA, PGD, Attack, NotApplicableError, RelaxedTransfer, Threat
+from kwta_exp.attacks.bpda import RELAXATIONS, relaxed
 from kwta_exp.models import MLP
 from kwta_exp.randomness import fold, key
 
@@ -43,7 +43,7 @@ def test_forward_is_exact_and_backward_is_the_gate(module: nn.Module) -> None:
     x = torch.randn(3, 4, 5, 2, dtype=torch.float64, generator=generator).requires_grad_()
     weight = torch.randn(3, 4, 5, 2, dtype=torch.float64, generator=generator)
 
-    with softened([(module, GATES[type(module)])], 0.3):
+    with relaxed([(module, RELAXATIONS[type(module)])], 0.3):
         out = module(x)
         (found,) = torch.autograd.grad((out * weight).sum(), x)
     (expected,) = torch.autograd.grad((soft(module, x, 0.3) * weight).sum(), x)
@@ -61,7 +61,7 @@ def test_each_image_has_its_own_temperature(module: nn.Module, exact: bool) -> N
 
     def output_and_gradient(x: Tensor, temperature: Any) -> tuple[Tensor, Tensor]:
         x = x.clone().requires_grad_()
-        with softened([(module, GATES[type(module)])], temperature, exact_forward=exact):
+        with relaxed([(module, RELAXATIONS[type(module)])], temperature, exact_forward=exact):
             out = module(x)
         return out, torch.autograd.grad(out.square().sum(), x)[0]
 
@@ -76,20 +76,20 @@ def test_where_rows_are_not_images_all_have_the_mean_temperature() -> None:
     module, x = KWTA(0.3), torch.randn(12, 20, dtype=torch.float64, requires_grad=True)
     found = []
     for temperature in (torch.tensor([0.1, 0.2, 0.6], dtype=torch.float64), 0.3):
-        with softened([(module, GATES[KWTA])], temperature):
+        with relaxed([(module, RELAXATIONS[KWTA])], temperature):
             found += torch.autograd.grad(module(x).sum(), x)
     torch.testing.assert_close(*found)
 
 
 def test_half_precision_stays_half_precision() -> None:
     module, x = KWTA(0.3), torch.randn(2, 20, dtype=torch.bfloat16, requires_grad=True)
-    with softened([(module, GATES[KWTA])], torch.tensor([0.1, 0.2]), exact_forward=False):
+    with relaxed([(module, RELAXATIONS[KWTA])], torch.tensor([0.1, 0.2]), exact_forward=False):
         assert module(x).dtype == torch.bfloat16
 
 
 def test_a_cold_gate_is_the_plain_gradient() -> None:
     module, x = KWTA(0.3), torch.randn(2, 50, dtype=torch.float64, requires_grad=True)
-    with softened([(module, GATES[KWTA])], 1e-9):
+    with relaxed([(module, RELAXATIONS[KWTA])], 1e-9):
         (found,) = torch.autograd.grad(module(x).sum(), x)
     (plain,) = torch.autograd.grad(module(x).sum(), x)
     off_threshold = x != x.detach().sort(1, descending=True).values[:, 14:15]
@@ -100,7 +100,7 @@ def test_hooks_are_gone_after_the_attack_and_after_an_error() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), KWTA(0.5), nn.Linear(8, 3)).eval()
     x, y = torch.rand(4, 1, 4, 4), torch.zeros(4, dtype=torch.long)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    for attack in (SurrogatePGD(norm="linf", eps=0.1, steps=2), SmoothTwin(norm="linf", eps=0.1, steps=2)):
+    for attack in (BPDA(norm="linf", eps=0.1, steps=2), RelaxedTransfer(norm="linf", eps=0.1, steps=2)):
         attack(model, x, y, torch.arange(4))
         with pytest.raises(RuntimeError):
             attack(model, x[:, :, :2], y, torch.arange(4))
@@ -111,7 +111,7 @@ def test_hooks_are_gone_after_the_attack_and_after_an_error() -> None:
 
 def test_where_there_is_nothing_to_soften_it_says_so(linear_model: nn.Module) -> None:
     x, y = torch.zeros(1, 3, 4, 4).double(), torch.zeros(1, dtype=torch.long)
-    for attack in (SurrogatePGD(norm="linf", eps=0.1), SmoothTwin(norm="linf", eps=0.1)):
+    for attack in (BPDA(norm="linf", eps=0.1), RelaxedTransfer(norm="linf", eps=0.1)):
         with pytest.raises(NotApplicableError, match="no winner-take-all activation"):
             attack(linear_model, x, y, y)
 
@@ -132,8 +132,8 @@ def test_users_map_their_own_activation_to_a_gate() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), Halved(), nn.Linear(8, 3)).eval()
     x, y = torch.rand(4, 1, 4, 4), torch.zeros(4, dtype=torch.long)
     with pytest.raises(NotApplicableError):
-        SurrogatePGD(norm="linf", eps=0.1)(model, x, y, torch.arange(4))
-    attack = SurrogatePGD(norm="linf", eps=0.1, gates={f"{__name__}.Halved": f"{__name__}.soft_halved"})
+        BPDA(norm="linf", eps=0.1)(model, x, y, torch.arange(4))
+    attack = BPDA(norm="linf", eps=0.1, gates={f"{__name__}.Halved": f"{__name__}.soft_halved"})
     assert attack.details(model) == {"activations_replaced": 1}
     assert Threat(norm="linf", eps=0.1).distance(attack(model, x, y, torch.arange(4)), x).max() <= 0.1 + 1e-6
 
@@ -153,10 +153,10 @@ def test_it_breaks_what_plain_pgd_leaves_standing_on_kwta_nets() -> None:
     effort: Any = {"norm": "linf", "eps": 0.03, "steps": 20, "restarts": 2}
     attacks: dict[str, Attack] = {
         "plain": PGD(**effort),
-        "pgd": SurrogatePGD(**effort, temperatures=[0.1, 0.05], ascent="pgd"),
-        "apgd": SurrogatePGD(**effort, temperatures=[0.05], ascent="apgd"),
-        "anneal": SurrogatePGD(**effort, temperatures=[0.1, 0.01], ascent="anneal"),
-        "twin": SmoothTwin(**effort),
+        "pgd": BPDA(**effort, temperatures=[0.1, 0.05], ascent="pgd"),
+        "apgd": BPDA(**effort, temperatures=[0.05], ascent="apgd"),
+        "anneal": BPDA(**effort, temperatures=[0.1, 0.01], ascent="anneal"),
+        "relaxed_transfer": RelaxedTransfer(**effort),
     }
     left = dict.fromkeys(attacks, 0)
     for seed in range(4):
@@ -171,7 +171,7 @@ def test_it_breaks_what_plain_pgd_leaves_standing_on_kwta_nets() -> None:
     assert 60 < left["plain"] < 180
     assert max(left["pgd"], left["apgd"], left["anneal"]) < 0.6 * left["plain"]
     assert max(left["apgd"], left["anneal"]) < left["pgd"]
-    assert left["twin"] < 0.4 * 240  # what is found on it transfers
+    assert left["relaxed_transfer"] < 0.4 * 240  # what is found on it transfers
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -183,8 +183,8 @@ def test_it_stays_in_the_ball_and_in_range(norm: str) -> None:
     x = torch.rand(8, 1, 4, 4).round()  # at the edges of [0, 1]
     y = model(x).argmax(1)
     settings: Any = {"norm": norm, "eps": 0.3, "steps": 5, "restarts": 2}
-    surrogates = [SurrogatePGD(**settings, ascent=ascent) for ascent in ("anneal", "pgd", "apgd")]
-    for attack in (*surrogates, SmoothTwin(**settings)):
+    attacks = [BPDA(**settings, ascent=ascent) for ascent in ("anneal", "pgd", "apgd")]
+    for attack in (*attacks, RelaxedTransfer(**settings)):
         x_adv = attack(model, x, y, torch.arange(8))
         assert threat.distance(x_adv, x).max() <= 0.3 + 1e-6
         assert 0 <= x_adv.min() <= x_adv.max() <= 1
@@ -192,6 +192,6 @@ def test_it_stays_in_the_ball_and_in_range(norm: str) -> None:
 
 
 def test_a_step_size_is_for_pgds_way_alone() -> None:
-    SurrogatePGD(norm="linf", eps=0.1, step_size=0.01, ascent="pgd")
+    BPDA(norm="linf", eps=0.1, step_size=0.01, ascent="pgd")
     with pytest.raises(ValueError, match="ascent=anneal sets its own; expected null"):
-        SurrogatePGD(norm="linf", eps=0.1, step_size=0.01)
+        BPDA(norm="linf", eps=0.1, step_size=0.01)

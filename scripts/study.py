@@ -1,7 +1,7 @@
 """From run folders to small committed records, and from records to ``docs/results.md``.
 
-    python -m kwta_exp.report.study collect NAME [LABEL=]RUN_FOLDER...   writes docs/results/NAME.json
-    python -m kwta_exp.report.study page                            writes docs/results.md from all of them
+    python -m scripts.study collect NAME [LABEL=]RUN_FOLDER...   writes docs/results/NAME.json
+    python -m scripts.study page                            writes docs/results.md from all of them
 
 A record holds what the tables need and where it came from, nothing more; ``docs/results/NAME.md`` is the text
 that goes before a study's table. Every number of the page is computed from the records.
@@ -147,7 +147,7 @@ def _study(records: Sequence[Record]) -> list[str]:
     threats = {(record["threat"]["norm"], record["threat"]["eps"]) for record in records}
     beside = attacked and (len(records) == 1 or len(threats) > 1)
     parts = [_attacks(records) if beside else _table(by_name, attacked)]
-    if lines := [_price(record) for record in records if {"surrogate", "nes"} <= record["attacks"].keys()]:
+    if lines := [_price(record) for record in records if {"bpda", "nes"} <= record["attacks"].keys()]:
         parts.append("\n".join(lines))
     differences = (
         [] if beside else _differences_from_relu(by_name) if attacked else _paired_differences(by_name)
@@ -215,23 +215,22 @@ def _attacks(records: Sequence[Record]) -> str:
 
 
 def _price(record: Record) -> str:
-    """What the surrogate and the published attack cost where the latter has to work."""
+    """What the bpda and the published attack cost where the latter has to work."""
     if late := record.get("late"):
-        mine, theirs = (late["passes"][name] for name in ("surrogate", "nes"))
+        mine, theirs = (late["passes"][name] for name in ("bpda", "nes"))
         return (
             f"- {record['name']}: on the {late['images']} images that withstand the first 40 steps of `nes`, it"
-            f" takes {theirs:,} passes and the surrogate {mine:,}, a {theirs // max(mine, 1):,}th part."
+            f" takes {theirs:,} passes and the bpda {mine:,}, a {theirs // max(mine, 1):,}th part."
         )
-    # Not counted image by image: a bound, with all that the surrogate took and the least that `nes` did.
+    # Not counted image by image: a bound, with all that the bpda took and the least that `nes` did.
     mine, theirs = (
-        record["attacks"][name]["forwards"] + record["attacks"][name]["backwards"]
-        for name in ("surrogate", "nes")
+        record["attacks"][name]["forwards"] + record["attacks"][name]["backwards"] for name in ("bpda", "nes")
     )
     attacked = round(record["clean"]["accuracy"] * record["clean"]["n"])
     least = theirs - attacked * EARLY
     return (
         f"- {record['name']}: on the images that withstand its first 40 steps, `nes` takes at least {least:,}"
-        f" passes, and the surrogate at most {mine:,}, a {least // mine:,}th part."
+        f" passes, and the bpda at most {mine:,}, a {least // mine:,}th part."
     )
 
 

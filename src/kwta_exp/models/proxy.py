@@ -1,4 +1,4 @@
-"""A faster stand-in for a frozen network, for attacks to search with. Nothing is judged by it."""
+"""A faster proxy for a frozen network, for attacks to search with. Nothing is judged by it."""
 
 import copy
 import logging
@@ -17,7 +17,7 @@ from kwta_exp.randomness import isolated
 log = logging.getLogger(__name__)
 
 
-class StandIn(nn.Module):
+class Proxy(nn.Module):
     """The same function, up to rounding, of the same images in [0, 1].
 
     BatchNorm is folded into the convolution before it, where the network can be traced and the result
@@ -92,32 +92,32 @@ class StandIn(nn.Module):
                 module.pack()
 
 
-def stand_in_for(network: nn.Module, sample: Tensor) -> nn.Module:
-    """A stand-in for ``network``, or the network itself where none can be had, which is logged.
+def proxy_for(network: nn.Module, sample: Tensor) -> nn.Module:
+    """A proxy for ``network``, or the network itself where none can be had, which is logged.
 
-    Arguments as for :class:`StandIn`.
+    Arguments as for :class:`Proxy`.
     """
     try:
         with isolated(0), torch.autocast(sample.device.type, enabled=False):
-            return StandIn(network, sample)
+            return Proxy(network, sample)
     except Exception as error:  # it cannot be copied, or insists on a type: whatever a network may do
-        log.warning("the search is exact: no stand-in for the network can be had (%s)", error)
+        log.warning("the search is exact: no proxy for the network can be had (%s)", error)
         return network
 
 
-_kept: WeakKeyDictionary[nn.Module, StandIn | None] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, Proxy | None] = WeakKeyDictionary()
 """None: there is none."""
 
 
 def following(network: nn.Module, sample: Tensor) -> nn.Module:
-    """A stand-in for ``network`` as it is now; made at the first call, brought up to date at others.
+    """A proxy for ``network`` as it is now; made at the first call, brought up to date at others.
 
-    Arguments as for :class:`StandIn`; ``network`` itself where none can be had.
+    Arguments as for :class:`Proxy`; ``network`` itself where none can be had.
     """
     known = _kept.get(network)
     if network not in _kept or (known is not None and not known.suits(network)):
-        made = stand_in_for(network, sample)
-        known = _kept[network] = made if isinstance(made, StandIn) else None
+        made = proxy_for(network, sample)
+        known = _kept[network] = made if isinstance(made, Proxy) else None
     if known is None:
         return network
     with torch.autocast(sample.device.type, enabled=False):
