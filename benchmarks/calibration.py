@@ -31,8 +31,8 @@ from kwta_exp.config import build
 from kwta_exp.data.base import Images
 from kwta_exp.data.batches import TrainingBatches, first_test_images, split_training
 from kwta_exp.data.datasets import Digits, FashionMNIST
-from kwta_exp.evaluation import Roles, diagnose, evaluate, summarise
-from kwta_exp.evaluation.verdict import CHECKS, WITH_INTERVAL
+from kwta_exp.evaluation import Evaluation, evaluate
+from kwta_exp.evaluation.checks import CHECKS
 from kwta_exp.models import CNN, MLP, ResNet
 from kwta_exp.storage import read_json, write_json, write_text
 from kwta_exp.training import NaturalTraining, PGDTraining, Training
@@ -235,10 +235,8 @@ def examined(specimen: Specimen, field: Field, work: Path) -> dict[str, Any]:
     threat = Threat(norm="linf", eps=field.eps[specimen.adversarial])
     network = trained(specimen, field, threat, folder / "state.pt")
     images, suite = first_test_images(field.images, N, CPU), suite_of(threat)
-    roles, judged = Roles.of(suite, threat), folder / "evaluation"
-    clean, records, left = evaluate(network, images, suite, threat, 0, N, judged)
-    diagnosis = diagnose(network, images, suite, clean, records, roles, threat, 0, N, judged, checks_n=32)
-    results = summarise({"name": specimen.name}, threat, clean, records, left, {}, roles, diagnosis)
+    evaluation = Evaluation(network, images, suite, threat, folder / "evaluation", batch_size=N)
+    results = evaluate(evaluation, {"name": specimen.name}, checks_n=32)
     write_json(done, results)
     print(f"  {results['masking']['verdict']}", flush=True)
     return results
@@ -262,8 +260,8 @@ def entry(specimen: Specimen, results: Mapping[str, Any]) -> dict[str, Any]:
         "verdict": masking["verdict"],
         "flags": [flag["check"] for flag in masking["flags"]],
         # What is compared with the threshold: for shares of images the lower end of the interval.
-        "compared": {c["check"]: c["lower95"] if c["check"] in WITH_INTERVAL else c["value"] for c in checks},
-        "planted": masking["planted"],
+        "compared": {c["check"]: c.get("lower95", c["value"]) for c in checks},
+        "binarization": masking["binarization"],
     }
 
 
@@ -330,17 +328,19 @@ def page(record: Mapping[str, Any]) -> str:
         ("The second set", "trying", "FashionMNIST"),
     ):
         lines += ["", f"## {title}: {data}", ""]
-        lines += ["| network | eps | clean | pgd | worst case | planted: pgd, all | must | verdict | flags |"]
+        lines += [
+            "| network | eps | clean | pgd | worst case | binarization test: pgd, all | must | verdict | flags |"
+        ]
         lines += ["| --- | ---: | ---: | ---: | ---: | ---: | --- | --- | --- |"]
         for found in record[key]:
-            hunts = found["planted"].get("found", {})
-            planted = "none made"
-            if hunts:
-                planted = f"{100 * hunts.get('pgd', 0):.0f}, {100 * sum(hunts.values()):.0f}"
+            rates = found["binarization"].get("success_rates", {})
+            test = "not made"
+            if rates:
+                test = f"{100 * rates.get('pgd', 0):.0f}, {100 * sum(rates.values()):.0f}"
             figures = " | ".join(f"{100 * found[key]:.0f}" for key in ("clean", "pgd", "worst_case"))
             error = f" ({kind})" if (kind := wrong(found)) else ""
             lines.append(
-                f"| {found['name']} | {found['eps']:g} | {figures} | {planted} | {found['must'] or ''} |"
+                f"| {found['name']} | {found['eps']:g} | {figures} | {test} | {found['must'] or ''} |"
                 f" {found['verdict']}{error} | {', '.join(found['flags'])} |"
             )
     return "\n".join(lines) + "\n"
@@ -375,7 +375,7 @@ def main() -> None:
     rule = thresholds([found for found in record["setting"] if found["must"] == "sound"])
     for check, value in rule.items():
         if abs(value - CHECKS[check].threshold) > 1e-6:
-            print(f"{check}: the rule gives {value:g}, verdict.py has {CHECKS[check].threshold:g}")
+            print(f"{check}: the rule gives {value:g}, the check has {CHECKS[check].threshold:g}")
 
 
 if __name__ == "__main__":

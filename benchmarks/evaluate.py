@@ -12,6 +12,7 @@ counting included; foolbox's is its attack alone.
 import itertools
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import foolbox
 import torch
@@ -23,7 +24,7 @@ from kwta_exp.attacks import PGD, Threat
 from kwta_exp.checkpoint import load_into, read_weights
 from kwta_exp.data.batches import Split
 from kwta_exp.data.datasets import Arrays, Digits
-from kwta_exp.evaluation import evaluate
+from kwta_exp.evaluation import Evaluation
 from kwta_exp.models import ResNet
 
 STEPS = 20
@@ -49,13 +50,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         numbers = itertools.count()
 
-        def ours(search: str) -> None:
+        def ours(search: Literal["exact", "fast"]) -> None:
             folder = Path(scratch) / str(next(numbers))
-            _, records, _ = evaluate(
-                network, images, suite, threat, 0, len(x), folder, fast_search=search == "fast"
-            )
-            found[f"{search} left"] = 1 - records["pgd"].columns["fooled"].mean()
-            found[f"{search} steps"] = records["pgd"].backwards / len(x)
+            evaluation = Evaluation(network, images, suite, threat, folder, batch_size=len(x), search=search)
+            record = evaluation.run().records["pgd"]
+            found[f"{search} left"] = 1 - record.columns["fooled"].mean()
+            found[f"{search} steps"] = record.backwards / len(x)
 
         def foolboxes(library: foolbox.attacks.LinfPGD = library) -> None:
             network.requires_grad_(True)  # as a network is that nobody froze

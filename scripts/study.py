@@ -92,7 +92,7 @@ def _epochs(run: RunFolder) -> list[dict[str, Any]]:
 
 def _late(stored: Stored) -> dict[str, Any] | None:
     """What each attack spent on the images that withstand the first 40 steps of ``nes``, until they fell."""
-    rows = {name: record.columns for name, record in stored.attacks.items() if len(record)}
+    rows = {name: record.columns for name, record in stored.outcome.records.items() if len(record)}
     if "nes" not in rows:
         return None
     hard = rows["nes"]["index"][rows["nes"]["queries"] > EARLY]

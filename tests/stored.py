@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from kwta_exp.attacks import Threat
+from kwta_exp.attacks.base import CallableAttack
+from kwta_exp.data.batches import Split
 from kwta_exp.errors import UserError
-from kwta_exp.evaluation import Diagnosis, Roles, summarise
-from kwta_exp.evaluation.records import ATTACK_COLUMNS, Record, due
+from kwta_exp.evaluation import Evaluation, Outcome, summarise
+from kwta_exp.evaluation.records import ATTACK_COLUMNS, Record
 from kwta_exp.results_file import vouched_for
 from kwta_exp.run_folder import DESCRIBED
 from kwta_exp.storage import CHECKSUM, sha256_of_json, write_json
@@ -26,7 +29,7 @@ RUN = {
 def evaluation(
     run: Path,
     name: str,
-    right: Sequence[bool],
+    correct: Sequence[bool],
     fooled: Mapping[str, Collection[int]],
     /,
     *,
@@ -40,23 +43,23 @@ def evaluation(
     Args:
         run: the run's folder.
         name: of the evaluation's folder.
-        right: which images are classified correctly clean.
-        fooled: the images that each attack fools; each attack judges all that are right.
+        correct: which images are classified correctly clean.
+        fooled: the images that each attack fools; each attack judges all that are classified correctly.
         threat: L-inf 0.1 unless given.
         verdict: in place of the one that these rows deserve.
         columns: values in place of zeros, by attack and column.
         about: in place of what :data:`RUN` says of the run.
     """
     folder, threat = run / "evaluation" / name, threat or Threat(norm="linf", eps=0.1)
-    index = np.arange(len(right))
+    index = np.arange(len(correct))
     digest = np.array([b"%016x" % i for i in index], dtype="S16")
-    wrong = (~np.array(right)).astype(np.int64)
-    zeros = {"margin": np.zeros(len(right), np.float32), "label": np.zeros(len(right), np.int64)}
+    wrong = (~np.array(correct)).astype(np.int64)
+    zeros = {"margin": np.zeros(len(correct), np.float32), "label": np.zeros(len(correct), np.int64)}
     clean = Record(folder / "clean.npz")
-    clean.append({"index": index, "digest": digest, **zeros, "prediction": wrong}, len(right), 0, 0.0)
+    clean.append({"index": index, "digest": digest, **zeros, "prediction": wrong}, len(correct), 0, 0.0)
     clean.save()
-    at = due(~wrong.astype(bool), ~wrong.astype(bool), None)
-    attacks = {}
+    outcome = Outcome(clean)
+    at = outcome.due(None)
     for attack, indices in fooled.items():
         rows = {
             column: np.zeros(len(at), f"{kind}8" if kind != "b" else bool)
@@ -64,10 +67,14 @@ def evaluation(
         }
         rows |= {"index": index[at], "digest": digest[at], "fooled": np.isin(at, list(indices))}
         rows |= {column: np.array(values) for column, values in (columns or {}).get(attack, {}).items()}
-        attacks[attack] = Record(folder / f"{attack}.npz")
-        attacks[attack].append(rows, 1, 2, 3.0)
-        attacks[attack].save()
-    results = summarise({**RUN, **about}, threat, clean, attacks, {}, {}, Roles(), Diagnosis())
+        outcome.records[attack] = Record(folder / f"{attack}.npz")
+        outcome.records[attack].append(rows, 1, 2, 3.0)
+        outcome.records[attack].save()
+    suite = {attack: CallableAttack(lambda model, x, y, keys: x, threat) for attack in fooled}
+    pixels = torch.zeros(len(correct), 1, 1, 1, dtype=torch.uint8)
+    images = Split(pixels, torch.zeros(len(correct)), torch.tensor(index))
+    made = Evaluation(torch.nn.Flatten(), images, suite, threat, folder)
+    results = summarise({**RUN, **about}, made, outcome)
     results["masking"]["verdict"] = verdict or results["masking"]["verdict"]
     identity = {"attacks": [[attack, {"steps": 5}] for attack in fooled], "batch_size": 10}
     write_json(folder / "evaluation.json", {"identity": identity})

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import foolbox
@@ -28,11 +27,10 @@ from kwta_exp.attacks import (
     Threat,
     Transfer,
 )
-from kwta_exp.attacks.apgd import ascend
-from kwta_exp.attacks.losses import LossName, attack_loss, dlr, excess, margin, targeted_dlr
+from kwta_exp.attacks.base import MicroBatches
+from kwta_exp.attacks.losses import LOSSES, LossName, dlr, margin, ranking_margin, targeted_dlr
 from kwta_exp.attacks.pgd import Best
 from kwta_exp.attacks.threat import check_radius
-from kwta_exp.attacks.together import together
 from kwta_exp.evaluation.judge import misclassified
 from kwta_exp.evaluation.query_counter import QueryCounter
 from kwta_exp.fields import Norm
@@ -54,7 +52,7 @@ class ToDouble(nn.Module):
 
 
 def transferred(attack: Attack) -> Transfer:
-    """An attack on a twin of the linear model."""
+    """An attack on a copy of the linear model."""
     from tests.conftest import random_linear_model
 
     transfer = Transfer(source="elsewhere", attack=attack)
@@ -181,7 +179,7 @@ def test_attacks_break_a_linear_model_inside_the_ball(name, threat, images, line
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_attacks_leave_no_trace(name, images) -> None:  # type: ignore[no-untyped-def]
+def test_attacks_restore_the_model_and_the_generators(name, images) -> None:  # type: ignore[no-untyped-def]
     x, y, keys = images
     x = x.float()
     torch.manual_seed(len(name))
@@ -203,8 +201,8 @@ def test_attacks_leave_no_trace(name, images) -> None:  # type: ignore[no-untype
 
 
 @pytest.mark.parametrize("height", range(3, 35))
-def test_l2_square_is_inapplicable_exactly_where_the_library_cannot_begin(height: int) -> None:
-    """What would fail at the end of a long evaluation is recorded as a reason, and nothing else is refused."""
+def test_l2_square_is_inapplicable_exactly_where_the_library_fails(height: int) -> None:
+    """The reason is recorded before a long evaluation, and no other size is refused."""
     for width in {height, 32}:
         x = torch.rand(1, 1, height, width, generator=torch.Generator().manual_seed(height))
         model = nn.Sequential(nn.Flatten(), nn.Linear(height * width, 3)).requires_grad_(False)
@@ -235,7 +233,7 @@ def test_images_at_the_edge_stay_in_range(linear_model) -> None:  # type: ignore
             assert threat.distance(x_adv, x).max() <= threat.eps + 1e-6
 
 
-def test_an_image_fares_the_same_in_any_batch(images, linear_model) -> None:  # type: ignore[no-untyped-def]
+def test_the_outcome_of_an_image_does_not_depend_on_its_batch(images, linear_model) -> None:  # type: ignore[no-untyped-def]
     x, _, keys = images
     y = linear_model(x).argmax(1)
     attack = PGD(norm="linf", eps=0.01, steps=5, restarts=2)
@@ -287,10 +285,9 @@ def test_apgd_takes_the_steps_of_its_authors(norm: Norm, loss: LossName, images)
         expected = visited(model, lambda: theirs.attack_single_run(x, y, x_init=start))
     finally:
         torch.set_default_dtype(torch.float32)
-    criterion = attack_loss(loss, model, x, y)
-    best = Best(x, y)
-    climb = partial(ascend, start, best, criterion, threat, 60, 0.75)
-    found = visited(model, lambda: together(model, climb, best.standing, None))
+    best, batches = Best(x, y), MicroBatches(model, None)
+    ours_at = APGD(norm=norm, eps=threat.eps, steps=60)
+    found = visited(model, lambda: ours_at._run(batches, best, best.not_fooled, start, LOSSES[loss], y))
 
     assert len(found) == len(expected) == 61
     for ours, reference in zip(found, expected, strict=True):
@@ -317,7 +314,7 @@ def test_dlr_is_the_papers() -> None:
     logits = torch.tensor([[1.0, 4.0, 2.0, 0.0], [3.0, 1.0, 0.5, 2.0]])
     # -(z_y - max other) / (z_1 - z_3); targeted -(z_y - z_t) / (z_1 - (z_3 + z_4) / 2).
     torch.testing.assert_close(dlr(logits, torch.tensor([2, 0])), torch.tensor([2 / 3, -1 / 2]))
-    targeted = targeted_dlr(torch.tensor([2, 0]), torch.tensor([0, 3]))(logits)
+    targeted = targeted_dlr(logits, torch.tensor([[2, 0], [0, 3]]))
     torch.testing.assert_close(targeted, torch.tensor([-1 / 3.5, -1 / 2.25]))
     scaled = dlr(1000 * logits + 7, torch.tensor([2, 0]))
     torch.testing.assert_close(scaled, dlr(logits, torch.tensor([2, 0])))
@@ -367,7 +364,7 @@ def test_margin_is_positive_exactly_on_errors() -> None:
     assert margin(logits, torch.tensor([0, 2])).tolist() == [-1, 2]
 
 
-def test_a_minimum_norm_attack_of_another_norm_counts_where_it_lies_inside(images, linear_model) -> None:  # type: ignore[no-untyped-def]
+def test_a_minimum_norm_attack_of_another_norm_counts_inside_the_threat(images, linear_model) -> None:  # type: ignore[no-untyped-def]
     """Its smallest changes are judged in the threat, not cut off at eps in its own norm."""
     x, _, keys = images
     y = linear_model(x).argmax(1)
@@ -384,14 +381,14 @@ def test_restarts_without_a_random_start_are_refused() -> None:
 
 
 class Steps(nn.Module):
-    """A linear model behind a staircase: right everywhere nearby, and its gradient is zero."""
+    """A linear model behind a staircase: its gradient is zero everywhere."""
 
     def forward(self, x: Tensor) -> Tensor:
         mean = (x.flatten(1).mean(1) * 50).floor() / 50
         return torch.stack([torch.zeros_like(mean), mean - 0.53], dim=1)
 
 
-def test_evolution_strategies_see_across_jumps_where_gradients_are_zero() -> None:
+def test_evolution_strategies_succeed_where_gradients_are_zero() -> None:
     x, y = torch.full((3, 1, 2, 2), 0.5), torch.zeros(3, dtype=torch.long)
     keys = fold(key(0, "steps"), torch.arange(3))
     threat = {"norm": "linf", "eps": 0.1}
@@ -401,8 +398,8 @@ def test_evolution_strategies_see_across_jumps_where_gradients_are_zero() -> Non
         EvolutionStrategies(**threat, samples=7)
 
 
-def test_nes_asks_what_the_paper_asked() -> None:
-    """1,220,000 queries of an image that withstands; an image that is fooled is let go."""
+def test_nes_spends_the_queries_of_the_paper() -> None:
+    """1,220,000 queries of an image that is never fooled; a fooled image is dropped."""
     asked: list[int] = []
 
     class Rock(nn.Module):
@@ -412,7 +409,7 @@ def test_nes_asks_what_the_paper_asked() -> None:
 
     x = torch.full((1, 1, 1, 1), 0.5)
     NES(norm="linf", eps=0.031, chunk=20_000)(Rock(), x, torch.zeros(1, dtype=torch.long), torch.arange(1))
-    assert sum(asked) - 100 == 20 * 100 + 20 * 1_000 + 60 * 20_000  # and one look at each step's start
+    assert sum(asked) - 100 == 20 * 100 + 20 * 1_000 + 60 * 20_000  # and one query at the start of each step
     asked.clear()
     NES(norm="linf", eps=0.031)(Rock(), x, torch.ones(1, dtype=torch.long), torch.arange(1))
     assert sum(asked) == 1
@@ -426,7 +423,9 @@ def test_an_estimate_is_the_gradient_of_a_linear_margin() -> None:
     x, key_1 = torch.full((1, 1, 4, 4), 0.5).double(), fold(3, torch.arange(1))
     attack = EvolutionStrategies(norm="linf", eps=0.1, samples=20_000)
     with torch.no_grad():
-        estimate = attack._estimate(model, x, torch.zeros(1, dtype=torch.long), key_1, 20_000).flatten()
+        estimate = attack._estimate(
+            MicroBatches(model, 1000), x, torch.zeros(1, dtype=torch.long), key_1, 20_000
+        ).flatten()
         gradient = model[1].weight[1] - model[1].weight[0]
     assert torch.cosine_similarity(estimate, gradient, dim=0) > 0.99
 
@@ -443,7 +442,7 @@ def test_broken_attacks_are_refused_with_the_reason() -> None:
             FoolboxAttack(getattr(foolbox.attacks, name)(), THREATS[1])
 
 
-def test_an_image_without_a_starting_point_does_not_stop_the_others() -> None:
+def test_an_image_without_a_starting_point_does_not_affect_the_others() -> None:
     class Half(nn.Module):
         """Images whose first pixel is black are class 0 whatever is done to the rest; noise keeps it so."""
 
@@ -474,18 +473,19 @@ def everything(threat: Threat) -> dict[str, Attack]:
     own["restarts"] = PGD(norm=threat.norm, eps=threat.eps, steps=7, restarts=3, loss="kl")
     own["apgd_kl"] = APGD(norm=threat.norm, eps=threat.eps, steps=7, restarts=2, loss="kl")
     own["bpda"] = BPDA(norm=threat.norm, eps=threat.eps, steps=7, restarts=3)
-    own["bpda"] = BPDA(norm=threat.norm, eps=threat.eps, steps=7, restarts=3, ascent="pgd")
+    own["bpda_kl"] = BPDA(norm=threat.norm, eps=threat.eps, steps=7, restarts=3, loss="kl")
+    own["bpda_pgd"] = BPDA(norm=threat.norm, eps=threat.eps, steps=7, restarts=3, ascent="pgd")
     own["bpda_apgd"] = BPDA(norm=threat.norm, eps=threat.eps, steps=7, restarts=3, ascent="apgd")
     own["relaxed_transfer"] = RelaxedTransfer(norm=threat.norm, eps=threat.eps, steps=7, restarts=3)
     for version in ("plus", "rand"):
         own[version] = AutoAttack(norm="linf", eps=threat.eps, steps=6, queries=10, version=version)
-    return {name: attack for name, attack in own.items() if hasattr(attack, "passes")}
+    return {name: attack for name, attack in own.items() if attack.max_queries(10)}
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 10])
 @pytest.mark.parametrize("name", everything(THREATS[0]))
-def test_no_attack_costs_more_than_its_forecast(name: str, classes: int) -> None:
-    """On images that withstand, where it should also not be far above the truth."""
+def test_no_attack_costs_more_than_max_queries(name: str, classes: int) -> None:
+    """On images that are never fooled, where the forecast should not be far above the cost."""
     torch.manual_seed(0)
     x = torch.rand(3, 1, 6, 6)
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, 20), KWTA(0.3), nn.Linear(20, classes)).eval()
@@ -495,16 +495,15 @@ def test_no_attack_costs_more_than_its_forecast(name: str, classes: int) -> None
         return
     counted = QueryCounter(model.requires_grad_(False), x, y, tiny)
     attack = everything(tiny)[name]
-    found = attack(counted, x, y, torch.arange(3))  # type: ignore[operator]
+    found = attack(counted, x, y, torch.arange(3))
     assert (model(found).argmax(1) == y).all()
-    forwards, backwards = attack.passes(classes)  # type: ignore[attr-defined]
+    forwards, backwards = attack.max_queries(classes) or (0, 0)
     # The library's FAB gives up on some images, so AutoAttack's is an upper bound alone.
     slack = 3.0 if isinstance(attack, AutoAttack) else 1.05
     assert counted.forwards <= 3 * forwards <= slack * counted.forwards + 60
     assert counted.backwards <= 3 * backwards <= slack * counted.backwards
-    assert (
-        counted.queries.sum() == counted.forwards or name == "relaxed_transfer"
-    )  # which may err where the model does not
+    # The relaxed network may err where the model does not.
+    assert counted.queries.sum() == counted.forwards or name == "relaxed_transfer"
 
 
 class Breaking(nn.Module):
@@ -534,8 +533,8 @@ class Breaking(nn.Module):
         EvolutionStrategies(norm="linf", eps=0.1, steps=20, samples=40, sigma=0.02),
     ],
 )
-def test_an_error_without_a_margin_is_kept(attack: Attack, kind: str) -> None:
-    """A NaN is an error to the judge, and so is a tie that the wrong class wins; no attack loses one it met."""
+def test_errors_by_nan_and_ties_are_kept(attack: Attack, kind: str) -> None:
+    """The judge counts NaN and ties won by a wrong class as errors; no attack loses one it found."""
     torch.manual_seed(0)
     model = Breaking(kind)
     x = 0.5 + 0.01 * torch.randn(8, 3, 4, 4)
@@ -546,16 +545,16 @@ def test_an_error_without_a_margin_is_kept(attack: Attack, kind: str) -> None:
     assert misclassified(model(x_adv), y).all()
 
 
-def test_the_excess_is_positive_exactly_where_the_judge_finds_an_error() -> None:
+def test_the_ranking_margin_is_positive_exactly_where_the_judge_finds_an_error() -> None:
     nan, inf = math.nan, math.inf
     logits = torch.tensor([
         [0, 1, 0], [1, 0, 0], [1, 1, 0], [0, 1, 1], [nan, 1, 0], [0, nan, 0], [inf, inf, 0], [0, inf, inf],
         [-inf, -inf, -inf], [0, -inf, 0],
     ])  # fmt: skip
     y = torch.ones(len(logits), dtype=torch.long)
-    assert torch.equal(excess(logits, y) > 0, misclassified(logits, y))
-    assert not excess(logits, y).isnan().any()
-    assert torch.equal(excess(logits, y)[:2], margin(logits, y)[:2])
+    assert torch.equal(ranking_margin(logits, y) > 0, misclassified(logits, y))
+    assert not ranking_margin(logits, y).isnan().any()
+    assert torch.equal(ranking_margin(logits, y)[:2], margin(logits, y)[:2])
 
 
 @pytest.mark.parametrize(("norm", "eps", "shape", "message"), [
@@ -576,6 +575,6 @@ def test_a_radius_in_other_units_is_refused(
             check_radius(norm, eps, shape)
 
 
-def test_a_threat_holds_its_radius_to_the_pixels_range() -> None:
+def test_a_threat_refuses_a_radius_beyond_the_pixel_range() -> None:
     with pytest.raises(ValueError, match="such as 8/255"):
         Threat(norm="linf", eps=8)

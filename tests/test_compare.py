@@ -45,5 +45,5 @@ def test_runs_on_other_images_or_threats_are_not_compared() -> None:
 
 
 def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no finished evaluation there"):
+    with pytest.raises(UserError, match="holds no finished evaluation"):
         Outcomes.of(tmp_path)

@@ -69,5 +69,5 @@ def test_one_evaluation_alone_is_a_curve_of_one_point(tmp_path: Path) -> None:
 def test_an_evaluation_that_lost_a_record_is_no_point(tmp_path: Path) -> None:
     evaluation(tmp_path, "sound-a", 0.1, [0])
     (tmp_path / "evaluation" / "sound-a" / "pgd.npz").unlink()
-    with pytest.raises(UserError, match=r"sound-a: damaged \(missing, or not what .*: pgd\.npz"):
+    with pytest.raises(UserError, match=r"sound-a: damaged \(missing or changed .*: pgd\.npz"):
         curves(tmp_path)

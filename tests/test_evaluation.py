@@ -1,4 +1,4 @@
-"""The evaluator trusts nobody, counts per image, and survives being stopped."""
+"""The evaluation judges every returned image, counts per image, and continues after a stop."""
 
 import io
 import os
@@ -20,11 +20,12 @@ from kwta_exp.attacks import (
     RelaxedTransfer,
     SmoothedPGD,
     Threat,
+    as_attack,
 )
 from kwta_exp.data.batches import Split, first_test_images, to_float
 from kwta_exp.data.datasets import Digits
 from kwta_exp.errors import UserError
-from kwta_exp.evaluation import Diagnosis, Roles, evaluate, summarise
+from kwta_exp.evaluation import Evaluation, summarise
 from kwta_exp.evaluation.judge import Judge
 from kwta_exp.evaluation.query_counter import QueryCounter
 from kwta_exp.evaluation.records import Record
@@ -44,7 +45,7 @@ class Threshold(nn.Module):
 
 
 def images(*means: float, labels: list[int] | None = None) -> Split:
-    """One grey 2x2 image for each mean; labels are right for the threshold unless given."""
+    """One grey 2x2 image for each mean; labels are correct for the threshold unless given."""
     x = torch.tensor(means)[:, None, None, None].expand(-1, 1, 2, 2).mul(255).round().to(torch.uint8)
     y = torch.tensor(labels) if labels else (x[:, 0, 0, 0] > 127).long()
     return Split(x.contiguous(), y, torch.arange(len(means)) + 100)
@@ -55,13 +56,11 @@ def shift(by: float) -> Any:
 
 
 def judge(folder: Path, split: Split, suite: dict[str, Any], model: nn.Module | None = None, **kw: Any) -> Any:
-    settings = {"threat": THREAT, "seed": 0, "batch_size": 2, "folder": folder, **kw}
-    clean, records, inapplicable = evaluate(model or Threshold(), split, suite, **settings)
-    results = summarise(
-        RUN, settings["threat"], clean, records, inapplicable, {}, Roles.of(suite, settings["threat"]),
-        Diagnosis(), kw.get("diagnostic_n"),
-    )  # fmt: skip
-    return clean, records, results
+    settings = {"threat": THREAT, "batch_size": 2, **kw}
+    attacks = {name: as_attack(attack, settings["threat"]) for name, attack in suite.items()}
+    evaluation = Evaluation(model or Threshold(), split, attacks, folder=folder, **settings)
+    outcome = evaluation.run()
+    return outcome.clean, outcome.records, summarise(RUN, evaluation, outcome)
 
 
 def test_worst_case_is_per_example_not_the_minimum_of_averages(tmp_path: Path) -> None:
@@ -86,7 +85,7 @@ def test_an_image_wrong_clean_is_never_robust_and_never_attacked(tmp_path: Path)
 
 
 @pytest.mark.parametrize("norm_name", ["linf", "l2"])
-def test_a_cheat_is_brought_back_into_the_ball(tmp_path: Path, norm_name: Any) -> None:
+def test_images_outside_the_ball_are_projected(tmp_path: Path, norm_name: Any) -> None:
     threat = Threat(norm=norm_name, eps=0.1)
     split = images(0.8, 0.2)
     _, records, results = judge(tmp_path, split, {"cheat": lambda m, x, y, k: 1 - x}, threat=threat)
@@ -96,7 +95,7 @@ def test_a_cheat_is_brought_back_into_the_ball(tmp_path: Path, norm_name: Any) -
     assert results["worst_case"]["robust_accuracy"] == 0
 
 
-def test_nan_pixels_are_put_back_and_nan_logits_are_errors(tmp_path: Path) -> None:
+def test_nan_pixels_are_replaced_and_nan_logits_are_errors(tmp_path: Path) -> None:
     split = images(0.8, 0.2)
     for value in ("nan", "inf", "-inf"):
         for norm_name in ("linf", "l2"):
@@ -118,8 +117,8 @@ def test_nan_pixels_are_put_back_and_nan_logits_are_errors(tmp_path: Path) -> No
 def test_margins_and_digests_identify_each_image(tmp_path: Path) -> None:
     split = images(0.8, 0.2)
     clean, records, _ = judge(tmp_path, split, {"up": shift(0.05)})
-    np.testing.assert_allclose(clean.columns["margin"], [0.3, 0.3], atol=1e-6)
-    np.testing.assert_allclose(records["up"].columns["margin"], [0.35, 0.25], atol=1e-6)
+    np.testing.assert_allclose(clean.columns["margin"], [-0.3, -0.3], atol=1e-6)
+    np.testing.assert_allclose(records["up"].columns["margin"], [-0.35, -0.25], atol=1e-6)
     assert clean.columns["digest"].dtype == np.dtype("S16")
     assert len(set(clean.columns["digest"].tolist())) == 2
     assert records["up"].columns["digest"].tolist() == clean.columns["digest"].tolist()
@@ -154,16 +153,16 @@ def test_a_stopped_evaluation_continues_to_the_same_rows(tmp_path: Path, calls: 
 
     left = calls
 
-    def tiring(attack: Any) -> Any:
-        def call(*arguments: Any, **more: Any) -> Tensor:
+    class Tiring(PGD):
+        def __call__(self, *arguments: Any) -> Tensor:
             nonlocal left
             left -= 1
             if left < 0:
                 raise Stopped
-            return attack(*arguments, **more)  # type: ignore[no-any-return]
+            return super().__call__(*arguments)
 
-        call.refills = True  # type: ignore[attr-defined]
-        return call
+    def tiring(attack: PGD) -> PGD:
+        return Tiring(norm="linf", eps=0.1, steps=attack.steps, restarts=attack.restarts)
 
     stops = 0
     while True:
@@ -193,7 +192,7 @@ def test_chunks_do_not_share_random_streams_and_seeds_matter(tmp_path: Path) -> 
     assert len(set(torch.cat(received).tolist())) == 9
 
 
-def test_whoever_draws_from_global_generators_is_reproducible_too(tmp_path: Path) -> None:
+def test_attacks_that_use_global_generators_are_reproducible(tmp_path: Path) -> None:
     def noisy(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         return x + 0.05 * torch.rand_like(x) * float(np.random.rand())
 
@@ -207,7 +206,7 @@ def test_whoever_draws_from_global_generators_is_reproducible_too(tmp_path: Path
     assert np.random.get_state()[1].tolist() == before[1]
 
 
-def test_records_of_other_images_are_kept_aside_and_those_of_these_begun(tmp_path: Path) -> None:
+def test_records_of_other_images_are_set_aside(tmp_path: Path) -> None:
     judge(tmp_path, images(0.8, 0.2), {})
     split = images(0.8, 0.2)
     clean, _, _ = judge(tmp_path, Split(split.x, split.y, split.index + 1), {})
@@ -233,7 +232,7 @@ def test_an_attack_whose_kept_images_are_lost_runs_again(tmp_path: Path, kept: s
     ]
 
 
-def test_costs_are_counted_whoever_asks() -> None:
+def test_all_passes_are_counted() -> None:
     x = torch.rand(5, 1, 2, 2)
     network = random_net()
     model = QueryCounter(network, x, network(x).argmax(1), THREAT)
@@ -247,7 +246,7 @@ def test_costs_are_counted_whoever_asks() -> None:
 
 
 @pytest.mark.parametrize("norm_name", ["linf", "l2"])
-def test_passes_are_booked_on_their_image_until_it_is_fooled(norm_name: Any) -> None:
+def test_passes_are_counted_for_their_image_until_it_is_fooled(norm_name: Any) -> None:
     x = torch.tensor([0.2, 0.45, 0.9])[:, None, None, None].expand(-1, 1, 2, 2).clone()
     threat = Threat(norm=norm_name, eps=0.1 if norm_name == "linf" else 0.2)
     model = QueryCounter(Threshold(), x, torch.tensor([0, 0, 1]), threat)
@@ -255,7 +254,7 @@ def test_passes_are_booked_on_their_image_until_it_is_fooled(norm_name: Any) -> 
     model(torch.cat([x[2:], x[1:2], x[1:2] + 0.15]))  # dropped, disordered, repeated; an error outside the ball
     assert model.queries.tolist() == [1, 3, 2]
     fooling = (x[1:2] + 0.08).requires_grad_()
-    model(fooling).sum().backward()  # a gradient that comes after the success is not of its price
+    model(fooling).sum().backward()  # a gradient after the success does not count
     assert model.queries.tolist() == [1, 4, 2]
     assert model.steps.tolist() == [0, 0, 0]
     model(x.clone().requires_grad_()).sum().backward()
@@ -303,13 +302,13 @@ def test_the_table_of_long_names_and_large_numbers_fits_80_columns(
     text.encode("ascii")
 
 
-def test_an_attack_without_a_hold_is_recorded_not_scored(tmp_path: Path) -> None:
+def test_an_inapplicable_attack_is_recorded_not_scored(tmp_path: Path) -> None:
     def refuse(*_: object) -> Tensor:
-        raise NotApplicableError("nothing to hold on to")
+        raise NotApplicableError("no such layer")
 
     _, records, results = judge(tmp_path, images(0.8, 0.2, 0.7), {"sideways": refuse, "down": shift(-0.05)})
     assert list(records) == list(results["attacks"]) == ["down"]
-    assert results["inapplicable"] == {"sideways": "nothing to hold on to"}
+    assert results["inapplicable"] == {"sideways": "no such layer"}
     assert "n/a" in results_table(results)
 
 
@@ -325,7 +324,7 @@ def test_records_append_whole_chunks(tmp_path: Path) -> None:
 
 
 class Flicker(nn.Module):
-    """Errs on a bright image in a batch, in float32; not by itself, and not in float64."""
+    """Misclassifies a bright image in a batch in float32, but not alone, and not in float64."""
 
     def forward(self, x: Tensor) -> Tensor:
         mean = x.flatten(1).mean(1)
@@ -333,7 +332,7 @@ class Flicker(nn.Module):
         return torch.stack([torch.zeros_like(mean), torch.where(wrong, 1.0, -1.0).to(mean)], dim=1)
 
 
-def test_an_error_that_cannot_be_had_again_is_no_success(tmp_path: Path) -> None:
+def test_an_unconfirmed_error_is_no_success(tmp_path: Path) -> None:
     split = images(0.45, 0.46, labels=[0, 0])
     _, records, results = judge(tmp_path, split, {"up": shift(0.09)}, model=Flicker())
     assert records["up"].columns["prediction"].tolist() == [1, 1]
@@ -343,7 +342,7 @@ def test_an_error_that_cannot_be_had_again_is_no_success(tmp_path: Path) -> None
 
 
 class Single(nn.Module):
-    """A threshold that cannot run in float64, but misclassified by itself too."""
+    """A threshold that does not run in float64."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float64:
@@ -351,14 +350,14 @@ class Single(nn.Module):
         return Threshold()(x)
 
 
-def test_networks_of_float32_alone_are_confirmed_too(tmp_path: Path) -> None:
+def test_errors_of_float32_networks_are_confirmed(tmp_path: Path) -> None:
     split = images(0.45, 0.8)
     _, records, _ = judge(tmp_path, split, {"up": shift(0.09)}, model=Single())
     assert records["up"].columns["fooled"].tolist() == [True, False]
     assert not records["up"].columns["unconfirmed"].any()
 
 
-def test_beyond_the_diagnostic_images_an_attack_sees_only_what_stands(tmp_path: Path) -> None:
+def test_beyond_the_diagnostic_images_an_attack_sees_only_robust_ones(tmp_path: Path) -> None:
     split = images(0.45, 0.55, 0.46, 0.54, 0.2)
     suite = {"up": shift(0.09), "down": shift(-0.09), "up_again": shift(0.09)}
     _, records, results = judge(tmp_path, split, suite, diagnostic_n=2)
@@ -373,7 +372,7 @@ def test_beyond_the_diagnostic_images_an_attack_sees_only_what_stands(tmp_path: 
     assert everything["worst_case"] == results["worst_case"]
 
 
-def test_adversarial_images_are_kept_before_their_rows(tmp_path: Path) -> None:
+def test_adversarial_images_are_saved(tmp_path: Path) -> None:
     split = images(0.45, 0.55, 0.8)
     judge(tmp_path, split, {"up": shift(0.5)}, save_images=True)
     files = sorted((tmp_path / "images").glob("*.npz"))
@@ -384,7 +383,7 @@ def test_adversarial_images_are_kept_before_their_rows(tmp_path: Path) -> None:
 
 
 class Hold(nn.Module):
-    """A network that needs its class sent along when another process is to ask it."""
+    """A network of a class that a worker process must import."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -395,8 +394,8 @@ class Hold(nn.Module):
         return logits
 
 
-def nothing_to_hold_on(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
-    raise NotApplicableError("nothing to hold on to")
+def not_applicable(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+    raise NotApplicableError("no such layer")
 
 
 def grey(model: nn.Module, n: int) -> Split:
@@ -404,21 +403,21 @@ def grey(model: nn.Module, n: int) -> Split:
     return Split(split.x, model(split.x / 255).argmax(1), split.index)
 
 
-def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+def test_two_processes_give_the_results_of_one(tmp_path: Path) -> None:
     model = Hold()
     split = grey(model, 11)
-    suite = {"a": PGD(norm="linf", eps=0.1, steps=3), "no": nothing_to_hold_on, "b": APGD(norm="linf", eps=0.1)}
+    suite = {"a": PGD(norm="linf", eps=0.1, steps=3), "no": not_applicable, "b": APGD(norm="linf", eps=0.1)}
     _, one, alone = judge(tmp_path / "one", split, suite, model)
     _, two, together = judge(tmp_path / "two", split, suite, model, processes=2)
     for name in ("a", "b"):
         for column, values in one[name].columns.items():
             np.testing.assert_array_equal(values, two[name].columns[column])
         assert one[name].forwards == two[name].forwards > 0
-    assert alone["inapplicable"] == together["inapplicable"] == {"no": "nothing to hold on to"}
+    assert alone["inapplicable"] == together["inapplicable"] == {"no": "no such layer"}
 
 
-def test_what_no_process_can_be_sent_is_said(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"evaluation\.processes: .* cannot be sent .* expected 1"):
+def test_an_attack_that_cannot_be_pickled_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluation\.processes: .* cannot be pickled .* expected 1"):
         judge(tmp_path, images(*[0.8] * 5), {"mine": lambda m, x, y, k: x}, processes=2)
 
 
@@ -431,7 +430,7 @@ def test_a_process_that_dies_is_reported(tmp_path: Path) -> None:
         judge(tmp_path, grey(Hold(), 5), {"mine": failing}, Hold(), processes=2)
 
 
-def test_a_budget_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
+def test_a_budget_leaves_out_attacks_beyond_it(tmp_path: Path) -> None:
     suite = {
         "small": PGD(norm="linf", eps=0.1, steps=3),  # 4 forward, 3 backward
         "large": PGD(norm="linf", eps=0.1, steps=300),
@@ -441,24 +440,25 @@ def test_a_budget_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
     split = images(0.8, 0.2)
     _, records, results = judge(tmp_path, split, suite, budget=2 * (7 + 5))
     assert list(records) == ["small", "unknown", "last"]
-    assert results["inapplicable"]["large"].startswith("left out: up to 1,202 passes do not fit")
+    said = "left out: up to 1,202 passes, of which evaluation.budget=24 leaves 10"
+    assert results["inapplicable"]["large"] == said
     assert list(judge(tmp_path / "b", split, suite, budget=2 * (7 + 5) - 1)[1]) == ["small", "unknown"]
 
 
-def test_a_long_suite_is_announced_with_what_it_may_cost(
+def test_a_long_suite_is_announced_with_its_cost(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     suite = {"small": PGD(norm="linf", eps=0.1, steps=3), "mine": shift(0.0)}
     with caplog.at_level("INFO"):
         judge(tmp_path / "a", images(0.8, 0.2), suite)
         assert "passes" not in caplog.text
-        monkeypatch.setattr("kwta_exp.evaluation.forecast.WORTH_SAYING", 0.0)
+        monkeypatch.setattr("kwta_exp.evaluation.forecast.MIN_SECONDS", 0.0)
         judge(tmp_path / "b", images(0.8, 0.2), suite)
     assert "attacking 2 images: at most 8 forward and 6 backward passes" in caplog.text
     assert "no forecast for mine" in caplog.text
 
 
-def test_judgement_is_always_by_full_batches() -> None:
+def test_the_judge_pads_every_batch() -> None:
     sizes: list[int] = []
 
     class Watched(Threshold):
@@ -517,8 +517,8 @@ def test_chunks_of_any_size_give_the_same_outcomes_in_float64(activation: nn.Mod
             np.testing.assert_allclose(other[name].columns["distance"], found[0][name].columns["distance"])
 
 
-def test_an_attack_that_gives_up_midway_leaves_no_trace(tmp_path: Path) -> None:
-    """What it had found before counts for nothing, and its images are attacked by the others."""
+def test_an_attack_that_becomes_inapplicable_midway_leaves_no_files(tmp_path: Path) -> None:
+    """Its earlier chunks do not count, and the other attacks run on all images."""
     calls = 0
 
     def fickle(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
@@ -551,7 +551,7 @@ def test_a_network_that_draws_random_numbers_is_judged_reproducibly(tmp_path: Pa
     assert rows[0] == rows[1]
 
 
-def test_passes_of_a_twin_count_but_its_errors_do_not(tmp_path: Path) -> None:
+def test_passes_of_the_relaxed_network_count_but_its_errors_do_not(tmp_path: Path) -> None:
     model, split = trained_on_digits(KWTA(0.1))
     attack = RelaxedTransfer(norm="linf", eps=0.1, steps=5, restarts=2, temperatures=[3.0])
     _, records, _ = judge(tmp_path, split, {"relaxed_transfer": attack}, model, batch_size=200)

@@ -8,11 +8,11 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from kwta_exp.attacks import NotApplicableError, Threat
+from kwta_exp.attacks import CallableAttack, NotApplicableError, Threat
 from kwta_exp.config import ConfigError
 from kwta_exp.data.batches import Split
 from kwta_exp.errors import UserError
-from kwta_exp.evaluation import evaluate
+from kwta_exp.evaluation import Evaluation
 from kwta_exp.experiment import run
 from kwta_exp.naming import LONGEST, as_name, safe_name, safe_names
 from kwta_exp.report.compare import Outcomes
@@ -30,12 +30,12 @@ TAKEN = [
     "clean",
     "Clean",
     "CLEAN",
-    "again",
+    "repeated",
     "images",
     "Results",
     "evaluation",
-    "planted-0123456789",
-    "Planted-x",
+    "binarized-0123456789",
+    "Binarized-x",
 ]
 
 
@@ -62,7 +62,7 @@ def test_a_name_that_is_no_text_is_refused(name: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["pgd", "pgd-20", "PGD_l2+0.5", "3", "_x", "+x", "a" * LONGEST, "planted", "cleaned"]
+    "name", ["pgd", "pgd-20", "PGD_l2+0.5", "3", "_x", "+x", "a" * LONGEST, "binarized", "cleaned"]
 )
 def test_plain_names_stay_as_they_are(name: str) -> None:
     assert safe_name(name) == name
@@ -121,6 +121,9 @@ def test_outputs_that_cannot_be_are_one_message(outputs: str, tmp_path: Path) ->
         RunFolder.of(tmp_path / outputs, "digits-cnn", 0, {})
 
 
+THREAT = Threat(norm="linf", eps=0.1)
+
+
 def images(n: int) -> Split:
     x = torch.arange(n * 48, dtype=torch.int64).remainder(256).to(torch.uint8).reshape(n, 3, 4, 4)
     return Split(x, torch.zeros(n, dtype=torch.int64), torch.arange(n))
@@ -134,10 +137,10 @@ class AlwaysFirst(torch.nn.Module):
 
 
 def test_the_library_refuses_an_attack_s_bad_name_too(tmp_path: Path) -> None:
-    attack = lambda model, x, y, keys: x  # noqa: E731
+    attack = CallableAttack(lambda model, x, y, keys: x, THREAT)
     folder = tmp_path / "evaluation"
     with pytest.raises(UserError, match=r"attack: name '\.\./x'"):
-        evaluate(AlwaysFirst(), images(4), {"../x": attack}, Threat(norm="linf", eps=0.1), 0, 2, folder)
+        Evaluation(AlwaysFirst(), images(4), {"../x": attack}, THREAT, folder, batch_size=2).run()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -151,14 +154,14 @@ def test_a_received_folder_s_attack_leads_no_reader_out_of_it(name: str, tmp_pat
         Outcomes.of(tmp_path)
 
 
-def test_an_attack_that_steps_aside_takes_no_other_s_images_with_it(tmp_path: Path) -> None:
+def test_an_inapplicable_attack_does_not_remove_images_of_others(tmp_path: Path) -> None:
     def aside(model: object, x: torch.Tensor, y: object, keys: object) -> torch.Tensor:
         raise NotApplicableError("not here")
 
-    suite = {"pgd-2": lambda model, x, y, keys: x, "pgd": aside}
-    threat = Threat(norm="linf", eps=0.1)
-    _, records, inapplicable = evaluate(
-        AlwaysFirst(), images(4), suite, threat, 0, 2, tmp_path, save_images=True
-    )
-    assert (list(records), list(inapplicable)) == (["pgd-2"], ["pgd"])
+    suite = {
+        "pgd-2": CallableAttack(lambda model, x, y, keys: x, THREAT), "pgd": CallableAttack(aside, THREAT)
+    }  # fmt: skip
+    evaluation = Evaluation(AlwaysFirst(), images(4), suite, THREAT, tmp_path, batch_size=2, save_images=True)
+    outcome = evaluation.run()
+    assert (list(outcome.records), list(outcome.inapplicable)) == (["pgd-2"], ["pgd"])
     assert {path.name for path in (tmp_path / "images").iterdir()} == {"pgd-2-0.npz", "pgd-2-2.npz"}

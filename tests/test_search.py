@@ -16,7 +16,7 @@ from kwta_exp.activations import KWTA
 from kwta_exp.attacks import BPDA, PGD, Attack, Threat
 from kwta_exp.data.batches import Split
 from kwta_exp.data.datasets import Digits
-from kwta_exp.evaluation import evaluate
+from kwta_exp.evaluation import Evaluation
 from kwta_exp.models import CNN, DenseNet, ResNet, WideResNet
 from kwta_exp.models.proxy import Proxy, following, proxy_for, with_folded_batch_norms
 from kwta_exp.training import PGDTraining
@@ -244,13 +244,14 @@ def test_a_success_on_the_proxy_alone_does_not_end_the_search(
     network = random_in_double()
     images = own_answers(network, 60)
     suite = {"pgd": PGD(norm="linf", eps=0.03, steps=20)}
-    settings = {"threat": THREAT, "seed": 0, "batch_size": 30}
-    _, exact, _ = evaluate(network, images, suite, folder=tmp_path / "exact", **settings)  # type: ignore[arg-type]
+    exact = Evaluation(network, images, suite, THREAT, tmp_path / "exact", batch_size=30).run().records
     monkeypatch.setattr("kwta_exp.evaluation.chunks.proxy_for", Liar)
 
-    _, fast, _ = evaluate(
-        network, images, suite, folder=tmp_path / "fast", fast_search=True, **settings  # type: ignore[arg-type]
-    )  # fmt: skip
+    fast = (
+        Evaluation(network, images, suite, THREAT, tmp_path / "fast", batch_size=30, search="fast")
+        .run()
+        .records
+    )
 
     fooled = exact["pgd"].columns["fooled"]
     assert 0.1 < fooled.mean() < 0.9
@@ -275,23 +276,26 @@ def test_an_error_seen_during_the_search_is_not_forgotten(
 ) -> None:
     network = random_in_double()
     images = own_answers(network, 30)
-    suite = {"square": Settling(), "pgd": PGD(norm="linf", eps=0.03, steps=10)}
-    settings = {"threat": THREAT, "seed": 0, "batch_size": 30}
-    _, exact, _ = evaluate(network, images, suite, folder=tmp_path / "exact", **settings)  # type: ignore[arg-type]
+    suite = {"square": Settling(norm="linf", eps=0.03), "pgd": PGD(norm="linf", eps=0.03, steps=10)}
+    exact = Evaluation(network, images, suite, THREAT, tmp_path / "exact", batch_size=30).run().records
     monkeypatch.setattr("kwta_exp.evaluation.chunks.proxy_for", Forgetful)
-    _, fast, _ = evaluate(
-        network, images, suite, folder=tmp_path / "fast", fast_search=True, **settings  # type: ignore[arg-type]
-    )  # fmt: skip
+    fast = (
+        Evaluation(network, images, suite, THREAT, tmp_path / "fast", batch_size=30, search="fast")
+        .run()
+        .records
+    )
     for name in suite:
         assert np.array_equal(fast[name].columns["fooled"], exact[name].columns["fooled"])
     again = ~fast["square"].columns["fooled"]
     assert (fast["square"].columns["queries"][again] > exact["square"].columns["queries"][again]).all()
 
 
-class Settling:
+class Settling(PGD):
     """Ends when it sees an error, and returns something else."""
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, max_batch_size: int | None = None
+    ) -> Tensor:
         with torch.no_grad():
             if (model(x).argmax(1) != y).any():
                 return x
@@ -341,11 +345,11 @@ def test_a_network_without_a_proxy_is_attacked_exactly(tmp_path: Path, cpu: str)
     for number, network in enumerate((Flattening().eval(), Insisting().eval(), normed, unique)):
         for eps in (0.05, 1.0):  # at 1, every image of a chunk falls
             threat = Threat(norm="linf", eps=eps)
-            _, records, _ = evaluate(
-                network, digits(200), {"pgd": PGD(norm="linf", eps=eps, steps=5)}, threat, 0, 20,
-                tmp_path / f"{number} {eps}", fast_search=True,
+            evaluation = Evaluation(
+                network, digits(200), {"pgd": PGD(norm="linf", eps=eps, steps=5)}, threat,
+                tmp_path / f"{number} {eps}", batch_size=20, search="fast",
             )  # fmt: skip
-            assert len(records["pgd"]) > 5
+            assert len(evaluation.run().records["pgd"]) > 5
         assert following(network, x)(x).shape == (3, 10)
     assert following(unique, x) is unique
     insisting = Insisting().eval()
@@ -406,8 +410,9 @@ def test_the_fast_search_finds_what_the_exact_one_finds(activation: Any, tmp_pat
         network = trained(activation, seed)
         for fast in (False, True):
             folder = tmp_path / f"{seed} {fast}"
-            _, records, _ = evaluate(network, images, suite, threat, 0, 250, folder, fast_search=fast)
-            for name, record in records.items():
+            search: Any = "fast" if fast else "exact"
+            outcome = Evaluation(network, images, suite, threat, folder, search=search).run()
+            for name, record in outcome.records.items():
                 left[name, fast] += (1 - record.columns["fooled"].mean()) / 3
     print(left)
     for name in suite:

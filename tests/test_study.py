@@ -95,7 +95,7 @@ def test_what_cannot_be_tabled_is_said(tmp_path: Path) -> None:
 
 
 def test_unfinished_and_tiny_runs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no finished evaluation there"):
+    with pytest.raises(UserError, match="holds no finished evaluation"):
         collect("x", [tmp_path], tmp_path)
     with pytest.raises(UserError, match="run at scale=tiny; that is no result"):
         collect("x", [run_folder(tmp_path, "tiny-d-m-relu-pgd", 0, 0.9, scale="tiny")], tmp_path)
@@ -148,6 +148,6 @@ def test_no_number_comes_from_damaged_files(tmp_path: Path) -> None:
             collect("x", [folder], tmp_path)
     (folder / "metrics.jsonl").write_text(whole)
     (folder / "evaluation" / "quick-x" / "pgd.npz").unlink()
-    with pytest.raises(UserError, match=r"not what its results\.json lists: pgd\.npz"):
+    with pytest.raises(UserError, match=r"missing or changed since results\.json was written: pgd\.npz"):
         collect("x", [folder], tmp_path)
     assert not (tmp_path / "x.json").exists()

@@ -116,7 +116,7 @@ def test_own_runs_are_transferred_from_and_compared(say: Say, mine: Path, tmp_pa
     work = ["--work", tmp_path / "work", "--n", 20]
     assert "which is not this project's" in say("transfer", relu, folder, *work, "--with", "dataset=digits")
     said = say("transfer", relu, folder, *work, "--eps", "8/255", "--trust")
-    assert "accuracy left, linf eps 0.03137, pgd, n = 20" in said
+    assert "robust accuracy, linf eps 0.03137, pgd, n = 20" in said
     assert "n = 40" in say("compare", relu, folder)
     assert "given twice" in say("transfer", relu, relu, *work)
 

@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
     transfer = command("transfer", _transfer, "who fools whom: adversarial images of each run, tried on all")
     transfer.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
-    transfer.add_argument("--attack", choices=["pgd", "apgd", "bpda"], default="pgd", help="default: pgd")
+    transfer.add_argument("--attack", default="pgd", help="a file of conf/attack (default: pgd)")
     transfer.add_argument("--n", type=int, help="test images (default: all)")
     transfer.add_argument("--eps", type=_eps, help="radius, such as 8/255 (default: the first run's)")
     transfer.add_argument("--seed", type=int, default=0, help="of the attack (default: 0)")
@@ -132,11 +132,12 @@ def _curve(asked: argparse.Namespace) -> str:
 def _transfer(asked: argparse.Namespace) -> str:
     from kwta_exp.config import user_errors
     from kwta_exp.plan import plan_to_judge
-    from kwta_exp.transfer_matrix import Question, matrix, names, text
+    from kwta_exp.transfer_matrix import matrix, names, overrides_for, text
 
+    overrides = [*overrides_for(asked.attack, asked.eps), *asked.overrides]
     with user_errors():
         plans = {
-            name: plan_to_judge(folder, asked.overrides, asked.config_dir, asked.trust)
+            name: plan_to_judge(folder, overrides, asked.config_dir, asked.trust)
             for name, folder in names(asked.folders).items()
         }
-        return text(matrix(plans, Question(asked.attack, asked.n, asked.eps, asked.seed), asked.work))
+        return text(matrix(plans, asked.n, asked.seed, asked.work))

@@ -61,9 +61,9 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
 
     import torch
 
-    from kwta_exp.audit import Evaluation
     from kwta_exp.checkpoint import load_into, read_weights
     from kwta_exp.data.batches import first_test_images
+    from kwta_exp.evaluation import Evaluation, evaluate
     from kwta_exp.report.terminal import results_table
     from kwta_exp.training.sparsity import set_ratio
 
@@ -91,9 +91,10 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
         identity = plan.evaluation_identity(weights)
         write_json(folder / "evaluation.json", {"identity": identity, "environment": described})
         evaluation = Evaluation(
-            network, images, parts.suite, parts.threat, options.evaluation, options.seed, folder
-        )
-        results = evaluation.results(plan.identity_card(weights))
+            network, images, parts.suite, parts.threat, folder, options.seed,
+            **options.evaluation.model_dump(exclude={"n", "checks_n"}),
+        )  # fmt: skip
+        results = evaluate(evaluation, plan.identity_card(weights), options.evaluation.checks_n)
         results["evaluation"] = vouched_for(folder)
         write_json(plan.folder.results, results)
         write_json(folder / "results.json", results)  # the last: it says that all is done

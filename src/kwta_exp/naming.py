@@ -8,8 +8,8 @@ from kwta_exp.errors import UserError
 LONGEST = 100
 """Characters of a name; its files add a number, an extension, and a suffix while they are written."""
 
-RESERVED = frozenset({"again", "clean", "evaluation", "images", "results"})
-"""What an evaluation's folder calls its own files and folders, beside ``planted-...``."""
+RESERVED = frozenset({"clean", "evaluation", "images", "repeated", "results"})
+"""What an evaluation's folder calls its own files and folders, beside ``binarized-...``."""
 
 _SAFE = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9_.+-]*")
 
@@ -33,10 +33,10 @@ def safe_name(name: object, key: str = "attack") -> str:
             f"{shown} cannot name a file; expected letters, digits, _ . + - (the first of them no . or -),"
             f" {LONGEST} at most"
         )
-    if name.lower() in RESERVED or name.lower().startswith("planted-"):
+    if name.lower() in RESERVED or name.lower().startswith("binarized-"):
         raise UserError(
             f"{shown} is taken by a file of the evaluation itself; expected none of"
-            f" {', '.join(sorted(RESERVED))}, planted-..."
+            f" {', '.join(sorted(RESERVED))}, binarized-..."
         )
     return name
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from kwta_exp.attacks import Attack, NotApplicableError, Threat, Transfer, adapted
+from kwta_exp.attacks import Attack, NotApplicableError, Threat, Transfer, as_attack
 from kwta_exp.attacks.threat import check_radius
 from kwta_exp.checkpoint import Weights, load_into, read_weights, require_fit
 from kwta_exp.config import Config, build, call, explain, plain
@@ -129,22 +129,18 @@ def _check_radius(at: str, part: Any, images: Images) -> None:
 
 def _as_attack(cfg: Config, at: str, attack: Any, threat: Threat) -> Attack:
     """What the configuration built at ``at``, fit to be called as an attack of this project."""
-    attack = call(cfg, at, adapted, attack, threat)
-    if not callable(attack):
-        raise UserError(f"{at}: {attack!r} cannot be called; expected an attack")
     if isinstance(attack, partial) and isinstance(attack.func, type):
         raise UserError(f"{at}._partial_=True: makes a class that is not built; expected false")
-    if isinstance(attack, Transfer):
-        attack.attack = _as_attack(cfg, f"{at}.attack", attack.attack, threat)
-    usable: Attack = attack
+    usable: Attack = call(cfg, at, as_attack, attack, threat)
+    if isinstance(usable, Transfer):
+        usable.attack = _as_attack(cfg, f"{at}.attack", usable.attack, threat)
     return usable
 
 
 def _require(at: str, attack: Any, network: nn.Module) -> None:
     """An attack that training rests on must have a hold on the network."""
     try:
-        if hasattr(attack, "require"):
-            attack.require(network)
+        attack.check_applicable(network)
     except NotApplicableError as error:
         raise UserError(f"{at}: {type(attack).__name__} cannot attack this network: {error}") from error
 

@@ -2,60 +2,44 @@
 
     kwta-exp transfer RUN_FOLDER RUN_FOLDER... [--attack bpda] [--n 200] [--eps 8/255]
 
-Each run's network is attacked, and what was found is tried on every other, on the test images that the other
-classifies correctly. All runs must be of the same data. Threat and number of images are the first run's unless
-they are given. Stopped, the same command continues.
+Each run's network is attacked, and the adversarial images are tried on every other network, on the test images
+that it classifies correctly. All runs must be of the same data. The threat is the first run's unless a radius
+is given. If it is stopped, the same command continues.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from kwta_exp.attacks import APGD, BPDA, PGD, Attack, Threat, Transfer
-from kwta_exp.config import build
+from kwta_exp.attacks import Attack, Threat, Transfer
+from kwta_exp.config import build, plain
 from kwta_exp.data.base import Images
 from kwta_exp.data.batches import first_test_images
 from kwta_exp.errors import UserError
-from kwta_exp.evaluation import Diagnosis, Roles, evaluate, summarise
+from kwta_exp.evaluation import Evaluation, summarise
 from kwta_exp.naming import as_name
-from kwta_exp.parts import planned_network
+from kwta_exp.parts import built_suite, planned_network
 from kwta_exp.plan import Plan
 from kwta_exp.storage import held, sha256_of_file, sha256_of_json, write_text
 
-BATCH_SIZE = 250
 
-ATTACKS = {"pgd": PGD, "apgd": APGD, "bpda": BPDA}
-"""What the images are made with, at 20 steps."""
+def overrides_for(attack: str, eps: float | None) -> list[str]:
+    """The overrides that give a plan one attack, an option of the group ``attack``, and a radius."""
+    chosen = ["suite=none", f"+attack@attack.{attack}={attack}"]
+    return chosen if eps is None else [*chosen, f"threat.eps={eps}"]
 
 
-@dataclass(frozen=True)
-class Question:
-    """What is asked of the runs.
+def matrix(plans: Mapping[str, Plan], n: int | None, seed: int, work: Path) -> dict[str, Any]:
+    """Robust accuracies, ``{"threat", "attack", "n", "robust": {target: {source: accuracy}}}``.
 
     Args:
-        attack: a name in :data:`ATTACKS`.
+        plans: of judging each run (:func:`~kwta_exp.plan.plan_to_judge`, with :func:`overrides_for`), by name.
         n: test images; ``None`` for all.
-        eps: the radius; ``None`` for the first run's.
         seed: of the attack.
-    """
-
-    attack: str = "pgd"
-    n: int | None = None
-    eps: float | None = None
-    seed: int = 0
-
-
-def matrix(plans: Mapping[str, Plan], asked: Question, work: Path) -> dict[str, Any]:
-    """Accuracies left, ``{"threat", "runs", "left": {target: {source: accuracy}}}``.
-
-    Args:
-        plans: of judging each run again (:func:`~kwta_exp.plan.plan_to_judge`), by its name.
-        asked: the attack and its threat.
         work: where records are kept.
 
     Raises:
@@ -63,35 +47,31 @@ def matrix(plans: Mapping[str, Plan], asked: Question, work: Path) -> dict[str, 
     """
     first = next(iter(plans.values()))
     images, fingerprint = _images(plans)
-    recorded = build(first.cfg, "threat", Threat)
-    threat = Threat(norm=recorded.norm, eps=recorded.eps if asked.eps is None else asked.eps)
-    networks = {
-        name: planned_network(plan, images).eval().requires_grad_(False) for name, plan in plans.items()
-    }
-    suite = {name: _from(name, network, asked.attack, threat) for name, network in networks.items()}
+    threat = build(first.cfg, "threat", Threat)
+    ((name, attack),) = built_suite(first.cfg, threat).items()
+    networks = {run: planned_network(plan, images).eval().requires_grad_(False) for run, plan in plans.items()}
+    suite = {run: _from(run, network, attack) for run, network in networks.items()}
     identity = {
-        "weights": {name: plan.weights and sha256_of_file(plan.weights) for name, plan in plans.items()},
+        "weights": {run: plan.weights and sha256_of_file(plan.weights) for run, plan in plans.items()},
         "threat": [threat.norm, threat.eps],
-        "asked": [asked.attack, asked.n, asked.seed],
-        "data": fingerprint,
+        "attack": plain(first.cfg, "attack"),
+        "images": [n, seed, fingerprint],
     }
     folder = work / sha256_of_json(identity)[:10]
-    test = first_test_images(images, asked.n, torch.device("cpu"))
-    left: dict[str, dict[str, float]] = {}
+    test = first_test_images(images, n, torch.device("cpu"))
+    robust: dict[str, dict[str, float]] = {}
     with held(folder):
         for target, network in networks.items():
-            clean, records, inapplicable = evaluate(
-                network, test, suite, threat, asked.seed, BATCH_SIZE, folder / target
-            )
-            found = summarise({"name": target}, threat, clean, records, inapplicable, {}, Roles(), Diagnosis())
-            left[target] = {"clean": found["clean"]["accuracy"]} | {
+            evaluation = Evaluation(network, test, suite, threat, folder / target, seed)
+            found = summarise({"name": target}, evaluation, evaluation.run())
+            robust[target] = {"clean": found["clean"]["accuracy"]} | {
                 source: result["robust_accuracy"] for source, result in found["attacks"].items()
             }
     result = {
         "threat": {"norm": threat.norm, "eps": threat.eps},
-        "attack": asked.attack,
+        "attack": name,
         "n": len(test),
-        "left": left,
+        "robust": robust,
     }
     write_text(folder / "matrix.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
     return result
@@ -117,24 +97,23 @@ def _images(plans: Mapping[str, Plan]) -> tuple[Images, str]:
     return next(iter(plans.values())).dataset.load(), next(iter(fingerprints))
 
 
-def _from(name: str, network: nn.Module, attack: str, threat: Threat) -> Transfer:
-    chosen: Attack = ATTACKS[attack](norm=threat.norm, eps=threat.eps, steps=20)
-    transfer = Transfer(source=name, attack=chosen)
+def _from(name: str, network: nn.Module, attack: Attack) -> Transfer:
+    transfer = Transfer(source=name, attack=attack)
     transfer.connect(network)
     return transfer
 
 
 def text(found: Mapping[str, Any]) -> str:
-    """The matrix, a row a source and a column a target."""
-    targets = list(found["left"])
+    """The matrix, a row for each source and a column for each target."""
+    targets = list(found["robust"])
     threat = found["threat"]
     lines = [
-        f"accuracy left, {threat['norm']} eps {threat['eps']:.4g}, {found['attack']}, n = {found['n']};"
-        " rows: images made on, columns: network judged",
+        f"robust accuracy, {threat['norm']} eps {threat['eps']:.4g}, {found['attack']}, n = {found['n']};"
+        " rows: network the images were made on, columns: network they were tried on",
     ]
     lines += [f"{number}: {name}" for number, name in enumerate(targets, 1)]
     lines.append(" " * 8 + "".join(f"{number:>8}" for number in range(1, len(targets) + 1)))
     for label, source in [("clean", "clean"), *((str(i), name) for i, name in enumerate(targets, 1))]:
-        cells = [found["left"][target].get(source) for target in targets]
+        cells = [found["robust"][target].get(source) for target in targets]
         lines.append(f"{label:>8}" + "".join("     n/a" if c is None else f"{100 * c:7.1f}%" for c in cells))
     return "\n".join(lines)

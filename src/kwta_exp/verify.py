@@ -3,8 +3,7 @@
     kwta-exp verify RUN_FOLDER
 
 For evaluations made with ``evaluation.save_images=true``: reads the adversarial images, checks that each lies
-inside the threat around the test image it claims to come from, and judges it again. No attack is run and no
-record is believed.
+inside the threat around its test image, and judges it again. No attack is run and no record is trusted.
 """
 
 import math
@@ -25,22 +24,22 @@ from kwta_exp.plan import Plan
 from kwta_exp.sealed import read_arrays
 from kwta_exp.storage import damaged
 
-MOST_IN_A_BATCH = 2**30
-"""Values in the images that are judged at a time, as the evaluation says: 4 GiB."""
+MAX_VALUES = 2**30
+"""The largest number of values in a batch that an evaluation may name: 4 GiB."""
 
 _ROUNDING = 1e-6
-"""How far float32 may carry an image over the edge of its ball."""
+"""The distance by which rounding in float32 may move an image out of its ball."""
 
 
 def verify(plan: Plan, folder: Path) -> list[str]:
-    """What was found of each evaluation with images in a run folder, one line each.
+    """Verify each evaluation with images in a run folder; one line each.
 
     Args:
         plan: of judging the folder's run again, from :func:`~kwta_exp.plan.plan_to_judge`.
         folder: the run folder.
 
     Raises:
-        UserError: if there is none, an image is not what it claims, or a number cannot be had again.
+        UserError: if there is none, an image lies outside the threat, or a number differs.
     """
     data = plan.dataset.load()
     network = planned_network(plan, data).eval().requires_grad_(False)
@@ -64,10 +63,10 @@ def _verify_one(evaluation: Path, network: nn.Module, data: Images) -> str:
     images = first_test_images(data, results["clean"]["n"], torch.device("cpu"))
     if len(images) != results["clean"]["n"]:
         raise UserError(f"{evaluation}: judged {results['clean']['n']} test images; the data has {len(images)}")
-    if (values := judge.batch_size * math.prod(images.x.shape[1:])) > MOST_IN_A_BATCH:
+    if (values := judge.batch_size * math.prod(images.x.shape[1:])) > MAX_VALUES:
         raise UserError(
             f"{evaluation}: judged {judge.batch_size:,} images at a time, {values:,} values; expected"
-            f" {MOST_IN_A_BATCH:,} at most"
+            f" {MAX_VALUES:,} at most"
         )
     position = {index: place for place, index in enumerate(images.index.tolist())}
 
@@ -77,7 +76,7 @@ def _verify_one(evaluation: Path, network: nn.Module, data: Images) -> str:
             for at in torch.arange(len(images)).split(judge.batch_size)
         ]
     )
-    standing = clean.clone()
+    robust = clean.clone()
     for path in sorted((evaluation / "images").glob("*.npz")):
         index, x_adv = _kept(path)
         if not set(index) <= position.keys():
@@ -86,11 +85,9 @@ def _verify_one(evaluation: Path, network: nn.Module, data: Images) -> str:
         x, y = to_float(images.x[at]), images.y[at]
         if x_adv.shape != x.shape or not _is_inside(threat, x_adv, x):
             raise UserError(f"{path}: holds images outside {threat.norm} eps {threat.eps:g} or [0, 1]")
-        fooled = misclassified(judge.logits(x_adv), y)
-        fooled[fooled.clone()] = judge.confirmed(x_adv[fooled], y[fooled])
-        standing[at[fooled]] = False
+        robust[at[judge(x_adv, y).confirmed]] = False
 
-    found = {"clean": clean.double().mean().item(), "worst case": standing.double().mean().item()}
+    found = {"clean": clean.double().mean().item(), "worst case": robust.double().mean().item()}
     claimed = {
         "clean": results["clean"]["accuracy"],
         "worst case": results["worst_case"]["robust_accuracy"],

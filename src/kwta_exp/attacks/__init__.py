@@ -2,10 +2,10 @@
 
 from kwta_exp.attacks.apgd import APGD
 from kwta_exp.attacks.autoattack import AutoAttack, Square
-from kwta_exp.attacks.base import Attack, NotApplicableError
+from kwta_exp.attacks.base import Attack, CallableAttack, NotApplicableError
 from kwta_exp.attacks.bpda import BPDA, RelaxedTransfer
 from kwta_exp.attacks.evolution import NES, EvolutionStrategies
-from kwta_exp.attacks.foolbox_adapter import FoolboxAttack, adapted
+from kwta_exp.attacks.foolbox_adapter import FoolboxAttack, as_attack
 from kwta_exp.attacks.pgd import PGD
 from kwta_exp.attacks.smoothed import SmoothedPGD
 from kwta_exp.attacks.threat import Threat
@@ -18,6 +18,7 @@ __all__ = [
     "PGD",
     "Attack",
     "AutoAttack",
+    "CallableAttack",
     "EvolutionStrategies",
     "FoolboxAttack",
     "NotApplicableError",
@@ -26,5 +27,5 @@ __all__ = [
     "Square",
     "Threat",
     "Transfer",
-    "adapted",
+    "as_attack",
 ]

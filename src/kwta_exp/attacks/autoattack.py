@@ -13,7 +13,7 @@ import torch
 from pydantic import PositiveInt, dataclasses
 from torch import Tensor, nn
 
-from kwta_exp.attacks.base import NotApplicableError, frozen
+from kwta_exp.attacks.base import Attack, MaxQueries, NotApplicableError, frozen
 from kwta_exp.fields import STRICT, Eps, Norm
 from kwta_exp.randomness import isolated
 
@@ -21,10 +21,10 @@ _NORMS = {"linf": "Linf", "l2": "L2"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
-class AutoAttack:
-    """The ensemble: APGD on two losses, FAB and Square, each on the images that still stand.
+class AutoAttack(Attack):
+    """The ensemble: APGD on two losses, FAB and Square, each on the images that are not fooled yet.
 
-    Where the data has fewer than ten classes its targeted parts run towards as many as there are.
+    With fewer than ten classes its targeted attacks run towards all wrong ones.
 
     Args:
         norm: ``"linf"`` or ``"l2"``.
@@ -33,8 +33,8 @@ class AutoAttack:
         steps: iterations of its gradient attacks; 100 as published, and only then is it AutoAttack.
         queries: of Square; 5,000 as published.
 
-    It draws from global generators, which are seeded from the images' keys for the call and put back
-    after: outcomes depend on the batch.
+    It draws from global generators, which are seeded from the images' keys for the call and restored
+    after it: outcomes depend on the batch.
 
     Raises:
         NotApplicableError: from a call, as :class:`Square`'s.
@@ -46,7 +46,9 @@ class AutoAttack:
     steps: PositiveInt = 100
     queries: PositiveInt = 5000
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, max_batch_size: int | None = None
+    ) -> Tensor:
         """Adversarial images; see :class:`~kwta_exp.attacks.Attack`."""
         import pyautoattack
 
@@ -71,32 +73,33 @@ class AutoAttack:
         result: Tensor = found.detach()
         return result
 
-    def passes(self, classes: int) -> tuple[int, int]:
-        """The most passes, forward and backward, for one image, as counted on images that withstand."""
+    def max_queries(self, classes: int) -> MaxQueries:
+        """As counted on images that are never fooled."""
         run, targets = self.steps + 3, min(9, classes - 1)
         towards = targets if classes >= 4 else 0  # runs of targeted APGD
         losses = 2 if classes >= 3 else 1  # of untargeted APGD
         if self.version == "rand":
-            return 20 * losses * run, 20 * losses * run  # each gradient is a mean of 20
+            return MaxQueries(20 * losses * run, 20 * losses * run)  # each gradient is a mean of 20
         untargeted, fab = (5 * losses, 5) if self.version == "plus" else (1, 0)
         forwards = untargeted + towards + 2 * targets + 2 * fab
-        return forwards * run + self.queries + 20, (untargeted + towards + targets + fab * classes) * run
+        backwards = untargeted + towards + targets + fab * classes
+        return MaxQueries(forwards * run + self.queries + 20, backwards * run)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
-class Square:
-    """Random search over squares of one colour: asks for logits alone, so nothing is masked from it.
+class Square(Attack):
+    """Random search over squares of one colour. It needs logits alone, so masked gradients do not stop it.
 
     Args:
         norm: ``"linf"`` or ``"l2"``.
         eps: radius of the ball, in pixel units of [0, 1].
         queries: of each restart.
-        restarts: independent searches, each on the images that still stand.
+        restarts: independent searches, each on the images that are not fooled yet.
         p_init: share of the pixels in the first squares; 0.8 in AutoAttack.
 
     Raises:
-        NotApplicableError: from a call, under ``norm="l2"`` for images of a side that the library cannot
-            begin on: under 5 pixels, 12, 14, 18, 19 or 24, and some whose sides differ.
+        NotApplicableError: from a call, under ``norm="l2"`` for image sizes that the library cannot handle:
+            sides under 5 pixels, 12, 14, 18, 19 or 24, and some whose sides differ.
     """
 
     norm: Norm
@@ -105,7 +108,9 @@ class Square:
     restarts: PositiveInt = 1
     p_init: float = 0.8
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, max_batch_size: int | None = None
+    ) -> Tensor:
         """Adversarial images; see :class:`~kwta_exp.attacks.Attack`."""
         from pyautoattack.square import SquareAttack
 
@@ -119,25 +124,25 @@ class Square:
             found: Tensor = search.perturb(x.clone(), y)
         return found.detach()
 
-    def passes(self, classes: int) -> tuple[int, int]:
-        """The most passes, forward and backward, for one image."""
-        return self.restarts * (self.queries + 3) + 1, 0
+    def max_queries(self, classes: int) -> MaxQueries:
+        """All queries of all restarts."""
+        return MaxQueries(self.restarts * (self.queries + 3) + 1, 0)
 
 
 def _require_tiles(norm: Norm, x: Tensor) -> None:
-    """The library covers an image with tiles, five to its height, before an L2 search; some do not fit in."""
+    """An L2 search of the library begins with tiles, five to the height; on some sizes they do not fit."""
     height, width = x.shape[2:]
     tile = height // 5
     margin = (height - 5 * tile) // 2
     if norm == "l2" and (
         tile == 0 or (tile > 1 and any(margin + side // tile * tile > side for side in (height, width)))
     ):
-        raise NotApplicableError(f"pyautoattack's L2 Square attack cannot begin on {height}x{width} images")
+        raise NotApplicableError(f"pyautoattack's L2 Square attack cannot handle {height}x{width} images")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The library's warnings, made for its own reports, are not shown between ours."""
+    """Hide the library's warnings, which are meant for its own reports."""
     logger = logging.getLogger("auto-attack")
     level = logger.level
     logger.setLevel(logging.ERROR)

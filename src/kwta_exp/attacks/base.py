@@ -1,24 +1,168 @@
-"""What an attack is, to whoever calls one."""
+"""What all attacks share: a base class, and calls of the model in micro-batches."""
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+from kwta_exp.attacks.losses import Loss
+from kwta_exp.attacks.threat import Threat
+from kwta_exp.fields import Norm
 
 
 class NotApplicableError(Exception):
-    """Raised by an attack that has no hold on a model; says why. It is recorded, not scored."""
+    """Raised by an attack that does not apply to a model, with the reason. It is recorded, not scored."""
 
 
-answers_are_exact: ContextVar[bool] = ContextVar("answers_are_exact", default=True)
-"""Off while an attack has the network answer with something else than its own outputs: no error counts then."""
+class MaxQueries(NamedTuple):
+    """The largest number of forward and of backward passes that an attack may spend on one image."""
+
+    forward: int
+    backward: int
+
+
+class Attack(ABC):
+    """Turns images into adversarial ones.
+
+    Attributes:
+        norm: ``"linf"`` or ``"l2"``.
+        eps: radius of the ball, in pixel units of [0, 1].
+        independent: whether the result of an image depends on that image and its key alone. An evaluation then
+            hands over several batches at once, so that micro-batches stay full while fooled images drop out.
+    """
+
+    norm: Norm
+    eps: float
+    independent: ClassVar[bool] = False
+
+    @property
+    def threat(self) -> Threat:
+        """The ball that the attack stays in."""
+        return Threat(norm=self.norm, eps=self.eps)
+
+    @abstractmethod
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, max_batch_size: int | None = None
+    ) -> Tensor:
+        """Adversarial images for ``x``.
+
+        The model's weights, gradients, buffers and mode stay as they are.
+
+        Args:
+            model: images ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``, in eval mode.
+            x: images in [0, 1].
+            y: true labels, int64 ``(N,)``.
+            keys: int64 ``(N,)``, the seed of each image's random stream (:mod:`kwta_exp.randomness`).
+            max_batch_size: the most images in one call of the model; ``None`` for all. Attacks that are not
+                ``independent`` may ignore it.
+
+        Returns:
+            A tensor shaped like ``x``.
+
+        Raises:
+            NotApplicableError: if the attack does not apply to the model or its images.
+        """
+
+    def max_queries(self, classes: int) -> MaxQueries | None:
+        """The cost of an image that is never fooled, for the forecast; ``None`` if unknown."""
+        return None
+
+    def check_applicable(self, model: nn.Module) -> None:  # noqa: B027 - most attacks apply to any
+        """Raise a :class:`NotApplicableError` if the attack does not apply to ``model``."""
+
+    def details(self, model: nn.Module) -> dict[str, Any]:
+        """What ``results.json`` should say of the attack beside its outcome."""
+        return {}
+
+
+class CallableAttack(Attack):
+    """Any function ``(model, x, y, keys) -> x_adv``, scored in ``threat``."""
+
+    def __init__(self, function: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor], threat: Threat) -> None:
+        self.function = function
+        self.norm, self.eps = threat.norm, threat.eps
+
+    def __repr__(self) -> str:
+        return f"CallableAttack({self.function!r})"
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, max_batch_size: int | None = None
+    ) -> Tensor:
+        """What the function returns; see :class:`Attack`."""
+        return self.function(model, x, y, keys)
+
+
+class MicroBatches:
+    """Calls a model in micro-batches, which are halved whenever a GPU runs out of memory.
+
+    Args:
+        model: images to logits.
+        max_batch_size: the most images in one call; ``None`` for all.
+    """
+
+    def __init__(self, model: Callable[[Tensor], Tensor], max_batch_size: int | None) -> None:
+        self.model = model
+        self.size = max_batch_size
+
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits ``(N, K)``, without a graph."""
+        return _joined(self._each(self.model, x))
+
+    def gradient(self, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient of ``loss(logits, y)`` by ``x``, the logits ``(N, K)`` and the losses ``(N,)``."""
+        parts = self._each(lambda x, y: input_gradient(self.model, x, y, loss), x, y)
+        gradient, logits, value = (_joined(each) for each in zip(*parts, strict=True))
+        return gradient, logits, value
+
+    def _each(self, call: Callable[..., Any], *tensors: Tensor) -> list[Any]:
+        parts: list[Any] = []
+        done, n = 0, len(tensors[0])
+        while done < n or not parts:
+            size = min(self.size or n, n - done)
+            try:
+                parts.append(call(*(tensor[done : done + size] for tensor in tensors)))
+            except torch.OutOfMemoryError:
+                if size < 2:
+                    raise
+                self.size = (size + 1) // 2
+                continue
+            done += max(1, size)
+        return parts
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
+
+
+def input_gradient(
+    model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, loss: Loss
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of ``loss(logits, y)`` by ``x`` alone, the logits and the losses ``(N,)``, all detached."""
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(x)
+        value = loss(logits, y)
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+    return gradient, logits.detach(), value.detach()
+
+
+def compact(keep: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The rows of each tensor where ``keep``, bool ``(N,)``; the tensors themselves if that is all rows."""
+    return tensors if keep.all() else tuple(tensor[keep] for tensor in tensors)
+
+
+forward_is_exact: ContextVar[bool] = ContextVar("forward_is_exact", default=True)
+"""False while an attack changes what the network computes: no error counts then."""
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """For code of others that calls ``backward()``: no gradient reaches the weights."""
+    """No gradient reaches the weights, for libraries that call ``backward()``."""
     free = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in free:
@@ -27,32 +171,3 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in free:
             parameter.requires_grad_(True)
-
-
-@runtime_checkable
-class Attack(Protocol):
-    """Anything that turns images into adversarial ones.
-
-    A caller hands over the model in eval mode. An attack changes neither its weights, their
-    gradients, its buffers nor its mode.
-    """
-
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
-        """Adversarial images for ``x``.
-
-        Args:
-            model: images ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``.
-            x: float32 images in [0, 1].
-            y: true labels, int64 ``(N,)``.
-            keys: int64 ``(N,)``, the seed of each image's own random stream
-                (:mod:`kwta_exp.randomness`).
-
-        Returns:
-            A tensor shaped like ``x``.
-
-        An attack may also have ``refills = True``: then it is given more images than a batch holds and, as the
-        keyword ``max_batch_size``, how many the model may be shown at a time. And ``passes(classes) ->
-        (forward, backward)``, the most passes it takes for an image of so many classes that withstands, for the
-        forecast; and ``details(model)``, what it wishes to say in ``results.json``.
-        """
-        ...

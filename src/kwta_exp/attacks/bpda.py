@@ -1,10 +1,9 @@
-"""The bpda-gradient attack: exact forward, soft backward.
+"""Backward pass differentiable approximation (BPDA) of winner-take-all layers.
 
-A winner-take-all layer is discontinuous in its input: which values win changes densely, and the
-gradient, which only sees today's winners, says nothing about it. Backward pass differentiable
-approximation (Athalye, Carlini and Wagner, "Obfuscated Gradients Give a False Sense of Security",
-ICML 2018, section 4.1) keeps the network as it is going forward and differentiates something smooth
-in its place. Here the gate of each value, 0 or 1, is differentiated as a sigmoid around the
+A winner-take-all layer is discontinuous in its input: the set of winners changes densely, and the gradient,
+which sees today's winners only, says nothing about it. BPDA (Athalye, Carlini and Wagner, "Obfuscated Gradients
+Give a False Sense of Security", ICML 2018, section 4.1) leaves the forward pass as it is and differentiates a
+smooth relaxation instead. Here the gate of each value, 0 or 1, is differentiated as a sigmoid around the
 threshold, so the gradient also tells which losers are about to win.
 """
 
@@ -13,7 +12,6 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import field
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,23 +21,24 @@ from torch import Tensor, nn
 from kwta_exp.activations import KWTA, LWTA
 from kwta_exp.activations.kwta import kwta_threshold
 from kwta_exp.attacks.apgd import APGD
-from kwta_exp.attacks.base import NotApplicableError, answers_are_exact
-from kwta_exp.attacks.losses import Loss, LossName, attack_loss
-from kwta_exp.attacks.pgd import PGD, Best
-from kwta_exp.attacks.standing import Try, best_of
-from kwta_exp.attacks.threat import Threat
-from kwta_exp.attacks.together import Climb, Query, micro_batched, together
+from kwta_exp.attacks.base import (
+    Attack,
+    MaxQueries,
+    MicroBatches,
+    NotApplicableError,
+    compact,
+    forward_is_exact,
+)
+from kwta_exp.attacks.losses import Loss, LossName, loss_and_labels
+from kwta_exp.attacks.pgd import PGD, Best, normalised
 from kwta_exp.fields import STRICT, Eps, Norm
 from kwta_exp.randomness import fold
 
-Temperature = float | Tensor
-"""Of all images, or of each: ``(n,)``, for a gate with the dimensions of ``x``, the others of size 1."""
-
-Relaxation = Callable[[Any, Tensor, Any], Tensor]
-"""``gate(module, x, temperature)``: a relaxation of ``module(x)``; see :data:`Temperature`."""
+Relaxation = Callable[[Any, Tensor, float], Tensor]
+"""``relaxation(module, x, temperature)``: a smooth function near ``module(x)``."""
 
 
-def soft_kwta(module: KWTA, x: Tensor, temperature: Temperature) -> Tensor:
+def soft_kwta(module: KWTA, x: Tensor, temperature: float) -> Tensor:
     """``x * sigmoid((s - t) / (temperature * std(s)))``: s the score, t the k-th largest of it.
 
     The threshold and the standard deviation, one for each row of competitors, count as constants.
@@ -49,64 +48,78 @@ def soft_kwta(module: KWTA, x: Tensor, temperature: Temperature) -> Tensor:
     score = x.abs() if module.by == "magnitude" else x
     threshold = kwta_threshold(x.detach(), module.ratio, k=module.k, over=module.over, by=module.by)
     first = 2 if module.over == "channel" and x.dim() > 2 else 1
-    return x * torch.sigmoid((score - threshold) / (temperature * _spread(score, first)))
+    return x * torch.sigmoid((score - threshold) / (temperature * _std(score, first)))
 
 
-def soft_lwta(module: LWTA, x: Tensor, temperature: Temperature) -> Tensor:
+def soft_lwta(module: LWTA, x: Tensor, temperature: float) -> Tensor:
     """``x * sigmoid((x - r) / (temperature * std(x)))``: r the best rival within the group."""
     if module.group_size == 1:
         return x
     groups = x.detach().unflatten(1, (-1, module.group_size))
     first, second = groups.topk(2, dim=2).values.split(1, dim=2)
     rival = torch.where(groups >= first, second, first).flatten(1, 2)
-    return x * torch.sigmoid((x - rival) / (temperature * _spread(x, 1)))
+    return x * torch.sigmoid((x - rival) / (temperature * _std(x, 1)))
 
 
-def _spread(x: Tensor, first: int) -> Tensor:
+def _std(x: Tensor, first: int) -> Tensor:
     """The standard deviation over dimensions ``first`` and up, kept above 0; no gradient.
 
-    In two passes: on a CPU ``std``, with one, is several times slower.
+    In two passes, because ``torch.std`` is several times slower on a CPU.
     """
     x, over = x.detach(), tuple(range(first, x.dim()))
     from_mean = x - x.mean(over, keepdim=True)
     freedom = max(1, math.prod(x.shape[first:]) - 1)
-    spread: Tensor = torch.linalg.vector_norm(from_mean, dim=over, keepdim=True) / freedom**0.5
-    return spread.clamp_min(1e-12)
+    std: Tensor = torch.linalg.vector_norm(from_mean, dim=over, keepdim=True) / freedom**0.5
+    return std.clamp_min(1e-12)
 
 
 RELAXATIONS: dict[type[nn.Module], Relaxation] = {KWTA: soft_kwta, LWTA: soft_lwta}
-"""The discontinuous activations known here, and the relaxation of each."""
+"""The discontinuous activations of this project, each with its relaxation."""
 
 _MOMENTUM = 0.75
 _FIRST_STEP = 0.5  # of eps
 
 
+class _Relaxing(Attack):
+    """An attack that needs layers with a relaxation."""
+
+    gates: dict[str, str] | None
+
+    def check_applicable(self, model: nn.Module) -> None:
+        """Raise a :class:`NotApplicableError` if no layer of ``model`` has a relaxation."""
+        if not relaxable(model, self.gates):
+            raise NotApplicableError("the network has no winner-take-all layer")
+
+    def details(self, model: nn.Module) -> dict[str, int]:
+        """How many layers are relaxed."""
+        return {"activations_replaced": len(relaxable(model, self.gates))}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
-class BPDA:
+class BPDA(_Relaxing):
     """PGD whose forward pass is the network's own and whose backward pass goes through soft gates.
 
-    Every restart is a run with a random start of its own. The iterate with the largest margin of error, under
-    the exact network, is kept.
+    Every restart has a random start of its own. The iterate with the largest margin, under the exact network,
+    is kept.
 
     Args:
         norm: ``"linf"`` or ``"l2"``.
         eps: radius of the ball, in pixel units of [0, 1].
         steps: gradient steps of each restart.
         step_size: length of a step; ``None`` as for :class:`~kwta_exp.attacks.PGD`. For ``ascent="pgd"`` alone.
-        ascent: ``"pgd"``; ``"apgd"``, which sets its own step size; or ``"anneal"``: steps along the gradients'
-            momentum that shrink from eps / 2 to nothing while the gate sharpens.
+        ascent: ``"pgd"``; ``"apgd"``, which sets its own step size; or ``"anneal"``: momentum steps that shrink
+            from eps / 2 to 0 while the temperature falls.
         restarts: independent runs.
         temperatures: widths of the soft gate, as multiples of the standard deviation of the values that
-            compete. Small ones are truer to the network, large ones see further. Restarts take turns
-            through them; under ``"anneal"`` each goes from the largest to the smallest, geometrically.
-        loss: ``"ce"`` or ``"margin"``.
-        gates: for activations of your own: dotted path of the class to dotted path of its gate, a
-            function ``(module, x, temperature)`` that returns a relaxation of ``module(x)``.
-            ``"anneal"`` hands it a temperature for each image, of ``x``'s dimensions, the others a float.
+            compete. Small ones are closer to the network, large ones see further. Restarts take turns
+            through them; under ``"anneal"`` each falls from the largest to the smallest, geometrically.
+        loss: ``"ce"``, ``"margin"``, ``"dlr"`` or ``"kl"``.
+        gates: for activations of your own: dotted path of the class to dotted path of its relaxation, a
+            function ``(module, x, temperature)`` that returns a smooth function near ``module(x)``.
 
     Raises:
-        NotApplicableError: from a call, if the model has no module of a class with a gate. It is then
-            plain PGD, and would count as what it is not.
+        NotApplicableError: from a call, if no layer of the model has a relaxation. The attack would be plain
+            PGD under another name.
     """
 
     norm: Norm
@@ -119,104 +132,79 @@ class BPDA:
     loss: LossName = "margin"
     gates: dict[str, str] | None = None
 
+    independent: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if self.ascent != "pgd" and self.step_size is not None:
             raise ValueError(f"step_size={self.step_size}: ascent={self.ascent} sets its own; expected null")
-
-    @property
-    def _descent(self) -> PGD | APGD:
-        """What ``"anneal"`` differs from in its steps and temperatures, not in its cost, is PGD."""
-        if self.ascent == "apgd":
-            return APGD(norm=self.norm, eps=self.eps, steps=self.steps, loss=self.loss)
-        return PGD(norm=self.norm, eps=self.eps, steps=self.steps, step_size=self.step_size, loss=self.loss)
-
-    def details(self, model: nn.Module) -> dict[str, int]:
-        """What the attack found to work on, for the record."""
-        return {"activations_replaced": len(self._gated(model))}
-
-    refills: ClassVar = True
 
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, max_batch_size: int | None = None
     ) -> Tensor:
         """Adversarial images inside the ball and [0, 1]; see :class:`~kwta_exp.attacks.Attack`."""
-        gated, asked = self.require(model), micro_batched(model, max_batch_size)
-        descent = self._descent
+        self.check_applicable(model)
+        layers, batches, best = relaxable(model, self.gates), MicroBatches(model, max_batch_size), Best(x, y)
+        loss, labels = loss_and_labels(self.loss, batches.logits, x, y)
+        for restart in range(self.restarts):
+            index = best.not_fooled
+            if not len(index):
+                break
+            run_keys = fold(restart, keys[index])
+            if self.ascent == "anneal":
+                start = self.threat.random_point(x[index], run_keys)
+                self._anneal(batches, layers, best, index, start, loss, labels[index])
+            else:
+                with relaxed(layers, self.temperatures[restart % len(self.temperatures)]):
+                    found = self._inner(model, x[index], y[index], run_keys, max_batch_size)
+                best.update(found, batches.logits(found), index)
+        return best.x
 
-        def run(restart: int) -> Try:
-            temperature = self.temperatures[restart % len(self.temperatures)]
-
-            def attempt(at: Tensor) -> Tensor:
-                keys_of_run = fold(restart, keys[at])
-                if self.ascent == "anneal":
-                    best = Best(x[at], y[at])
-                    loss = attack_loss(self.loss, asked, x[at], y[at])
-                    together(
-                        soft, partial(self._anneal, keys_of_run, best, loss), best.standing, max_batch_size
-                    )
-                    return best.x
-                with relaxed(gated, temperature):
-                    return descent(model, x[at], y[at], keys_of_run, max_batch_size=max_batch_size)
-
-            return attempt
-
-        def soft(x: Tensor, temperatures: Tensor | None = None) -> Tensor:
-            if temperatures is None:
-                return asked(x)
-            with relaxed(gated, temperatures):
-                logits: Tensor = model(x)
-            return logits
-
-        return best_of(map(run, range(self.restarts)), asked, x, y)
-
-    def _anneal(self, keys: Tensor, best: Best, loss: Loss, at: Tensor) -> Climb:
+    def _anneal(
+        self,
+        model: MicroBatches,
+        layers: "Layers",
+        best: Best,
+        index: Tensor,
+        x_adv: Tensor,
+        loss: Loss,
+        y: Tensor,
+    ) -> None:
         """One run of ``ascent="anneal"``; momentum as in Dong et al. 2018, equation 6, weaker and decaying."""
-        threat = Threat(norm=self.norm, eps=self.eps)
+        threat, x, velocity = self.threat, best.clean[index], torch.zeros_like(x_adv)
         warm, cold = max(self.temperatures), min(self.temperatures)
-        origin = best.origin[at]
-        x_adv = threat.random_point(origin, keys[at])
-        velocity = torch.zeros_like(origin)
         for step in range(self.steps):
             progress = step / self.steps
-            temperatures = x_adv.new_full((len(at),), warm * (cold / warm) ** progress)
-            gradient, logits, _ = yield Query(x_adv, partial(loss, at=at), temperatures)
-            if not (go_on := best.update(x_adv, logits, at)).all():
-                at, origin, x_adv, gradient, velocity = (
-                    each[go_on] for each in (at, origin, x_adv, gradient, velocity)
-                )
-                if not len(at):
-                    return
-            scale = gradient.abs().mean(tuple(range(1, origin.dim())), keepdim=True)
-            velocity = _MOMENTUM * velocity + gradient / scale.clamp_min(1e-30)
-            length = _FIRST_STEP * self.eps * (1 - progress)
-            x_adv = threat.project(x_adv + length * threat.steepest(velocity), origin)
-        _, logits, _ = yield Query(x_adv)
-        best.update(x_adv, logits, at)
+            with relaxed(layers, warm * (cold / warm) ** progress):
+                gradient, logits, _ = model.gradient(x_adv, y, loss)
+            keep = best.update(x_adv, logits, index)
+            index, x, x_adv, y, gradient, velocity = compact(keep, index, x, x_adv, y, gradient, velocity)
+            if not len(index):
+                return
+            velocity = _MOMENTUM * velocity + normalised(gradient)
+            step_size = _FIRST_STEP * self.eps * (1 - progress)
+            x_adv = threat.project(x_adv + step_size * threat.steepest(velocity), x)
+        best.update(x_adv, model.logits(x_adv), index)
 
-    def passes(self, classes: int) -> tuple[int, int]:
-        """The most passes, forward and backward, for one image."""
-        forwards, backwards = self._descent.passes(classes)
-        return self.restarts * (forwards + 1), self.restarts * backwards
+    @property
+    def _inner(self) -> PGD | APGD:
+        """The attack that runs on the relaxed gradients; ``"anneal"`` costs what PGD does."""
+        if self.ascent == "apgd":
+            return APGD(norm=self.norm, eps=self.eps, steps=self.steps, loss=self.loss)
+        return PGD(norm=self.norm, eps=self.eps, steps=self.steps, step_size=self.step_size, loss=self.loss)
 
-    def require(self, model: nn.Module) -> list[tuple[nn.Module, Relaxation]]:
-        """The activations with a gate.
-
-        Raises:
-            NotApplicableError: if there is none.
-        """
-        return _require_gates(model, self.gates)
-
-    def _gated(self, model: nn.Module) -> list[tuple[nn.Module, Relaxation]]:
-        return gated_modules(model, self.gates)
+    def max_queries(self, classes: int) -> MaxQueries:
+        """Every restart takes all its steps and one look at what it found."""
+        forward, backward = self._inner.max_queries(classes)
+        return MaxQueries(self.restarts * (forward + 1) + (self.loss == "kl"), self.restarts * backward)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
-class RelaxedTransfer:
-    """PGD on a twin of the network with soft gates going forward too; what it finds is tried on the network.
+class RelaxedTransfer(_Relaxing):
+    """PGD on the relaxed network, soft gates going forward too; its images are tried on the network itself.
 
-    The twin is smooth, so its gradients are honest, and near the network, so its adversarial images often
-    are the network's (a transfer attack that needs no other network). Every restart takes all its steps and
-    the last iterate: what fools the twin only just seldom fools the network.
+    The relaxed network is smooth, so its gradients are honest, and close to the network, so its adversarial
+    images often transfer. Every restart takes all its steps and returns the last iterate: an image that barely
+    fools the relaxed network seldom fools the network.
 
     Args:
         norm: ``"linf"`` or ``"l2"``.
@@ -224,11 +212,11 @@ class RelaxedTransfer:
         steps: gradient steps of each restart.
         restarts: independent runs; they take turns through the temperatures.
         temperatures: see :class:`BPDA`.
-        loss: ``"ce"``, ``"margin"`` or ``"dlr"``.
+        loss: ``"ce"``, ``"margin"``, ``"dlr"`` or ``"kl"``.
         gates: see :class:`BPDA`.
 
     Raises:
-        NotApplicableError: from a call, if the model has no module of a class with a gate.
+        NotApplicableError: from a call, if no layer of the model has a relaxation.
     """
 
     norm: Norm
@@ -239,69 +227,55 @@ class RelaxedTransfer:
     loss: LossName = "ce"
     gates: dict[str, str] | None = None
 
-    def details(self, model: nn.Module) -> dict[str, int]:
-        """What the attack found to work on, for the record."""
-        return {"activations_replaced": len(gated_modules(model, self.gates))}
-
-    def passes(self, classes: int) -> tuple[int, int]:
-        """The most passes, forward and backward, for one image; those through the twin count."""
-        return self.restarts * (self.steps + 1), self.restarts * self.steps
-
-    refills: ClassVar = True
+    independent: ClassVar[bool] = True
 
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, max_batch_size: int | None = None
     ) -> Tensor:
         """Adversarial images inside the ball and [0, 1]; see :class:`~kwta_exp.attacks.Attack`."""
-        gated = _require_gates(model, self.gates)
-        descent = PGD(norm=self.norm, eps=self.eps, steps=self.steps, loss=self.loss, keep_best=False)
+        self.check_applicable(model)
+        layers, batches, best = relaxable(model, self.gates), MicroBatches(model, max_batch_size), Best(x, y)
+        pgd = PGD(norm=self.norm, eps=self.eps, steps=self.steps, loss=self.loss, keep_best=False)
+        for restart in range(self.restarts):
+            index = best.not_fooled
+            if not len(index):
+                break
+            with relaxed(layers, self.temperatures[restart % len(self.temperatures)], exact_forward=False):
+                found = pgd(model, x[index], y[index], fold(restart, keys[index]), max_batch_size)
+            best.update(found, batches.logits(found), index)
+        return best.x
 
-        def run(restart: int) -> Try:
-            temperature = self.temperatures[restart % len(self.temperatures)]
-
-            def attempt(at: Tensor) -> Tensor:
-                with relaxed(gated, temperature, exact_forward=False):
-                    return descent(model, x[at], y[at], fold(restart, keys[at]), max_batch_size=max_batch_size)
-
-            return attempt
-
-        return best_of(map(run, range(self.restarts)), micro_batched(model, max_batch_size), x, y)
+    def max_queries(self, classes: int) -> MaxQueries:
+        """Every restart takes all its steps and one look at what it found; relaxed passes count."""
+        clean = self.loss == "kl"
+        return MaxQueries(self.restarts * (self.steps + 1 + clean), self.restarts * self.steps)
 
 
-def gated_modules(model: nn.Module, own: Mapping[str, str] | None) -> list[tuple[nn.Module, Relaxation]]:
-    """The modules of ``model`` whose class has a gate, here or in ``own`` (dotted path to dotted path)."""
+Layers = Sequence[tuple[nn.Module, Relaxation]]
+"""Modules, each with its relaxation."""
+
+
+def relaxable(model: nn.Module, own: Mapping[str, str] | None) -> list[tuple[nn.Module, Relaxation]]:
+    """The modules of ``model`` with a relaxation, from :data:`RELAXATIONS` or ``own`` (dotted paths)."""
     resolve = pkgutil.resolve_name
-    gates = RELAXATIONS | {resolve(name): resolve(gate) for name, gate in (own or {}).items()}
-    return [(module, gates[type(module)]) for module in model.modules() if type(module) in gates]
-
-
-def _require_gates(model: nn.Module, own: Mapping[str, str] | None) -> list[tuple[nn.Module, Relaxation]]:
-    if gated := gated_modules(model, own):
-        return gated
-    raise NotApplicableError("no winner-take-all activation to put a soft gate in")
+    known = RELAXATIONS | {resolve(name): resolve(relaxation) for name, relaxation in (own or {}).items()}
+    return [(module, known[type(module)]) for module in model.modules() if type(module) in known]
 
 
 @contextmanager
-def relaxed(
-    gated: Sequence[tuple[nn.Module, Relaxation]], temperature: Temperature, exact_forward: bool = True
-) -> Iterator[None]:
-    """Let gradients of ``gated`` modules pass through their gates; what they return is unchanged, unless
-    ``exact_forward`` is off: then it is the gates' too.
+def relaxed(layers: Layers, temperature: float, exact_forward: bool = True) -> Iterator[None]:
+    """Differentiate the relaxations of ``layers``; without ``exact_forward``, compute them forward too."""
 
-    The ``temperature`` is a float or, of each image, ``(n,)``. Where a network has made more or fewer rows of
-    its images, all of these get the mean.
-    """
-
-    def hook_for(gate: Relaxation) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor | None]:
+    def hook_for(relaxation: Relaxation) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor | None]:
         inside = False
 
         def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
             nonlocal inside
             if inside or (exact_forward and not torch.is_grad_enabled()):
                 return None
-            inside = True  # a gate may call the module itself
+            inside = True  # a relaxation may call the module itself
             try:
-                soft = gate(module, inputs[0], _shaped_for(inputs[0], temperature))
+                soft = relaxation(module, inputs[0], temperature)
             finally:
                 inside = False
             passed: Tensor = _StraightThrough.apply(output.detach(), soft) if exact_forward else soft
@@ -309,21 +283,14 @@ def relaxed(
 
         return hook
 
-    handles = [module.register_forward_hook(hook_for(gate)) for module, gate in gated]
-    token = answers_are_exact.set(exact_forward)
+    handles = [module.register_forward_hook(hook_for(relaxation)) for module, relaxation in layers]
+    token = forward_is_exact.set(exact_forward)
     try:
         yield
     finally:
-        answers_are_exact.reset(token)
+        forward_is_exact.reset(token)
         for handle in handles:
             handle.remove()
-
-
-def _shaped_for(x: Tensor, temperature: Temperature) -> Temperature:
-    if not isinstance(temperature, Tensor):
-        return temperature
-    each = temperature if len(temperature) == len(x) else temperature.mean().expand(len(x))
-    return each.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Attacks of the foolbox library behind this project's interface."""
+"""Attacks of the foolbox library, and plain functions, as attacks of this project."""
 
 import math
 from typing import Any
@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kwta_exp.attacks.base import frozen
+from kwta_exp.attacks.base import Attack, CallableAttack, frozen
 from kwta_exp.attacks.threat import Threat
 from kwta_exp.randomness import isolated
 
 BROKEN = {
-    "L2FMNAttack": "it never projects, so what it calls adversarial lies where it likes",
-    "LInfFMNAttack": "it never projects, so what it calls adversarial lies where it likes",
-    "L1FMNAttack": "it never projects, so what it calls adversarial lies where it likes",
-    "L0FMNAttack": "it never projects, so what it calls adversarial lies where it likes",
-    "PointwiseAttack": "it fails when asked for its smallest change",
+    "L2FMNAttack": "it never projects, so its images may lie outside the threat",
+    "LInfFMNAttack": "it never projects, so its images may lie outside the threat",
+    "L1FMNAttack": "it never projects, so its images may lie outside the threat",
+    "L0FMNAttack": "it never projects, so its images may lie outside the threat",
+    "PointwiseAttack": "it fails when it runs without an epsilon",
     **dict.fromkeys(
         (
             "L0BrendelBethgeAttack",
@@ -23,29 +23,28 @@ BROKEN = {
             "L2BrendelBethgeAttack",
             "LinfinityBrendelBethgeAttack",
         ),
-        "it compiles for half a minute in every process, and what it finds has not been checked here",
+        "it compiles for half a minute in every process, and its results have not been checked here",
     ),
 }
-"""Attacks of foolbox 3.3.4 that do not do what they say, or not here."""
+"""Attacks of foolbox 3.3.4 that do not work, with the reason."""
 
 
-class FoolboxAttack:
+class FoolboxAttack(Attack):
     """Runs a ``foolbox.attacks.*`` object against a threat.
 
-    A minimum-norm attack, of whatever norm, is asked for its unclipped result: the smallest change it
-    finds, projected into the threat where it lies outside. Any other attack runs at ``threat.eps``,
-    so its norm must be the threat's.
+    A minimum-norm attack, of any norm, runs without an epsilon: it returns the smallest change it finds, which
+    is projected into the threat if it lies outside. Any other attack runs at ``threat.eps``, so its norm must
+    be the threat's.
 
     Args:
         attack: the foolbox object.
         threat: the ball its result will be scored in.
 
-    foolbox draws from global generators. They are seeded from the images' keys for the call and put
-    back after, so outcomes depend on nothing but the batch.
+    foolbox draws from global generators. They are seeded from the images' keys for the call and restored
+    after it, so outcomes depend on nothing but the batch.
 
-    A decision-based attack must begin at an image that is misclassified, and foolbox gives up on a whole
-    batch where one has none. So starting points are looked for first, and images without one are returned
-    as they are.
+    A decision-based attack must begin at an image that is misclassified, and foolbox rejects a whole batch if
+    one image has none. So starting points are searched first, and images without one are returned unchanged.
 
     Raises:
         ValueError: if an attack with a fixed epsilon belongs to another norm, or is known to be broken.
@@ -57,7 +56,7 @@ class FoolboxAttack:
         if reason := BROKEN.get(type(attack).__name__):
             raise ValueError(f"foolbox's {type(attack).__name__} is not to be used: {reason}")
         self.attack = attack
-        self.threat = threat
+        self.norm, self.eps = threat.norm, threat.eps
         self.minimum_norm = isinstance(attack, MinimizationAttack)
         p = getattr(getattr(attack, "distance", None), "p", None)
         if not self.minimum_norm and p != {"linf": math.inf, "l2": 2}[threat.norm]:
@@ -68,7 +67,9 @@ class FoolboxAttack:
     def __repr__(self) -> str:
         return f"FoolboxAttack({self.attack!r}, {self.threat!r})"
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, max_batch_size: int | None = None
+    ) -> Tensor:
         """What foolbox returns for ``x``; see :class:`~kwta_exp.attacks.Attack`."""
         from foolbox.models.pytorch import PyTorchModel
 
@@ -79,7 +80,7 @@ class FoolboxAttack:
             elif self.minimum_norm:
                 found, _, _ = self.attack(foolbox_model, x, y, epsilons=None)
             else:
-                _, found, _ = self.attack(foolbox_model, x, y, epsilons=self.threat.eps)
+                _, found, _ = self.attack(foolbox_model, x, y, epsilons=self.eps)
         return self.threat.project(torch.as_tensor(found).detach(), x)
 
     def _from_starting_points(self, foolbox_model: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -98,6 +99,17 @@ class FoolboxAttack:
         return found
 
 
-def adapted(attack: Any, threat: Threat) -> Any:
-    """An attack of foolbox behind this project's interface; any other as it is."""
-    return FoolboxAttack(attack, threat) if type(attack).__module__.startswith("foolbox.") else attack
+def as_attack(attack: Any, threat: Threat) -> Attack:
+    """``attack`` itself, or a foolbox attack or a function ``(model, x, y, keys) -> x_adv``, adapted to
+    ``threat``.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    if isinstance(attack, Attack):
+        return attack
+    if type(attack).__module__.startswith("foolbox."):
+        return FoolboxAttack(attack, threat)
+    if not callable(attack):
+        raise ValueError(f"{attack!r} cannot be called; expected an attack")
+    return CallableAttack(attack, threat)

@@ -1,8 +1,9 @@
-"""Attacking a network and keeping the books: each image, each attack, the worst case, and what to believe."""
+"""Attacking a network, image by image: records, the worst case, and whether to believe it."""
 
-from kwta_exp.evaluation.diagnostics import Diagnosis, diagnose
-from kwta_exp.evaluation.evaluator import evaluate
-from kwta_exp.evaluation.results import summarise
+from kwta_exp.evaluation.checks import Diagnosis, diagnose
+from kwta_exp.evaluation.evaluation import Evaluation
+from kwta_exp.evaluation.outcome import Outcome
+from kwta_exp.evaluation.results import evaluate, summarise
 from kwta_exp.evaluation.roles import Roles
 
-__all__ = ["Diagnosis", "Roles", "diagnose", "evaluate", "summarise"]
+__all__ = ["Diagnosis", "Evaluation", "Outcome", "Roles", "diagnose", "evaluate", "summarise"]

@@ -1,26 +1,14 @@
-"""One chunk of images under one attack, in this process or in others."""
+"""One chunk of images under one attack."""
 
-import multiprocessing
-import os
-import signal
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
-from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kwta_exp.attacks import Attack, Threat
+from kwta_exp.attacks.base import MicroBatches
 from kwta_exp.attacks.losses import margin
-from kwta_exp.attacks.together import micro_batched, refills
 from kwta_exp.data.batches import Split, to_float
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.judge import Judge, misclassified, predicted
@@ -30,39 +18,30 @@ from kwta_exp.models.proxy import proxy_for
 from kwta_exp.randomness import fold, isolated, key
 from kwta_exp.storage import image_digests
 
-
-@dataclass(frozen=True)
-class Task:
-    """What every chunk of an evaluation shares; see :func:`~kwta_exp.evaluation.evaluate`."""
-
-    network: nn.Module
-    images: Split
-    suite: Mapping[str, Attack]
-    threat: Threat
-    seed: int
-    batch_size: int
-    fast_search: bool = False
+if TYPE_CHECKING:
+    from kwta_exp.evaluation.evaluation import Evaluation
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What one process works with: the judge, and the network that attacks see."""
+class Networks:
+    """What a process works with: the judge, and the network that attacks see."""
 
     judge: Judge
     searched: nn.Module
 
     @classmethod
-    def of(cls, task: Task) -> Self:
-        judge = Judge(task.network, task.batch_size)
-        if not task.fast_search:
+    def of(cls, evaluation: "Evaluation") -> "Networks":
+        """The network itself, or a proxy for a fast search."""
+        judge, images = Judge(evaluation.network, evaluation.batch_size), evaluation.images
+        if evaluation.search == "exact":
             return cls(judge, judge.network)
-        some = torch.arange(min(2, len(task.images)), device=task.images.y.device)
-        return cls(judge, proxy_for(task.network, to_float(task.images.x[some])))
+        some = torch.arange(min(2, len(images)), device=images.y.device)
+        return cls(judge, proxy_for(judge.network, to_float(images.x[some])))
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """The rows of one chunk, the adversarial images, and what it cost."""
+class ChunkResult:
+    """The rows of one chunk, the adversarial images, and their cost."""
 
     rows: dict[str, Column]
     x_adv: Tensor
@@ -71,55 +50,51 @@ class Outcome:
     seconds: float
 
 
-def attacked(task: Task, bench: Bench, name: str, chunk: Tensor) -> Outcome:
+def attack_chunk(evaluation: "Evaluation", networks: Networks, name: str, chunk: Tensor) -> ChunkResult:
     """Attack the images at positions ``chunk`` with the attack called ``name`` and judge what it returns.
 
-    Where the attack searched with a proxy and fooled that alone (at any time: it may have left off), the
-    image is attacked again, on the network itself: a success that was no success must not end a search.
+    An attack that searched on a proxy may have fooled the proxy alone, and stopped there. Such images are
+    attacked again, on the network itself.
 
     Raises:
         NotApplicableError: from the attack.
         UserError: if the attack fails or returns something other than images, naming it.
     """
-    outcome, ended = _attacked(task, bench.judge, bench.searched, name, chunk)
-    withstood = torch.from_numpy(np.flatnonzero(~outcome.rows["fooled"])).to(chunk.device)
-    if bench.searched is bench.judge.network or not len(withstood):
-        return outcome
-    asked = micro_batched(bench.searched, task.batch_size)
-    with torch.no_grad(), isolated(key(task.seed, "claimed", name, int(chunk[0]))):
-        ended = ended[withstood] | misclassified(
-            asked(outcome.x_adv[withstood]), task.images.y[chunk[withstood]]
-        )
-    again = withstood[ended]
+    result, stopped = _attack(evaluation, networks.judge, networks.searched, name, chunk)
+    robust = torch.from_numpy(~result.rows["fooled"]).nonzero()[:, 0].to(chunk.device)
+    if networks.searched is networks.judge.network or not len(robust):
+        return result
+    with isolated(key(evaluation.seed, "claimed", name, int(chunk[0]))):
+        logits = MicroBatches(networks.searched, evaluation.batch_size).logits(result.x_adv[robust])
+    stopped = stopped[robust] | misclassified(logits, evaluation.images.y[chunk[robust]])
+    again = robust[stopped]
     if not len(again):
-        return outcome
-    second, _ = _attacked(task, bench.judge, bench.judge.network, name, chunk[again])
-    at = again.cpu().numpy()
+        return result
+    second, _ = _attack(evaluation, networks.judge, networks.judge.network, name, chunk[again])
+    index = again.cpu().numpy()
     for column in ("queries", "steps"):
-        second.rows[column] += outcome.rows[column][at]
+        second.rows[column] += result.rows[column][index]
     for column, values in second.rows.items():
-        outcome.rows[column][at] = values
-    outcome.x_adv[again] = second.x_adv
-    return Outcome(
-        outcome.rows, outcome.x_adv, outcome.forwards + second.forwards,
-        outcome.backwards + second.backwards, outcome.seconds + second.seconds,
+        result.rows[column][index] = values
+    result.x_adv[again] = second.x_adv
+    return ChunkResult(
+        result.rows, result.x_adv, result.forwards + second.forwards, result.backwards + second.backwards,
+        result.seconds + second.seconds,
     )  # fmt: skip
 
 
-def _attacked(
-    task: Task, judge: Judge, searched: nn.Module, name: str, chunk: Tensor
-) -> tuple[Outcome, Tensor]:
-    """The outcome, and for which images the attack saw ``searched`` err inside the threat."""
-    images, threat = task.images, task.threat
+def _attack(
+    evaluation: "Evaluation", judge: Judge, searched: nn.Module, name: str, chunk: Tensor
+) -> tuple[ChunkResult, Tensor]:
+    """The result, and the images ``(N,)`` that the attack saw ``searched`` misclassify inside the threat."""
+    images, threat = evaluation.images, evaluation.threat
     x, y = to_float(images.x[chunk]), images.y[chunk]
-    keys = fold(key(task.seed, "attack", name), images.index[chunk])
-    counted = QueryCounter(searched, x, y, threat)
+    keys = fold(key(evaluation.seed, "attack", name), images.index[chunk])
+    counter = QueryCounter(searched, x, y, threat)
     started = time.monotonic()
     try:
-        with isolated(int(keys.sum())):  # whatever draws from global generators does so reproducibly
-            attack = task.suite[name]
-            limit = {"max_batch_size": task.batch_size} if refills(attack) else {}
-            returned = attack(counted, x.clone(), y, keys, **limit)
+        with isolated(int(keys.sum())):  # for attacks and networks that draw from global generators
+            returned = evaluation.suite[name](counter, x.clone(), y, keys, evaluation.batch_size)
         if not isinstance(returned, Tensor) or returned.shape != x.shape:
             raise ValueError(
                 f"returned {getattr(returned, 'shape', type(returned).__name__)};"
@@ -128,143 +103,30 @@ def _attacked(
     except (ValueError, TypeError, RuntimeError, LookupError, AssertionError) as error:
         raise UserError(f"attack.{name}: {type(error).__name__}: {error}") from error
 
-    with torch.no_grad(), isolated(~int(keys.sum())):  # some networks draw random numbers
+    with torch.no_grad(), isolated(~int(keys.sum())):
         x_adv = returned.detach().to(x)
         x_adv = threat.project(torch.where(x_adv.isfinite(), x_adv, x), x)
-        logits = judge.logits(x_adv)
-        erred = misclassified(logits, y)
-        fooled = erred.clone()
-        fooled[erred] = judge.confirmed(x_adv[erred], y[erred])
+        judged = judge(x_adv, y)
         rows = {
-            **rows_of(images, chunk, logits),
-            "fooled": fooled.cpu().numpy(),
-            "unconfirmed": (erred & ~fooled).cpu().numpy(),
+            **rows_of(images, chunk, judged.logits),
+            "fooled": judged.confirmed.cpu().numpy(),
+            "unconfirmed": (judged.misclassified & ~judged.confirmed).cpu().numpy(),
             "distance": threat.distance(x_adv, x).cpu().numpy(),
-            "queries": counted.queries.cpu().numpy(),
-            "steps": counted.steps.cpu().numpy(),
+            "queries": counter.queries.cpu().numpy(),
+            "steps": counter.steps.cpu().numpy(),
             "key": keys.cpu().numpy(),
         }
     seconds = time.monotonic() - started
-    return Outcome(rows, x_adv, counted.forwards, counted.backwards, seconds), counted.seen_to_err
+    return ChunkResult(rows, x_adv, counter.forwards, counter.backwards, seconds), counter.fooled
 
 
 def rows_of(images: Split, chunk: Tensor, logits: Tensor) -> dict[str, Column]:
-    """Who the images of a chunk are and what ``logits`` make of them."""
+    """The identity of a chunk's images and their predictions."""
     labels = images.y[chunk]
     return {
         "index": images.index[chunk].cpu().numpy(),
         "digest": image_digests(images.x[chunk].cpu().numpy()),
         "label": labels.cpu().numpy(),
         "prediction": predicted(logits).cpu().numpy(),
-        "margin": -margin(logits, labels).cpu().numpy(),
+        "margin": margin(logits, labels).cpu().numpy(),
     }
-
-
-class Workers:
-    """Does chunks one after another, or several at once in processes of their own; outcomes are the same.
-
-    Processes are started with "spawn" and get the task once. They use as many threads each as this one.
-
-    Args:
-        task: what to do.
-        bench: of this process.
-        processes: how many; with 1 the work is done here.
-
-    Raises:
-        UserError: for several processes with a network or attack that cannot be sent to one, or off the CPU.
-    """
-
-    def __init__(self, task: Task, bench: Bench, processes: int) -> None:
-        self._task, self._bench, self._processes = task, bench, processes
-        self._pool: ProcessPoolExecutor | None = None
-        if processes > 1 and task.images.y.device.type != "cpu":
-            raise UserError(
-                f"evaluation.processes={processes}: several processes are for CPUs; expected 1 on a GPU"
-            )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=error is None, cancel_futures=True)
-
-    def outcomes(self, name: str, chunks: Sequence[Tensor]) -> Iterator[Outcome]:
-        """The outcomes of ``chunks`` in their order."""
-        if self._processes == 1 or len(chunks) < 2:
-            for chunk in chunks:
-                yield attacked(self._task, self._bench, name, chunk)
-            return
-        pool = self._started()
-        waiting: deque[Future[Outcome]] = deque()
-        left = iter(chunks)
-        try:
-            while True:
-                for chunk in islice(left, 2 * self._processes - len(waiting)):
-                    with _interrupts_held():
-                        waiting.append(pool.submit(_do, name, chunk))
-                if not waiting:
-                    return
-                yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                f"evaluation.processes={self._processes}: a process died, for want of memory perhaps;"
-                " expected fewer. The same command continues"
-            ) from error
-        finally:
-            for future in waiting:
-                future.cancel()
-
-    def _started(self) -> ProcessPoolExecutor:
-        if self._pool is None:
-            self._pool = ProcessPoolExecutor(
-                self._processes,
-                multiprocessing.get_context("spawn"),
-                initializer=_begin,
-                initargs=(_pickled(self._task), torch.get_num_threads(), os.getpid()),
-            )
-        return self._pool
-
-
-_here: dict[str, Any] = {}
-"""The task and bench of a worker process."""
-
-
-def _pickled(task: Task) -> bytes:
-    import pickle
-
-    try:
-        return pickle.dumps(task)
-    except Exception as error:  # pickling fails in any way whatever
-        raise UserError(
-            f"evaluation.processes: the network or an attack cannot be sent to another process ({error});"
-            " expected 1"
-        ) from error
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """For starting processes: until they have begun, Ctrl-C waits, or each would print a traceback."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-def _begin(pickled: bytes, threads: int, parent: int) -> None:
-    import pickle
-
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process without a word
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    torch.set_num_threads(threads)
-    task: Task = pickle.loads(pickled)
-    _here.update(task=task, bench=Bench.of(task), parent=parent)
-
-
-def _do(name: str, chunk: Tensor) -> Outcome:
-    if os.getppid() != _here["parent"]:  # it was killed: nobody will read this
-        os._exit(1)
-    return attacked(_here["task"], _here["bench"], name, chunk)

@@ -1,4 +1,4 @@
-"""What a suite may cost, said before it starts, and a cap on it."""
+"""The cost of a suite, announced before it starts, and a cap on it."""
 
 import logging
 import time
@@ -8,38 +8,34 @@ import torch
 from torch import Tensor, nn
 
 from kwta_exp.attacks import Attack
+from kwta_exp.attacks.base import MaxQueries
 
 log = logging.getLogger(__name__)
 
-WORTH_SAYING = 20.0
-"""Seconds; a suite that takes less is begun without a word."""
+MIN_SECONDS = 20.0
+"""A suite that takes less is not announced."""
 
 
-def forecast(suite: Mapping[str, Attack], images: int, classes: int) -> dict[str, tuple[int, int] | None]:
-    """The most passes, (forward, backward), that each attack may take for ``images`` that all withstand.
-
-    ``None`` for an attack that does not say: it has no method ``passes(classes)``, or that returns ``None``.
-    """
-    found: dict[str, tuple[int, int] | None] = {}
-    for name, attack in suite.items():
-        each = attack.passes(classes) if hasattr(attack, "passes") else None
-        found[name] = None if each is None else (images * each[0], images * each[1])
-    return found
+def forecast(suite: Mapping[str, Attack], images: int, classes: int) -> dict[str, MaxQueries]:
+    """The most passes of each attack if no image is fooled; attacks of unknown cost are left out."""
+    each = {name: attack.max_queries(classes) for name, attack in suite.items()}
+    return {
+        name: MaxQueries(images * most.forward, images * most.backward)
+        for name, most in each.items()
+        if most is not None
+    }
 
 
 def within_budget(suite: Mapping[str, Attack], images: int, classes: int, budget: int | None) -> dict[str, str]:
-    """The attacks that ``budget`` passes leave out, taken in the suite's order, and why."""
+    """The attacks that do not fit into ``budget`` passes, in the suite's order, with the reason."""
     left_out: dict[str, str] = {}
     if budget is None:
         return left_out
     left = budget
     for name, passes in forecast(suite, images, classes).items():
-        if passes is None:
-            continue
         if sum(passes) > left:
             left_out[name] = (
-                f"left out: up to {sum(passes):,} passes do not fit into what evaluation.budget={budget}"
-                f" leaves, {left:,}"
+                f"left out: up to {sum(passes):,} passes, of which evaluation.budget={budget} leaves {left:,}"
             )
         else:
             left -= sum(passes)
@@ -54,28 +50,27 @@ def announce(
     images: int,
     classes: int,
 ) -> None:
-    """Log what the suite may cost in passes, and in time at the speed of two passes through ``sample``."""
+    """Log the largest cost of the suite in passes, and in time at the speed measured on ``sample``."""
     for name, why in left_out.items():
         log.warning("%s is %s", name, why)
     runs = {name: attack for name, attack in suite.items() if name not in left_out}
-    known = forecast(runs, images, classes)
-    costs = {name: passes for name, passes in known.items() if passes is not None}
+    costs = forecast(runs, images, classes)
     if not sum(map(sum, costs.values())):
         return
     forward, backward = _seconds_a_pass(network, sample)
     seconds = {name: f * forward + b * backward for name, (f, b) in costs.items()}
-    if sum(seconds.values()) < WORTH_SAYING:
+    if sum(seconds.values()) < MIN_SECONDS:
         return
-    dearest = max(seconds, key=seconds.__getitem__)
+    slowest = max(seconds, key=seconds.__getitem__)
     log.info(
         "attacking %d images: at most %s forward and %s backward passes,"
-        " %s if every image withstands (%s alone: %s)%s",
+        " %s if no image is fooled (%s alone: %s)%s",
         images,
         f"{sum(f for f, _ in costs.values()):,}",
         f"{sum(b for _, b in costs.values()):,}",
         _span(sum(seconds.values())),
-        dearest,
-        _span(seconds[dearest]),
+        slowest,
+        _span(seconds[slowest]),
         _unknown([name for name in runs if name not in costs]),
     )
 
@@ -85,7 +80,7 @@ def _unknown(names: Collection[str]) -> str:
 
 
 def _seconds_a_pass(network: nn.Module, sample: Tensor) -> tuple[float, float]:
-    """Of one image, forward and backward, measured after a pass to warm up; (0, 0) if there is no gradient."""
+    """Seconds of one image, forward and backward, after a warm-up; (0, 0) if there is no gradient."""
     x = sample.clone().requires_grad_()
     try:
         torch.autograd.grad(network(x).sum(), x)

@@ -1,4 +1,4 @@
-"""Counting what an attack asks of a network, in all and for each image."""
+"""Counts the queries of an attack, in all and for each image."""
 
 from typing import Any
 
@@ -6,33 +6,34 @@ import torch
 from torch import Tensor, nn
 
 from kwta_exp.attacks import Threat
-from kwta_exp.attacks.base import answers_are_exact
-from kwta_exp.attacks.losses import excess
+from kwta_exp.attacks.base import forward_is_exact
+from kwta_exp.attacks.losses import ranking_margin
 
 _ROUNDING = 1e-6
 """How far float32 may carry an image over the edge of its ball."""
 
 
 class QueryCounter(nn.Module):
-    """A network that counts the images it is shown and those it returns gradients for, whoever asks.
+    """A network that counts the images sent through it and the gradients sent back.
 
-    An attack sends its images in any number and order. Each query is booked on the nearest of the originals,
-    in the threat's norm; so long as originals are further apart than two radii, nothing inside a ball can be
-    booked on another's account.
+    An attack sends its images in any number and order. Each query counts for the nearest of the clean images,
+    in the threat's norm; as long as clean images are more than two radii apart, a query inside a ball counts
+    for the centre of that ball.
 
     It shares the network's parameters and mode.
 
     Args:
-        network: to be asked.
-        x: the original images ``(N, C, H, W)``.
+        network: images to logits.
+        x: the clean images ``(N, C, H, W)``.
         y: their labels.
         threat: which queries count as successes.
 
     Attributes:
         forwards: images sent through the network.
         backwards: gradients that arrived at its logits.
-        queries: int64 ``(N,)``, forward passes spent on each image up to and with the batch that held
-            its first misclassified query inside the threat; all of them, if there was none.
+        fooled: bool ``(N,)``, which images had a misclassified query inside the threat.
+        queries: int64 ``(N,)``, forward passes spent on each image up to and including the batch with its first
+            misclassified query inside the threat; all of them, if there was none.
         steps: int64 ``(N,)``, backward passes spent on it until then.
     """
 
@@ -43,41 +44,37 @@ class QueryCounter(nn.Module):
         self.backwards = 0
         self.queries = torch.zeros(len(x), dtype=torch.long, device=x.device)
         self.steps = torch.zeros_like(self.queries)
-        self._standing = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        self.fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self._y = y
         self._threat = threat
         self._owners = Owners(x, threat)
         self.train(network.training)
-
-    @property
-    def seen_to_err(self) -> Tensor:
-        """Which of the originals had a misclassified query inside the threat, bool ``(N,)``."""
-        return ~self._standing
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.network(x)
         self.forwards += len(x)
         with torch.no_grad():
             owner = self._owners(x)
-            self.queries += torch.bincount(owner, minlength=len(self.queries)) * self._standing
+            self.queries += torch.bincount(owner, minlength=len(self.queries)) * ~self.fooled
             change = self._threat.distance(x, self._owners.x[owner].to(x))
             inside = (change <= self._threat.eps + _ROUNDING) & ((x >= 0) & (x <= 1)).flatten(1).all(1)
-            if answers_are_exact.get():
-                self._standing[owner[inside & (excess(logits, self._y[owner]) > 0)]] = False
+            if forward_is_exact.get():
+                self.fooled[owner[inside & (ranking_margin(logits, self._y[owner]) > 0)]] = True
         if logits.requires_grad:
             logits.register_hook(lambda gradient: self._count_backward(gradient, owner))
         return logits
 
     def _count_backward(self, gradient: Tensor, owner: Tensor) -> Any:
         self.backwards += len(gradient)
-        self.steps += torch.bincount(owner, minlength=len(self.steps)) * self._standing
+        self.steps += torch.bincount(owner, minlength=len(self.steps)) * ~self.fooled
 
 
 class Owners:
-    """Which of ``x`` each of many images is nearest to, in the norm of ``threat``; of identical ones, any.
+    """The owner of an image: the nearest of ``x`` in the norm of ``threat``; of identical ones, any.
 
-    The answer to the last question is tried first, then a single owner for all. Either is right where every
-    image is nearer to it than half its distance to the closest other; only else is every distance computed.
+    The owners of the last call are tried first, then one owner for all. Either is correct if every image is
+    nearer to its owner than half the owner's distance to the closest other; only otherwise are all distances
+    computed.
     """
 
     def __init__(self, x: Tensor, threat: Threat) -> None:
@@ -87,7 +84,8 @@ class Owners:
         self._safe = x.new_zeros(0)
         if len(x):
             apart = self._distances(x)
-            self._safe = apart.masked_fill(apart == 0, float("inf")).amin(1) / 2  # a copy is no rival
+            apart = apart.masked_fill(apart == 0, float("inf"))  # an identical image does not matter
+            self._safe = apart.amin(1) / 2
         self._last = torch.arange(len(x), device=x.device)
 
     def __call__(self, images: Tensor) -> Tensor:

@@ -36,11 +36,11 @@ class Record:
     The ``.npz`` file holds one array a column, all of one length, the costs so far, and a checksum.
 
     Columns: ``index`` (of the test image in its dataset), ``digest`` (first 16 hex digits of the
-    uint8 image's SHA-256), ``label``, ``prediction``, ``margin`` (true logit minus the best other
-    one: negative is an error), and for attacks ``fooled``, ``unconfirmed`` (an error that was not made
-    again, so the image counts as standing), ``distance`` (in the threat's norm), ``queries`` and ``steps``
-    (forward and backward passes until fooled; see
-    :class:`~kwta_exp.evaluation.query_counter.QueryCounter`) and ``key`` (the seed of its random stream).
+    uint8 image's SHA-256), ``label``, ``prediction``, ``margin`` (the largest other logit minus
+    the true one: positive is an error), and for attacks ``fooled``, ``unconfirmed`` (an error that was not
+    confirmed, so the image counts as robust), ``distance`` (in the threat's norm), ``queries`` and ``steps``
+    (forward and backward passes until fooled; see :class:`~kwta_exp.evaluation.query_counter.QueryCounter`) and
+    ``key`` (the seed of its random stream).
     """
 
     path: Path
@@ -118,15 +118,3 @@ class Record:
         """Replace the file."""
         costs = {name: np.array(getattr(self, name)) for name in _COSTS}
         write_arrays(self.path, {**self.columns, **costs})
-
-
-def due(right: Column, standing: Column, everywhere: int | None) -> npt.NDArray[np.intp]:
-    """The places of the images that an attack must judge, in order.
-
-    Args:
-        right: bool ``(N,)``, which images are classified correctly clean.
-        standing: bool ``(N,)``, which the attacks before it left standing.
-        everywhere: on how many of the first images it runs whatever those before it did; ``None`` for all.
-    """
-    compared = np.arange(len(right)) < (len(right) if everywhere is None else everywhere)
-    return np.flatnonzero(right & (compared | standing))

@@ -1,135 +1,107 @@
-"""From records to ``results.json``: accuracies with intervals, the worst case, and the verdict."""
+"""From an outcome to ``results.json``: accuracies with intervals, the worst case, and the verdict."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kwta_exp.attacks import Threat
-from kwta_exp.evaluation.diagnostics import Diagnosis
+from kwta_exp.evaluation.checks import Diagnosis, compare, diagnose
+from kwta_exp.evaluation.evaluation import Evaluation
+from kwta_exp.evaluation.outcome import Outcome
 from kwta_exp.evaluation.records import Record
-from kwta_exp.evaluation.roles import Roles
-from kwta_exp.evaluation.verdict import LEAST_QUERIES, Tried, verdict
+from kwta_exp.evaluation.verdict import MIN_QUERIES, Tried, verdict
 
 SCHEMA = 1
 
 
-def summarise(
-    run: Mapping[str, Any],
-    threat: Threat,
-    clean: Record,
-    attacks: Mapping[str, Record],
-    inapplicable: Mapping[str, str],
-    details: Mapping[str, Mapping[str, Any]],
-    roles: Roles,
-    diagnosis: Diagnosis,
-    diagnostic_n: int | None = None,
-) -> dict[str, Any]:
-    """The content of ``results.json`` (documented in the README).
+def evaluate(evaluation: Evaluation, run: Mapping[str, Any], checks_n: int) -> dict[str, Any]:
+    """Attack, check, and summarise.
 
     Args:
-        run: who this is: name, seed, command and the like.
-        threat: the evaluation's.
-        clean: the clean record over all n images.
-        attacks: one record each, in the suite's order.
-        inapplicable: why the suite's other attacks had no hold on the network.
-        details: what an attack wishes to say of what it found in the network.
-        roles: what the suite's attacks are to the verdict.
-        diagnosis: what was measured beside them.
-        diagnostic_n: how many of the images every attack was run on; ``None`` for all.
+        evaluation: what to attack with what.
+        run: the ``run`` part of the results.
+        checks_n: images on which to check for masked gradients; 0 for none.
 
-    An attack's own ``robust_accuracy`` is over those images, since of the others it saw only what stood;
-    ``cumulative`` and the worst case are over all n.
-
-    ``worst_case.by`` gives each attack the share of the n images that it was the first in the
-    suite's order to fool, so that clean accuracy minus these shares is the worst case.
+    Raises:
+        UserError: if an attack fails, naming it.
     """
-    right = clean.columns["prediction"] == clean.columns["label"]
-    first = slice(len(right) if diagnostic_n is None else diagnostic_n)
-    standing = right.copy()
+    outcome = evaluation.run()
+    checked = checks_n and outcome.records
+    diagnosis = diagnose(evaluation, outcome, checks_n) if checked else Diagnosis()
+    return summarise(run, evaluation, outcome, diagnosis)
+
+
+def summarise(
+    run: Mapping[str, Any], evaluation: Evaluation, outcome: Outcome, diagnosis: Diagnosis | None = None
+) -> dict[str, Any]:
+    """The content of ``results.json`` (documented in ``docs/reference.md``).
+
+    Args:
+        run: the ``run`` part: name, seed, command and the like.
+        evaluation: what was evaluated.
+        outcome: what it found.
+        diagnosis: what the checks measured.
+
+    An attack's own ``robust_accuracy`` is over the first ``diagnostic_n`` images, since of the others it saw
+    only robust ones; ``cumulative`` and the worst case are over all n.
+
+    ``worst_case.by`` gives each attack the share of the n images that it was the first in the suite's order to
+    fool, so that clean accuracy minus these shares is the worst case.
+    """
+    diagnosis = diagnosis or Diagnosis()
+    threat, first = evaluation.threat, slice(evaluation.diagnostic_n)
+    robust = correct = outcome.clean_correct
     by: dict[str, float] = {}
     per_attack: dict[str, Any] = {}
-    fooled_by: dict[str, npt.NDArray[np.bool_]] = {}
-    for name, record in attacks.items():
-        fooled = fooled_by[name] = _fooled(clean, record)
-        by[name] = float(np.mean(standing & fooled))
-        standing &= ~fooled
+    for name, record in outcome.records.items():
+        fooled = outcome.fooled(name)
+        by[name] = float(np.mean(robust & fooled))
+        robust = robust & ~fooled
         per_attack[name] = {
-            **_accuracy((right & ~fooled)[first], "robust_accuracy"),
-            "cumulative": float(np.mean(standing)),
+            **_accuracy((correct & ~fooled)[first], "robust_accuracy"),
+            "cumulative": float(np.mean(robust)),
             "eps": threat.eps,
             "norm": threat.norm,
             "forwards": record.forwards,
             "backwards": record.backwards,
             "seconds": round(record.seconds, 3),
-            **details.get(name, {}),
+            **evaluation.suite[name].details(evaluation.network),
         }
-    compared = {name: fooled[first] for name, fooled in fooled_by.items()}
-    black_box = [name for name, record in attacks.items() if len(record) and not record.backwards]
-    measured = {**_comparisons(compared, roles, black_box), **diagnosis.measured}
+    measured = {**compare(evaluation, outcome), **diagnosis.measured}
     tried = Tried(
-        attacks=bool(attacks),
-        plain=any(name in attacks for name in roles.plain),
-        without_gradient=any(_searches(attacks[name]) for name in black_box),
+        attacks=bool(outcome.records),
+        baseline_pgd=any(name in outcome.records for name in evaluation.roles.baseline_pgd),
+        without_gradient=any(map(_searches_without_gradient, outcome.records.values())),
         checks=diagnosis.n > 0,
     )
-    masking = verdict(measured, len(right[first]), tried)
     return {
         "schema": SCHEMA,
         "run": dict(run),
         "threat": {"norm": threat.norm, "eps": threat.eps},
-        "clean": _accuracy(right, "accuracy"),
+        "clean": _accuracy(correct, "accuracy"),
         "attacks": per_attack,
-        "worst_case": {**_accuracy(standing, "robust_accuracy"), "by": by} if attacks else None,
-        "inapplicable": dict(inapplicable),
-        "masking": {**masking, "checks_n": diagnosis.n, "planted": diagnosis.planted},
+        "worst_case": {**_accuracy(robust, "robust_accuracy"), "by": by} if outcome.records else None,
+        "inapplicable": dict(outcome.inapplicable),
+        "masking": {
+            **verdict(measured, len(correct[first]), tried),
+            "checks_n": diagnosis.n,
+            **diagnosis.details,
+        },
     }
 
 
-def _searches(record: Record) -> bool:
-    """Whether an attack without gradients asked often enough; a transferred one asks nothing."""
-    asked = record.columns["queries"][~record.columns["fooled"]]
-    return record.forwards > 0 and (len(asked) == 0 or int(asked.min()) >= LEAST_QUERIES)
+def _searches_without_gradient(record: Record) -> bool:
+    """Whether an attack spent enough queries, and no gradients; a transferred one spends none."""
+    if not len(record) or record.backwards or not record.forwards:
+        return False
+    queries = record.columns["queries"][~record.columns["fooled"]]
+    return len(queries) == 0 or int(queries.min()) >= MIN_QUERIES
 
 
-def _comparisons(
-    fooled_by: Mapping[str, npt.NDArray[np.bool_]], roles: Roles, black_box: Collection[str]
-) -> dict[str, float]:
-    """Shares of the images that some attacks fool and others do not, by the name of the check."""
-
-    def only(these: Collection[str], not_those: Collection[str]) -> float:
-        by_these, by_those = (
-            np.any([fooled_by[name] for name in names], axis=0) for names in (these, not_those)
-        )
-        return float((by_these & ~by_those).mean())
-
-    plain = [name for name in roles.plain if name in fooled_by]
-    single = [name for name in roles.single_step if name in fooled_by]
-    with_gradient = [name for name in fooled_by if name not in black_box]
-    found = {}
-    if plain:
-        found["gain_over_plain_pgd"] = only(list(fooled_by), plain)
-    if plain and single:
-        found["single_step_finds_more"] = only(single, plain)
-    if black_box and with_gradient:
-        found["black_box_finds_more"] = only(black_box, with_gradient)
-    return found
-
-
-def _fooled(clean: Record, record: Record) -> npt.NDArray[np.bool_]:
-    """Which of all images an attack fooled."""
-    fooled = np.zeros(len(clean), dtype=np.bool_)
-    if len(record):
-        position = {index: place for place, index in enumerate(clean.columns["index"].tolist())}
-        places = [position[index] for index in record.columns["index"].tolist()]
-        fooled[places] = record.columns["fooled"]
-    return fooled
-
-
-def _accuracy(outcomes: npt.NDArray[np.bool_], name: str) -> dict[str, Any]:
+def _accuracy(correct: npt.NDArray[np.bool_], name: str) -> dict[str, Any]:
     from scipy.stats import binomtest  # slow to import
 
-    count, n = int(outcomes.sum()), len(outcomes)
+    count, n = int(correct.sum()), len(correct)
     interval = binomtest(count, n).proportion_ci(0.95, method="wilson")
     return {name: count / n, "n": n, "ci95": [float(interval.low), float(interval.high)]}

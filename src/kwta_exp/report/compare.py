@@ -64,16 +64,16 @@ class Outcomes:
         run, threat = stored.results["run"], stored.results["threat"]
         if stored.results["worst_case"] is None:
             raise UserError(f"{stored.folder}: no attack ran there; expected an evaluation with a suite")
-        rows = stored.clean.columns
+        rows = stored.outcome.clean.columns
         return cls(
             f"{run['name']}, seed {run['seed']}",
             (threat["norm"], threat["eps"]),
             rows["index"],
             rows["digest"],
-            stored.right,
-            stored.standing,
+            stored.outcome.clean_correct,
+            stored.outcome.robust,
             run["suite"],
-            {name: stored.settings.get(name) for name in stored.attacks},
+            {name: stored.settings.get(name) for name in stored.outcome.records},
         )
 
 

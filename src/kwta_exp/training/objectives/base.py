@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveFloat, PositiveInt, dataclasses
+from pydantic import PositiveFloat, PositiveInt, SkipValidation, dataclasses
 from torch import Tensor, nn
 
 from kwta_exp.attacks import Attack
@@ -87,7 +87,7 @@ class AdversarialTraining(Training):
             is learned from, and judged, is the network's answer either way.
     """
 
-    attack: Attack
+    attack: SkipValidation[Attack]
     search: Search = "exact"
 
     def attacked(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -8,7 +8,7 @@ FGSM keeps rising).
 
 from collections.abc import Mapping, Sequence
 
-from pydantic import dataclasses
+from pydantic import SkipValidation, dataclasses
 from torch import Tensor, nn
 
 from kwta_exp.attacks import Attack
@@ -33,7 +33,7 @@ class FastTraining(AdversarialTraining):
             as much. A half by convention of this project.
     """
 
-    probe: Attack
+    probe: SkipValidation[Attack]
     collapse: Share = 0.5
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

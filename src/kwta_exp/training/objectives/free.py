@@ -7,7 +7,7 @@ Free!", NeurIPS 2019, algorithm 1.
 from collections.abc import Iterator
 
 import torch
-from pydantic import PositiveInt, dataclasses
+from pydantic import PositiveInt, SkipValidation, dataclasses
 from torch import Tensor, nn
 
 from kwta_exp.attacks import Attack, Threat
@@ -36,7 +36,7 @@ class FreeTraining(Training):
     replays: PositiveInt = 8
     norm: Norm
     eps: Eps
-    probe: Attack
+    probe: SkipValidation[Attack]
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """That of the first replay from no perturbation; :meth:`losses` is the method."""

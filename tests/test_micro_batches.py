@@ -1,7 +1,6 @@
-"""Images share batches, and take each other's place there, without a difference to any of them."""
+"""Attacks call the model in micro-batches, and the size of these changes no result."""
 
 import copy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,16 @@ from kwta_exp.attacks import (
     SmoothedPGD,
     Threat,
 )
-from kwta_exp.attacks.together import Climb, Query, input_gradient, micro_batched, together
+from kwta_exp.attacks.base import MicroBatches, input_gradient
+from kwta_exp.attacks.losses import cross_entropy
 from kwta_exp.data.batches import Split
-from kwta_exp.evaluation import evaluate
-from kwta_exp.evaluation.evaluator import BATCHES_OF_A_CHUNK
+from kwta_exp.evaluation import Evaluation
+from kwta_exp.evaluation.evaluation import BATCHES_IN_A_CHUNK
 from tests.test_evaluation import InDouble
 
 
 class Watched(nn.Module):
-    """Notes how many images it is shown at a time; some of them fall at once, some late, some never."""
+    """Records the size of each batch; some of the images are fooled at once, some late, some never."""
 
     def __init__(self, activation: nn.Module) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ BPDAS: dict[str, Any] = {
 
 @pytest.mark.parametrize("max_batch_size", [1, 7, 1000])
 @pytest.mark.parametrize("name", [*ATTACKS, *BPDAS])
-def test_company_changes_nothing(name: str, max_batch_size: int) -> None:
+def test_batch_composition_does_not_change_results(name: str, max_batch_size: int) -> None:
     model, x, y, keys = images_for(KWTA(0.3) if name in BPDAS else nn.Tanh())
     attack = (ATTACKS | BPDAS)[name]
     expected = attack(model, x, y, keys)
@@ -97,70 +97,26 @@ def test_company_changes_nothing(name: str, max_batch_size: int) -> None:
     found = attack(model, x, y, keys, max_batch_size=max_batch_size)
 
     assert max(model.sizes) <= max_batch_size
-    assert sum(model.sizes) == queries  # no image is asked about more often than it would be alone
+    assert sum(model.sizes) == queries  # no image costs more queries than it would alone
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
-def test_batches_are_refilled() -> None:
-    """Where many fall early and some never do, batches stay full until nobody is left waiting."""
-    assert_refilled(PGD(norm="linf", eps=2 * EPS, steps=40), *images_for(nn.Tanh(), 50))
-
-
-def test_batches_of_the_surrogate_are_refilled() -> None:
-    """Images at different temperatures share a batch."""
-    attack = BPDA(norm="linf", eps=1.5 * EPS, steps=40, restarts=1)
-    assert_refilled(attack, *images_for(KWTA(0.3), 50))
-
-
-def assert_refilled(attack: Any, model: Watched, x: Tensor, y: Tensor, keys: Tensor) -> None:
+def test_micro_batches_stay_full_while_fooled_images_drop_out() -> None:
+    """Four batches at a time need fewer calls of the model than one batch after the other."""
+    attack = PGD(norm="linf", eps=2 * EPS, steps=40)
+    model, x, y, keys = images_for(nn.Tanh(), 48)
     attack(model, x, y, keys, max_batch_size=12)
-    refilled = list(model.sizes)
+    together = list(model.sizes)
     model.sizes.clear()
     for some in torch.arange(len(x)).split(12):
         attack(model, x[some], y[some], keys[some])
     one_by_one = model.sizes
 
-    assert sum(refilled) == sum(one_by_one)
-    assert len(refilled) < 0.7 * len(one_by_one)
+    assert sum(together) == sum(one_by_one)
+    assert len(together) < 0.7 * len(one_by_one)
 
 
-def test_groups_of_different_lengths_and_none_that_starves() -> None:
-    """A group begins when a quarter of the batch is free, and each is sent what it asked for."""
-    model = nn.Flatten()
-    seen: list[tuple[int, int]] = []
-
-    def climb(at: Tensor) -> Climb:
-        for step in range(int(at[0]) % 3 + 1):
-            x = torch.full((len(at), 1, 1, 1), float(step)) + at[:, None, None, None]
-            answer = yield Query(x, lambda logits: logits[:, 0] ** 2)
-            assert torch.equal(answer.logits[:, 0], x[:, 0, 0, 0])
-            assert torch.equal(answer.gradient, 2 * x)
-            assert torch.equal(answer.value, x[:, 0, 0, 0] ** 2)
-        answer = yield Query(x)
-        assert torch.equal(answer.logits[:, 0], x[:, 0, 0, 0])
-        assert not answer.gradient.numel()
-        assert not answer.logits.requires_grad
-        seen.extend((int(i), step) for i in at)
-
-    together(model, climb, torch.arange(31), 8)
-    assert sorted(i for i, _ in seen) == list(range(31))
-    together(model, climb, torch.arange(0), 8)
-    together(model, climb, torch.arange(0), None)
-    assert len(seen) == 31
-
-
-def test_an_attack_that_fails_midway_is_heard(images: Any) -> None:
-    model, x, *_ = images
-
-    def climb(at: Tensor) -> Climb:
-        yield Query(x[at])
-        raise LookupError("here")
-
-    with pytest.raises(LookupError, match="here"):
-        together(model, climb, torch.arange(9), 4)
-
-
-def test_fewer_images_where_memory_does_not_suffice() -> None:
+def test_batches_are_halved_when_memory_runs_out() -> None:
     class Small(Watched):
         def forward(self, x: Tensor) -> Tensor:
             if len(x) > 11:
@@ -169,10 +125,14 @@ def test_fewer_images_where_memory_does_not_suffice() -> None:
 
     model = Small(nn.Tanh()).eval()
     x = torch.rand(50, 3, 4, 4, dtype=torch.float64)
-    asked = micro_batched(model, 40)
-    torch.testing.assert_close(asked(x), model.layers(x))
+    batches = MicroBatches(model, 40)
+    torch.testing.assert_close(batches.logits(x), model.layers(x))
     assert model.sizes == [10] * 5  # not 40, not 20
-    assert asked(x[:0]).shape == (0, 5)
+    assert batches.logits(x[:0]).shape == (0, 5)
+    y = model.layers(x).argmax(1)
+    found, whole = (MicroBatches(each, 40).gradient(x, y, cross_entropy) for each in (model, model.layers))
+    for part, expected in zip(found, whole, strict=True):
+        torch.testing.assert_close(part, expected)
     attack = EvolutionStrategies(norm="linf", eps=EPS, steps=2, samples=60, chunk=40)
     y = model.layers(x[:2]).argmax(1)
     found = attack(model, x[:2], y, torch.arange(2))
@@ -182,11 +142,11 @@ def test_fewer_images_where_memory_does_not_suffice() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        micro_batched(hopeless, None)(x)  # type: ignore[arg-type]
+        MicroBatches(hopeless, None).logits(x)
 
 
-def test_the_network_is_never_shown_more_than_a_batch(tmp_path: Path, cpu: str) -> None:
-    """By an evaluation, whose chunks are longer where the attack refills; and the outcome is the same."""
+def test_an_evaluation_never_exceeds_its_batch_size(tmp_path: Path, cpu: str) -> None:
+    """Although it hands several batches to an attack on independent images; and the outcome is the same."""
     torch.manual_seed(1)
     network: nn.Module = nn.Sequential(nn.Flatten(), nn.Linear(48, 30), nn.Tanh(), nn.Linear(30, 5))
     exact = InDouble(copy.deepcopy(network))  # of which rounding decides no outcome
@@ -214,17 +174,18 @@ def test_the_network_is_never_shown_more_than_a_batch(tmp_path: Path, cpu: str) 
         folder = tmp_path / f"{batch} {fast}"
         sizes.clear()
         shown = network if fast else exact
-        _, records, _ = evaluate(shown, split, suite, threat, 0, batch, folder, fast_search=fast)
+        search: Any = "fast" if fast else "exact"
+        outcome = Evaluation(shown, split, suite, threat, folder, batch_size=batch, search=search).run()
         assert max(sizes) <= batch
-        outcomes.append(records["pgd"].columns["fooled"])
-    assert given[0] == BATCHES_OF_A_CHUNK * 8
+        outcomes.append(outcome.records["pgd"].columns["fooled"])
+    assert given[0] == BATCHES_IN_A_CHUNK * 8
     assert 0.1 < outcomes[0].mean() < 0.9
     assert (outcomes[0] == outcomes[2]).all()
 
 
-def test_input_gradient_asks_for_nothing_else() -> None:
+def test_input_gradient_leaves_weights_without_gradients() -> None:
     layer = nn.Linear(3, 2)
-    gradient, _, value = input_gradient(layer, torch.ones(4, 3), partial(torch.sum, dim=1))
+    gradient, _, value = input_gradient(layer, torch.ones(4, 3), torch.zeros(4), lambda z, y: z.sum(1))
     assert torch.allclose(gradient, layer.weight.sum(0).expand(4, 3))
     assert value.shape == (4,)
     assert layer.weight.grad is None

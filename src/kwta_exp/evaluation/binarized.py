@@ -1,15 +1,15 @@
-"""The binarization test: adversarial examples planted where an attack must find them.
+"""Binarized models: two-class problems with an adversarial example that is known to exist.
 
 Zimmermann, Brendel, Tramèr and Carlini, "Increasing Confidence in Adversarial Robustness Evaluations",
-NeurIPS 2022. An attack that finds nothing may have nothing to find. So around each image a two-class problem is
-made on the network's own features: random points of the ball are class 0, one on its edge is class 1, and a
-linear readout that tells them apart takes the last layer's place. The point on the edge is then an adversarial
-example by construction, and an attack that misses it is led astray by the features.
+NeurIPS 2022. If an attack fails, there may be nothing to find. So a two-class problem is made around each image
+on the network's own features: random points of the ball are class 0, one point on its edge is class 1, and a
+linear readout that separates them replaces the last layer. The point on the edge is an adversarial example by
+construction, and an attack that misses it is misled by the features.
 
-Where we deviate: half of the class-0 points lie on the edge too, so that how far an image is changed gives
-nothing away; and the readout is a weighted ridge regression, the most regularised that separates the two kinds,
-so that on an honest network the problem is no harder than it must be. All problems share one network: an image
-belongs to the nearest of the images that problems were made around.
+We deviate in two ways. Half of the class-0 points lie on the edge too, so that the distance from the image
+gives nothing away. And the readout is a weighted ridge regression, the most regularised one that separates the
+two classes, so that on a network with useful gradients the problem is no harder than necessary. All problems
+share one network: a query belongs to the nearest of the images that problems were made around.
 """
 
 import hashlib
@@ -28,58 +28,59 @@ from kwta_exp.randomness import fold, key
 
 log = logging.getLogger(__name__)
 
-INNER = 999
-"""Points of class 0 beside the image itself, as many as in the paper."""
+CLASS_0_POINTS = 999
+"""Points of class 0 beside the image itself, as in the paper."""
 
 CLOSENESS = 0.999
-"""Where the boundary lies on the way from the outermost class-0 point to the planted one, as in the paper: all
-but at the latter, so that little is found by luck."""
+"""Position of the boundary between the outermost class-0 point (0) and the adversarial example (1), as in the
+paper: close to the latter, so that random search finds little.
+"""
 
 RIDGES = [10.0**exponent for exponent in range(2, -7, -1)]
-"""Regularisations tried, as multiples of the features' mean variance, until the two kinds are apart."""
+"""Regularisations to try, as multiples of the features' mean variance, until the classes are separated."""
 
 
 @dataclass(frozen=True)
-class Planted:
-    """A network full of planted examples.
+class Binarized:
+    """The binarized models of some images, as one network.
 
     Attributes:
-        network: images to two logits; class 0 at the images, class 1 at the planted points.
-        images: those that a problem could be made around, all of label 0.
+        network: images to two logits; class 0 at the images, class 1 at their adversarial examples.
+        images: the images that a problem could be made around, all with label 0.
         tried: how many images there were.
-        x_planted: the planted points, float32 ``(N, C, H, W)``.
-        digest: tells these readouts from others: rounding elsewhere makes other problems.
+        x_adv: the adversarial examples, float32 ``(N, C, H, W)``.
+        digest: of the readouts: other rounding makes other problems.
     """
 
     network: nn.Module
     images: Split
     tried: int
-    x_planted: Tensor
+    x_adv: Tensor
     digest: str
 
 
-def plant(network: nn.Module, images: Split, threat: Threat, seed: int, batch_size: int) -> Planted:
-    """Plant one example at the edge of the ball around each of ``images``.
+def binarize(network: nn.Module, images: Split, threat: Threat, seed: int, batch_size: int) -> Binarized:
+    """Make a binarized model around each of ``images``.
 
-    An image is left out where no readout separates its planted point, or not in float32, or where features are
-    not finite.
+    An image is left out if no readout separates its adversarial example in float32, or if features are not
+    finite.
 
     Args:
-        network: frozen, in eval mode. The inputs of its last linear layer are the features, or else its logits.
-        images: any, whatever their class.
+        network: frozen, in eval mode. The features are the inputs of its last linear layer, or else its logits.
+        images: of any class.
         threat: the ball.
         seed: of the points.
-        batch_size: images sent through the network at once.
+        batch_size: the most images in one call of the network.
     """
     x = to_float(images.x[torch.arange(len(images), device=images.y.device)])
     layer = last_linear(network, x[:1])
-    problem = Problem(network, layer, Owners(x, threat))
-    weights, thresholds, planted = [], [], []
+    problem = BinarizedNetwork(network, layer, Owners(x, threat))
+    weights, thresholds, examples = [], [], []
     keys = fold(key(seed, "planted"), images.index)
     for i in range(len(x)):
         image = x[i : i + 1]
-        streams = fold(int(keys[i]), torch.arange(INNER + 1, device=x.device))
-        inside, at_edge = streams[: INNER // 2], streams[INNER // 2 : INNER]
+        streams = fold(int(keys[i]), torch.arange(CLASS_0_POINTS + 1, device=x.device))
+        inside, at_edge = streams[: CLASS_0_POINTS // 2], streams[CLASS_0_POINTS // 2 : CLASS_0_POINTS]
         inner = chain(
             (
                 threat.random_point(image.expand(len(some), *image.shape[1:]), some)
@@ -87,40 +88,40 @@ def plant(network: nn.Module, images: Split, threat: Threat, seed: int, batch_si
             ),
             (threat.random_edge_point(image, some) for some in at_edge.split(batch_size)),
         )
-        edge = threat.random_edge_point(image, streams[INNER:])
+        edge = threat.random_edge_point(image, streams[CLASS_0_POINTS:])
         features, lead = problem.features(chain([image], inner, [edge]), batch_size)
         if not features.isfinite().all() or not lead.isfinite():
-            weight, threshold = torch.zeros_like(features[0]).double(), lead.new_zeros(())  # holds nothing
+            weight, threshold = torch.zeros_like(features[0]).double(), lead.new_zeros(())  # separates nothing
         else:
             weight, threshold = readout(features.double(), lead)
         weights.append(weight)
         thresholds.append(threshold)
-        planted.append(edge)
+        examples.append(edge)
     problem.attach(torch.stack(weights).float(), torch.stack(thresholds).float())
 
-    x_planted = torch.cat(planted)
+    x_adv = torch.cat(examples)
     with torch.no_grad():
-        holds = (problem(x).argmax(1) == 0) & (problem(x_planted).argmax(1) == 1)
-    kept = problem.only(holds)
-    at = holds.nonzero()[:, 0]
-    split = Split(images.x[at], torch.zeros_like(images.y[at]), images.index[at])
+        separated = (problem(x).argmax(1) == 0) & (problem(x_adv).argmax(1) == 1)
+    kept = problem.only(separated)
+    index = separated.nonzero()[:, 0]
+    split = Split(images.x[index], torch.zeros_like(images.y[index]), images.index[index])
     readouts = torch.cat([kept.weights.flatten(), kept.thresholds]).cpu().numpy().tobytes()
     digest = hashlib.sha256(readouts).hexdigest()[:10]
-    return Planted(kept.eval().requires_grad_(False), split, len(x), x_planted[at], digest)
+    return Binarized(kept.eval().requires_grad_(False), split, len(x), x_adv[index], digest)
 
 
 def readout(features_MF: Tensor, own_margin: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights ``(F,)`` and threshold of the readout that tells the last row from all before it.
+    """Weights ``(F,)`` and threshold of the readout that separates the last row from all before it.
 
-    The score less the threshold is scaled to ``-own_margin`` at the first row, the image, so that the
-    losses of the new problem saturate as the network's own do. Where no regularisation separates the
-    rows the last one's answer is returned, and does not hold.
+    The score minus the threshold is scaled to ``-own_margin`` at the first row, the image, so that the losses
+    of the new problem saturate as the network's own do. If no regularisation separates the rows, the result of
+    the last one is returned.
     """
     inner = len(features_MF) - 1
     target = torch.full_like(features_MF[:, 0], -1.0)
     target[-1] = 1.0
     root = torch.ones_like(target)
-    root[-1] = inner**0.5  # both kinds weigh the same
+    root[-1] = inner**0.5  # both classes weigh the same
 
     share = root.square() / root.square().sum()
     rows = root[:, None] * (features_MF - share @ features_MF)
@@ -128,23 +129,23 @@ def readout(features_MF: Tensor, own_margin: Tensor) -> tuple[Tensor, Tensor]:
     wide = rows.shape[1] > rows.shape[0]
     gram = rows @ rows.T if wide else rows.T @ rows
     values, vectors = torch.linalg.eigh(gram)
-    right = vectors.T @ (wanted if wide else rows.T @ wanted)
+    projected = vectors.T @ (wanted if wide else rows.T @ wanted)
     mean_variance = values.clamp_min(0).sum() / rows.shape[1]
 
     for ridge in RIDGES:
-        solution = vectors @ (right / (values.clamp_min(0) + ridge * mean_variance + 1e-300))
+        solution = vectors @ (projected / (values.clamp_min(0) + ridge * mean_variance + 1e-300))
         weight = rows.T @ solution if wide else solution
         score = features_MF @ weight
-        outermost, planted = score[:-1].max(), score[-1]
-        if planted - outermost > 1e-3 * score[:-1].std():
+        outermost, example = score[:-1].max(), score[-1]
+        if example - outermost > 1e-3 * score[:-1].std():
             break
-    threshold = outermost + CLOSENESS * (planted - outermost)
+    threshold = outermost + CLOSENESS * (example - outermost)
     scale = own_margin / (threshold - score[0]).clamp_min(1e-12)
     return weight * scale, threshold * scale
 
 
 def own_margin(logits_K: Tensor) -> Tensor:
-    """The lead of the largest logit, or 1 where there is none."""
+    """The lead of the largest logit over the second, or 1 if they are equal."""
     first, second = logits_K.double().topk(2).values
     lead = first - second
     return torch.where(lead > 0, lead, torch.ones_like(lead))
@@ -153,8 +154,7 @@ def own_margin(logits_K: Tensor) -> Tensor:
 def last_linear(network: nn.Module, x: Tensor) -> nn.Module | None:
     """The last linear layer that ``network`` runs, if its input is one row of features an image.
 
-    It is not enough that it is a layer of the network: whatever comes behind it, be it a scale or a noise
-    that belongs to a defence, stays behind the readout too.
+    Whatever follows it, such as a scale or noise that belongs to a defence, follows the readout too.
     """
     ran: list[tuple[nn.Module, Tensor]] = []
     linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
@@ -175,7 +175,7 @@ def last_linear(network: nn.Module, x: Tensor) -> nn.Module | None:
 
 
 def _takes_two(network: nn.Module, layer: nn.Module, x: Tensor) -> bool:
-    """Whether two logits in the place of the layer's arrive as two logits at the network's end."""
+    """Whether the network returns two logits if the layer does."""
     handle = layer.register_forward_hook(lambda _, inputs, output: output[:, :2])
     try:
         with torch.no_grad():
@@ -186,8 +186,8 @@ def _takes_two(network: nn.Module, layer: nn.Module, x: Tensor) -> bool:
         handle.remove()
 
 
-class Problem(nn.Module):
-    """The network with each image's own readout in its last layer's place."""
+class BinarizedNetwork(nn.Module):
+    """The network with each image's own readout instead of its last layer."""
 
     weights: Tensor
     thresholds: Tensor
@@ -199,13 +199,13 @@ class Problem(nn.Module):
         self.owners = owners
 
     def attach(self, weights_NF: Tensor, thresholds_N: Tensor) -> None:
-        """Give each owner its readout."""
+        """Set the readout of each owner."""
         self.register_buffer("weights", weights_NF)
         self.register_buffer("thresholds", thresholds_N)
 
-    def only(self, keep: Tensor) -> "Problem":
-        """The problems where ``keep``, bool ``(N,)``, alone."""
-        smaller = Problem(self.network, self.layer, self.owners.only(keep))
+    def only(self, keep: Tensor) -> "BinarizedNetwork":
+        """The problems where ``keep``, bool ``(N,)``."""
+        smaller = BinarizedNetwork(self.network, self.layer, self.owners.only(keep))
         smaller.attach(self.weights[keep], self.thresholds[keep])
         return smaller
 
@@ -227,9 +227,9 @@ class Problem(nn.Module):
 
     @torch.no_grad()
     def features(self, pieces: Iterable[Tensor], batch_size: int) -> tuple[Tensor, Tensor]:
-        """What the readout sees of images that come in pieces, ``(N, F)``, and the first image's own lead.
+        """The features of images that come in pieces, ``(N, F)``, and the lead of the first image.
 
-        The lead is that of the layer the readout replaces, not of the outputs: what follows may bound them.
+        The lead is taken at the layer that the readout replaces, because what follows may bound the outputs.
         """
         seen: list[Tensor] = []
         logits: list[Tensor] = []

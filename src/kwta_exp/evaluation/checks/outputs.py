@@ -1,0 +1,85 @@
+"""Checks of a network's outputs: probabilities, random answers, and errors at random points."""
+
+import torch
+from torch import Tensor, nn
+
+from kwta_exp.attacks import Threat
+from kwta_exp.evaluation.checks.base import EVALUATING, OBFUSCATED, Check, Subject, measurement, per_image
+from kwta_exp.evaluation.judge import misclassified
+from kwta_exp.randomness import fold
+
+DRAWS = 200
+"""Random points of each ball, half of them at its corners (or on its sphere)."""
+
+RANDOM_LOGITS = 1e-3
+"""A relative difference of two answers to the same image that rounding does not explain."""
+
+
+@per_image(
+    Check(
+        name="outputs_are_probabilities",
+        threshold=0.5,
+        bears_on="plain gradients",
+        source=EVALUATING,
+        meaning="the network returns probabilities, on which losses saturate",
+        measured="images with outputs that are positive and sum to one",
+        sign=True,
+    )
+)
+def outputs_are_probabilities(
+    network: nn.Module, x: Tensor, y: Tensor, keys: Tensor, threat: Threat
+) -> dict[str, Tensor]:
+    """Which images have outputs that look like a softmax's."""
+    with torch.no_grad():
+        outputs: Tensor = network(x)
+    probabilities = (outputs >= 0).all(1) & ((outputs.sum(1) - 1).abs() < 1e-3)
+    return {"outputs_are_probabilities": probabilities.double()}
+
+
+@per_image(
+    Check(
+        name="outputs_are_random",
+        threshold=0.0,
+        bears_on="worst case",
+        source=OBFUSCATED,
+        meaning="the network gives different answers to the same image",
+        measured="images that get two different answers",
+        sign=True,
+    )
+)
+def outputs_are_random(
+    network: nn.Module, x: Tensor, y: Tensor, keys: Tensor, threat: Threat
+) -> dict[str, Tensor]:
+    """Which images get two different answers."""
+    with torch.no_grad():
+        one: Tensor = network(x)
+        other: Tensor = network(x)
+    size = one.abs().amax(1).clamp_min(1e-12)
+    return {"outputs_are_random": ((one - other).abs().amax(1) > RANDOM_LOGITS * size).double()}
+
+
+@measurement(
+    Check(
+        name="random_search_finds_more",
+        threshold=0.0,
+        bears_on="worst case",
+        source=OBFUSCATED,
+        meaning="random points fool images that no attack does",
+        measured="images that one of 200 random points fools, and no attack of the suite",
+    )
+)
+def random_search_finds_more(subject: Subject) -> dict[str, float]:
+    """The share of the images that random search fools and no attack does."""
+    fooled = [random_search(subject.network, *batch, subject.threat) for batch in subject.batches()]
+    robust = subject.outcome.robust[subject.positions]
+    return {"random_search_finds_more": float((torch.cat(fooled).cpu().numpy() & robust).mean())}
+
+
+def random_search(network: nn.Module, x: Tensor, y: Tensor, keys: Tensor, threat: Threat) -> Tensor:
+    """Which images one of :data:`DRAWS` random points of the ball fools, bool ``(N,)``."""
+    fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    with torch.no_grad():
+        for draw in range(DRAWS):
+            point = threat.random_point if draw % 2 == 0 else threat.random_edge_point
+            fooled |= misclassified(network(point(x, fold(2 + draw, keys))), y)
+    return fooled
