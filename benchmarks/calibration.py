@@ -328,9 +328,7 @@ def page(record: Mapping[str, Any]) -> str:
         ("The second set", "trying", "FashionMNIST"),
     ):
         lines += ["", f"## {title}: {data}", ""]
-        lines += [
-            "| network | eps | clean | pgd | worst case | binarization test: pgd, all | must | verdict | flags |"
-        ]
+        lines += ["| network | eps | clean | pgd | worst case | binarized: pgd, all | must | verdict | flags |"]
         lines += ["| --- | ---: | ---: | ---: | ---: | ---: | --- | --- | --- |"]
         for found in record[key]:
             rates = found["binarization"].get("success_rates", {})

@@ -1,10 +1,10 @@
-"""From run folders to small committed records, and from records to ``docs/results.md``.
+"""Make ``docs/results.md`` from run folders, through small records that are committed.
 
-    python -m scripts.study collect NAME [LABEL=]RUN_FOLDER...   writes docs/results/NAME.json
-    python -m scripts.study page                            writes docs/results.md from all of them
+    python -m scripts.study collect NAME [LABEL=]RUN_FOLDER...   # writes docs/results/NAME.json
+    python -m scripts.study page                                 # writes docs/results.md from all records
 
-A record holds what the tables need and where it came from, nothing more; ``docs/results/NAME.md`` is the text
-that goes before a study's table. Every number of the page is computed from the records.
+A record holds what the tables need, and the command, commit and machine behind it. ``docs/results/NAME.md`` is
+the text above a study's table. Every number on the page is computed from the records.
 """
 
 import argparse
@@ -30,17 +30,18 @@ Record = Mapping[str, Any]
 
 
 def collect(name: str, folders: Iterable[Path | tuple[str, Path]], records: Path = RECORDS) -> Path:
-    """Write the records of finished runs to ``<records>/<name>.json``, in the order of their names.
+    """Write the records of finished runs to ``<records>/<name>.json``, sorted by name and seed.
 
-    A run may come with a label that takes its name's place: all audits are of training "none".
+    A label replaces a run's name. Audits need one: the training in their name is always "none".
 
     Raises:
-        UserError: for a folder without results, or one of a reduced scale.
+        UserError: for a folder without results, a run at a reduced scale, or a mix of runs with and without
+            attacks.
     """
     labelled = [folder if isinstance(folder, tuple) else (None, folder) for folder in folders]
     found = sorted((_record(folder, label) for label, folder in labelled), key=_key)
     if len({record["worst_case"] is None for record in found}) > 1:
-        raise UserError(f"{name}: some of the runs were attacked and some not; expected one study")
+        raise UserError(f"{name}: some runs ran attacks and some did not; expected one study")
     path = records / f"{name}.json"
     write_text(path, json.dumps({"records": found}, indent=2, allow_nan=False) + "\n")
     return path
@@ -50,15 +51,14 @@ def _record(folder: Path, label: str | None = None) -> dict[str, Any]:
     run, stored = RunFolder(folder), Stored.read(folder)
     results = stored.results
     if results["run"].get("scale", "full") != "full":
-        raise UserError(f"{folder}: run at scale={results['run']['scale']}; that is no result")
+        raise UserError(f"{folder}: run at scale={results['run']['scale']}; expected scale=full")
     epochs, environment = _epochs(run), read_json(run.environment)
-    about = ("name", "seed", "commit", "weights_sha256")
-    late = _late(stored)
+    hard = _cost_on_hard_images(stored)
     return {
-        **{key: results["run"][key] for key in about},
+        **{key: results["run"][key] for key in ("name", "seed", "commit", "weights_sha256")},
         **({"name": label} if label else {}),
-        **({"late": late} if late else {}),
-        "command": _portable(results["run"]["command"]),
+        **({"late": hard} if hard else {}),
+        "command": _without_local_paths(results["run"]["command"]),
         "threat": results["threat"],
         "clean": results["clean"],
         "attacks": {
@@ -69,20 +69,22 @@ def _record(folder: Path, label: str | None = None) -> dict[str, Any]:
         "verdict": results["masking"]["verdict"],
         "epochs": len(epochs),
         "sparsity_ratio": epochs[-1].get("sparsity_ratio") if epochs else None,
-        "images_per_second": statistics.median(each["images_per_second"] for each in epochs)
-        if epochs
-        else None,
+        "images_per_second": statistics.median(e["images_per_second"] for e in epochs) if epochs else None,
         "device": environment["processor"] if environment["device"] == "cpu" else environment["device"],
         "torch": environment["packages"]["torch"],
     }
 
 
 EARLY = 20 * 101 + 20 * 1001
-"""Passes of the first 40 steps of ``nes``, with their looks at the iterate."""
+"""Forward passes of the first 40 steps of ``nes``: 100 or 1,000 samples a step, and the iterate itself."""
 
 
 def _epochs(run: RunFolder) -> list[dict[str, Any]]:
-    """The records of all epochs of a training; none where weights were only judged."""
+    """The metrics of all epochs; empty for an audit.
+
+    Raises:
+        DamagedError: if they are not one line for each epoch of the training.
+    """
     found = read_lines(run.metrics) if run.metrics.exists() else []
     trained = int(read_metadata(run.last).get("epoch", 0)) if run.last.exists() else 0
     if [each.get("epoch") for each in found] != list(range(1, trained + 1)):
@@ -90,8 +92,8 @@ def _epochs(run: RunFolder) -> list[dict[str, Any]]:
     return found
 
 
-def _late(stored: Stored) -> dict[str, Any] | None:
-    """What each attack spent on the images that withstand the first 40 steps of ``nes``, until they fell."""
+def _cost_on_hard_images(stored: Stored) -> dict[str, Any] | None:
+    """Passes of each attack on the images that withstand the first 40 steps of ``nes``, until fooled."""
     rows = {name: record.columns for name, record in stored.outcome.records.items() if len(record)}
     if "nes" not in rows:
         return None
@@ -103,8 +105,8 @@ def _late(stored: Stored) -> dict[str, Any] | None:
     return {"images": len(hard), "passes": spent}
 
 
-def _portable(command: str) -> str:
-    """A command line without the places of one machine: its paths are left out, files keep their names."""
+def _without_local_paths(command: str) -> str:
+    """A command line without the paths of one machine: ``paths.*`` removed, files by name only."""
     words = []
     for word in shlex.split(command):
         key, equals, value = word.partition("=")
@@ -124,16 +126,16 @@ def page(records: Path = RECORDS) -> str:
         "# Results",
         "Made by `make results` from the records in [results/](results); every figure is computed from them."
         " Accuracies are percentages; with several seeds, their mean and, in brackets, the smallest and the"
-        " largest. The worst case is per image over all attacks of the suite. A verdict of `masked` means that"
-        " the number under PGD is no measure of robustness; `untested` that nothing yet speaks for the rest."
-        " Images per second are of the machine as it was, with whatever else it did, and no benchmark."
-        " Under each table stands the processor, or `cpu` where the record does not name it.",
+        " largest. The worst case is per image over all attacks of the suite. The verdict `masked` means that"
+        " the number under PGD does not measure robustness; `untested` that the checks behind a stronger"
+        " verdict were not made. Images per second were measured on shared machines and are no benchmark. The"
+        " line under each table names the processor, or `cpu` where the record does not.",
     ]
     for path in sorted(records.glob("*.json")):
         found: list[Record] = json.loads(path.read_text())["records"]
         if not path.with_suffix(".md").is_file():
             raise UserError(
-                f"{path}: has no {path.with_suffix('.md').name} beside it; expected the study's text"
+                f"{path}: {path.with_suffix('.md').name} is missing beside it; expected the study's text"
             )
         parts += [path.with_suffix(".md").read_text().strip(), *_study(found)]
     return "\n\n".join(parts) + "\n"
@@ -145,15 +147,13 @@ def _study(records: Sequence[Record]) -> list[str]:
         by_name[record["name"]].append(record)
     attacked = any(record["worst_case"] for record in records)
     threats = {(record["threat"]["norm"], record["threat"]["eps"]) for record in records}
-    beside = attacked and (len(records) == 1 or len(threats) > 1)
-    parts = [_attacks(records) if beside else _table(by_name, attacked)]
-    if lines := [_price(record) for record in records if {"bpda", "nes"} <= record["attacks"].keys()]:
-        parts.append("\n".join(lines))
-    differences = (
-        [] if beside else _differences_from_relu(by_name) if attacked else _paired_differences(by_name)
-    )
-    if differences:
-        parts.append("\n".join(differences))
+    if attacked and (len(records) == 1 or len(threats) > 1):
+        parts, differences = [_table_by_attack(records)], []
+    else:
+        parts = [_table_by_run(by_name, attacked)]
+        differences = _differences_from_relu(by_name) if attacked else _paired_differences(by_name)
+    costs = [_cost(record) for record in records if {"bpda", "nes"} <= record["attacks"].keys()]
+    parts += ["\n".join(lines) for lines in (costs, differences) if lines]
     machines = sorted({f"{record['device']}, torch {record['torch']}" for record in records})
     commits = sorted({_short(str(record["commit"])) for record in records})
     count = f"{len(records)} run{'s' if len(records) > 1 else ''}"
@@ -162,12 +162,13 @@ def _study(records: Sequence[Record]) -> list[str]:
 
 
 def _short(commit: str) -> str:
-    """The first digits of a commit; whether the source differed from it stays said."""
+    """The first ten digits of a commit, and ``+changes`` if the source differed from it."""
     head, plus, changes = commit.partition("+")
     return head[:10] + plus + changes
 
 
-def _table(by_name: Mapping[str, Sequence[Record]], attacked: bool) -> str:
+def _table_by_run(by_name: Mapping[str, Sequence[Record]], attacked: bool) -> str:
+    """A row for each run, averaged over its seeds."""
     attacks = list(dict.fromkeys(name for runs in by_name.values() for run in runs for name in run["attacks"]))
     heads = ["run", "seeds", "n", "clean", *attacks, *(["worst case", "verdict"] if attacked else [])]
     heads.append("images/s in training")
@@ -192,15 +193,15 @@ def _table(by_name: Mapping[str, Sequence[Record]], attacked: bool) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _attacks(records: Sequence[Record]) -> str:
-    """Runs beside each other, attack by attack: what each leaves, and what it asks of the network."""
+def _table_by_attack(records: Sequence[Record]) -> str:
+    """A row for each attack, with its robust accuracy and passes on each run."""
     names = list(dict.fromkeys(name for record in records for name in record["attacks"]))
     titles = [
         f"{r['name']}, seed {r['seed']}, {r['threat']['norm']} eps {r['threat']['eps']:.3g},"
         f" n = {r['clean']['n']}: {r['verdict']}"
         for r in records
     ]
-    heads = ["accuracy left, and passes", *(cell for title in titles for cell in (title, "passes"))]
+    heads = ["robust accuracy, and passes", *(cell for title in titles for cell in (title, "passes"))]
     rows = [["none (clean)", *(cell for r in records for cell in (f"{100 * r['clean']['accuracy']:.1f}", ""))]]
     for name in names:
         rows.append([name])
@@ -214,23 +215,23 @@ def _attacks(records: Sequence[Record]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _price(record: Record) -> str:
-    """What the bpda and the published attack cost where the latter has to work."""
-    if late := record.get("late"):
-        mine, theirs = (late["passes"][name] for name in ("bpda", "nes"))
+def _cost(record: Record) -> str:
+    """What ``bpda`` and ``nes`` cost on the images that withstand the first 40 steps of ``nes``."""
+    if hard := record.get("late"):
+        bpda, nes = (hard["passes"][name] for name in ("bpda", "nes"))
         return (
-            f"- {record['name']}: on the {late['images']} images that withstand the first 40 steps of `nes`, it"
-            f" takes {theirs:,} passes and the bpda {mine:,}, a {theirs // max(mine, 1):,}th part."
+            f"- {record['name']}: on the {hard['images']} images that withstand its first 40 steps, `nes` takes"
+            f" {nes:,} passes and `bpda` {bpda:,}, {nes // max(bpda, 1):,} times fewer."
         )
-    # Not counted image by image: a bound, with all that the bpda took and the least that `nes` did.
-    mine, theirs = (
+    # No counts for single images, so a bound: all passes of bpda, against those of nes less its early ones.
+    bpda, total = (
         record["attacks"][name]["forwards"] + record["attacks"][name]["backwards"] for name in ("bpda", "nes")
     )
     attacked = round(record["clean"]["accuracy"] * record["clean"]["n"])
-    least = theirs - attacked * EARLY
+    nes = total - attacked * EARLY
     return (
-        f"- {record['name']}: on the images that withstand its first 40 steps, `nes` takes at least {least:,}"
-        f" passes, and the bpda at most {mine:,}, a {least // mine:,}th part."
+        f"- {record['name']}: on the images that withstand its first 40 steps, `nes` takes at least {nes:,}"
+        f" passes and `bpda` at most {bpda:,}, {nes // bpda:,} times fewer."
     )
 
 
@@ -242,7 +243,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _differences_from_relu(by_name: Mapping[str, Sequence[Record]]) -> list[str]:
-    """For each run beside one that differs in having ReLU: what PGD says of the two, and what is so."""
+    """For each run with a ReLU counterpart: the differences in clean accuracy, under PGD, in the worst case."""
     lines = []
     for name, runs in by_name.items():
         dataset, model, activation, training = name.rsplit("-", 3)
@@ -251,8 +252,8 @@ def _differences_from_relu(by_name: Mapping[str, Sequence[Record]]) -> list[str]
             continue
 
         def gap(path: Sequence[str], runs: Sequence[Record] = runs, relu: Sequence[Record] = relu) -> str:
-            mine, theirs = (statistics.mean(_at(run, path) for run in each) for each in (runs, relu))
-            return f"{100 * (mine - theirs):+.1f}"
+            ours, relus = (statistics.mean(_at(run, path) for run in each) for each in (runs, relu))
+            return f"{100 * (ours - relus):+.1f}"
 
         lines.append(
             f"- {activation}, {training}, against ReLU: {gap(['clean', 'accuracy'])} points clean,"
@@ -283,10 +284,10 @@ def _paired_differences(by_name: Mapping[str, Sequence[Record]]) -> list[str]:
     differences = [100 * (first[seed] - second[seed]) for seed in seeds]
     mean = statistics.mean(differences)
     half = t.ppf(0.975, len(seeds) - 1) * statistics.stdev(differences) / len(seeds) ** 0.5
-    holds = "Zero lies inside: no difference is shown." if abs(mean) <= half else "Zero lies outside."
+    significant = "a" if abs(mean) > half else "no"
     return [
         f"{names[0]} minus {names[1]}, same seed and images: {mean:+.2f} points (95% t interval over"
-        f" {len(seeds)} seeds: {mean - half:+.2f} to {mean + half:+.2f}). {holds}"
+        f" {len(seeds)} seeds: {mean - half:+.2f} to {mean + half:+.2f}), {significant} significant difference."
     ]
 
 

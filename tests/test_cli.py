@@ -219,7 +219,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run_py_forked(f"paths.outputs={outputs}", *TINY)
     assert done.returncode == 0, done.stderr
     assert "worst case" in done.stdout
-    assert "Can this be believed?" in done.stdout
+    assert "Verdict: " in done.stdout
     assert done.stderr == ""  # no bar where nobody watches, and no warning
     return outputs
 

@@ -1,49 +1,57 @@
-"""Paired comparison: on the same images, by those on which two runs disagree."""
+"""Paired comparison of two evaluations: only the images on which they disagree count."""
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+from kwta_exp.attacks import Threat
 from kwta_exp.errors import UserError
-from kwta_exp.report.compare import Outcomes, compare
+from kwta_exp.evaluation.stored import Stored
+from kwta_exp.report.compare import compare
+from tests import stored
 
 
-def outcomes(name: str, clean: list[int], standing: list[int], order: list[int] | None = None) -> Outcomes:
-    rows = np.array(order or range(len(clean)))
-    digest = np.array([f"{i:016x}".encode() for i in rows], dtype="S16")
-    return Outcomes(
-        name, ("linf", 0.1), rows, digest, np.array(clean, bool)[rows], np.array(standing, bool)[rows]
-    )
+def evaluated(folder: Path, fooled: range | None, n: int = 20, eps: float = 0.1) -> Stored:
+    """An evaluation of ``n`` images, all of them classified correctly clean."""
+    attacks = {} if fooled is None else {"pgd": fooled}
+    stored.evaluation(folder, "quick-x", [True] * n, attacks, threat=Threat(norm="linf", eps=eps))
+    return Stored.read(folder)
 
 
-def test_only_images_on_which_the_runs_disagree_count() -> None:
-    a = outcomes("one", [1] * 20, [1] * 12 + [0] * 8)
-    b = outcomes("two", [1] * 20, [1] * 3 + [0] * 16 + [1], order=list(range(19, -1, -1)))
-    said = compare(a, b)
-    assert "clean: A 100.0%, B 100.0%\n  right in A alone 0, in B alone 0; they agree on every image" in said
+def test_mcnemar_counts_only_images_on_which_the_networks_disagree(tmp_path: Path) -> None:
+    a, b = evaluated(tmp_path / "a", range(12, 20)), evaluated(tmp_path / "b", range(3, 19))
+    shown = compare(a, b)
+    assert "clean: A 100.0%, B 100.0%\n  only A correct: 0, only B correct: 0; no image on which" in shown
     p = binomtest(9, 10).pvalue
     assert (
-        f"that ran: A 60.0%, B 20.0%\n  right in A alone 9, in B alone 1; p = {p:.2g}: A has more right" in said
-    )
-    few = outcomes("few", [1] * 20, [1] * 11 + [0] * 9)
-    assert "right in A alone 1, in B alone 0; p = 1: no difference is shown" in compare(a, few)
+        "worst case: A 60.0%, B 20.0%\n"
+        f"  only A correct: 9, only B correct: 1; p = {p:.2g}, A is better"
+    ) in shown  # fmt: skip
+    c = evaluated(tmp_path / "c", range(11, 20))
+    assert "only A correct: 1, only B correct: 0; p = 1, no significant difference" in compare(a, c)
+    assert "attacks differ" not in shown
 
 
-def test_runs_on_other_images_or_threats_are_not_compared() -> None:
-    a = outcomes("one", [1, 1], [1, 0])
-    with pytest.raises(UserError, match=r"judged on other images \(2 and 3\)"):
-        compare(a, outcomes("two", [1, 1, 1], [1, 0, 0]))
-    b = outcomes("two", [1, 1], [1, 0])
-    b.digest[0] = b"0" * 15 + b"9"
-    with pytest.raises(UserError, match="judged on other images"):
-        compare(a, b)
-    other = Outcomes("two", ("l2", 0.1), a.index, a.digest, a.clean, a.standing)
+def test_different_attacks_are_reported(tmp_path: Path) -> None:
+    a, b = evaluated(tmp_path / "a", range(5)), evaluated(tmp_path / "b", range(5))
+    b.settings["pgd"] = {"steps": 9}
+    assert "A, suite quick: pgd\n  B, suite quick: pgd\n  same name, other settings: pgd" in compare(a, b)
+
+
+def test_evaluations_of_different_images_or_threats_are_refused(tmp_path: Path) -> None:
+    a = evaluated(tmp_path / "a", range(1), n=2)
+    with pytest.raises(UserError, match=r"the test images differ \(2 and 3\)"):
+        compare(a, evaluated(tmp_path / "b", range(1), n=3))
+    other_pixels = evaluated(tmp_path / "c", range(1), n=2)
+    other_pixels.outcome.clean.columns["digest"][0] = b"0" * 15 + b"9"
+    with pytest.raises(UserError, match="the test images differ"):
+        compare(a, other_pixels)
     with pytest.raises(UserError, match="expected the same threat"):
-        compare(a, other)
+        compare(a, evaluated(tmp_path / "d", range(1), n=2, eps=0.2))
 
 
-def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no finished evaluation"):
-        Outcomes.of(tmp_path)
+def test_an_evaluation_without_attacks_is_refused(tmp_path: Path) -> None:
+    a = evaluated(tmp_path / "a", range(1))
+    with pytest.raises(UserError, match="no attack ran; expected an evaluation with a suite"):
+        compare(a, evaluated(tmp_path / "b", None))

@@ -1,4 +1,4 @@
-"""Accuracy against eps: what was found at a smaller eps counts at a larger one."""
+"""Accuracy against eps: an image fooled at a smaller eps counts as fooled at a larger one."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def evaluation(
     run: Path, name: str, eps: float, fooled: list[int], weights: str = "0", norm: str = "linf", n: int = 5,
     suite: str = "quick",
 ) -> None:  # fmt: skip
-    """An evaluation of n images, the last of them wrong clean."""
+    """An evaluation of n images; the last one is misclassified clean."""
     stored.evaluation(
         run, name, [True] * (n - 1) + [False], {"pgd": fooled}, threat=Threat(norm=norm, eps=eps),
         verdict=name.split("-")[0], weights_sha256=weights * 64, suite=suite,
@@ -41,11 +41,11 @@ def test_an_image_fooled_at_a_smaller_eps_is_fooled_at_a_larger(tmp_path: Path) 
     assert table[0] == "linf, n = 5"
     assert table[4].split()[:3] == ["0.2", "60.0%", "40.0%"]
     assert all(len(line) < 90 for line in table)
-    assert table[-4:-2] == ["not attacked alike at every eps:", "     0.1  quick"]
+    assert table[-4:-2] == ["the suite differs between values of eps:", "     0.1  quick"]
     assert table[-2] == "     0.2  quick, strong"
 
 
-def test_only_what_belongs_together_is_put_together(tmp_path: Path) -> None:
+def test_curves_do_not_mix_weights_norms_or_images(tmp_path: Path) -> None:
     evaluation(tmp_path, "sound-a", 0.1, [0])
     evaluation(tmp_path, "sound-b", 0.2, [1], weights="1")
     evaluation(tmp_path, "sound-c", 0.3, [2], norm="l2")
@@ -53,20 +53,20 @@ def test_only_what_belongs_together_is_put_together(tmp_path: Path) -> None:
     assert [[point.eps for point in curve.points] for curve in curves(tmp_path)] == [[0.1], [0.2], [0.3], [0.4]]
 
 
-def test_a_folder_without_attacks_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no attacked evaluation there"):
+def test_a_folder_without_attacks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no evaluation with attacks"):
         curves(tmp_path)
 
 
-def test_one_evaluation_alone_is_a_curve_of_one_point(tmp_path: Path) -> None:
+def test_one_evaluation_gives_a_curve_of_one_point(tmp_path: Path) -> None:
     evaluation(tmp_path, "sound-a", 0.1, [0])
     evaluation(tmp_path, "sound-b", 0.2, [1])
     (curve,) = curves(tmp_path / "evaluation" / "sound-b")
     assert [point.eps for point in curve.points] == [0.2]
-    assert "not attacked alike" not in text(curve)
+    assert "suite differs" not in text(curve)
 
 
-def test_an_evaluation_that_lost_a_record_is_no_point(tmp_path: Path) -> None:
+def test_an_evaluation_with_a_missing_record_is_refused(tmp_path: Path) -> None:
     evaluation(tmp_path, "sound-a", 0.1, [0])
     (tmp_path / "evaluation" / "sound-a" / "pgd.npz").unlink()
     with pytest.raises(UserError, match=r"sound-a: damaged \(missing or changed .*: pgd\.npz"):

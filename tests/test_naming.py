@@ -13,9 +13,9 @@ from kwta_exp.config import ConfigError
 from kwta_exp.data.batches import Split
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation import Evaluation
+from kwta_exp.evaluation.stored import Stored
 from kwta_exp.experiment import run
 from kwta_exp.naming import LONGEST, as_name, safe_name, safe_names
-from kwta_exp.report.compare import Outcomes
 from kwta_exp.run_folder import RunFolder, readable
 from kwta_exp.storage import write_json
 from tests.stored import evaluation
@@ -151,7 +151,7 @@ def test_a_received_folder_s_attack_leads_no_reader_out_of_it(name: str, tmp_pat
     for folder in (tmp_path, tmp_path / "evaluation" / "quick-a"):
         write_json(folder / "results.json", results)
     with pytest.raises(UserError, match=r"(results\.json|clean\.npz): damaged"):
-        Outcomes.of(tmp_path)
+        Stored.read(tmp_path)
 
 
 def test_an_inapplicable_attack_does_not_remove_images_of_others(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
-"""Every command, file and piece of Python in the README does what the text says, run from the text itself."""
+"""Every command, file, block of Python and link in the README and its docs works as the text says."""
 
 import logging
 import re
 import shlex
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,69 +18,74 @@ from kwta_exp.models import MLP
 from kwta_exp.storage import sha256_of_file
 from tests.conftest import ROOT, run_py_forked
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.M | re.S)
-NAMED = re.compile(r"# (mine/\S+)\n")
+DOCS = ("guide", "reference", "architecture", "verdict", "calibration", "performance", "results")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS)]
+
+BLOCKS = [
+    block
+    for page in PAGES
+    for block in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+]
+NAMED = re.compile(r"(?:# @package _global_\n)?# (mine/\S+)\n")
 FILES = {match[1]: text for _, text in BLOCKS if (match := NAMED.match(text))}
-COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+COMMANDS = list(dict.fromkeys(line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()))
 PYTHON = [text for kind, text in BLOCKS if kind == "python" and not NAMED.match(text)]
 
 SMALL = ["runtime=cpu", "runtime.threads=1", "scale=tiny"]
-"""What is added to every command, so that it takes seconds."""
+"""Added to every command, so that it takes seconds."""
 
 SLOW = (
     "suite=strong", "compile=true", "image_folder", "paper/refutation", "model.name=densenet121", "resnet50",
     "wrn", "seed=0,1", "+point=",
 )  # fmt: skip
 
-SLOWLY = pytest.mark.slow
 
-
-def mlp() -> MLP:
-    return MLP(activation=torch.nn.ReLU, num_classes=10, in_channels=1, image_size=(8, 8), hidden=[1000, 1000])
+def mlp(activation: Callable[[], torch.nn.Module] = torch.nn.ReLU) -> MLP:
+    """The network of the checkpoint ``net.pth``, or the same with another activation."""
+    return MLP(activation=activation, num_classes=10, in_channels=1, image_size=(8, 8), hidden=[1000, 1000])
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with run.py, everything that the README has a user write, and one finished run."""
-    place = tmp_path_factory.mktemp("newcomer")
-    shutil.copy(ROOT / "run.py", place)
+    """A folder with run.py, every file that the docs have a user write, and one finished run."""
+    folder = tmp_path_factory.mktemp("workspace")
+    shutil.copy(ROOT / "run.py", folder)
     for name, text in FILES.items():
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        (place / name).write_text(text)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
     rng = np.random.default_rng(0)
     x_train, x_test = (rng.integers(0, 256, (n, 8, 8), dtype=np.uint8) for n in (60, 40))
     np.savez(
-        place / "images.npz",
+        folder / "images.npz",
         x_train=x_train,
         y_train=np.arange(60) % 10,
         x_test=x_test,
         y_test=np.arange(40) % 10,
     )
     torch.manual_seed(0)
-    torch.save(mlp().state_dict(), place / "net.pth")
-    made = run_py_forked(
+    torch.save(mlp().state_dict(), folder / "net.pth")
+    done = run_py_forked(
         *SMALL,
         "training.epochs=1",
         "evaluation.n=8",
         "evaluation.save_images=true",
-        "paths.outputs=made",
-        cwd=place,
+        "paths.outputs=finished",
+        cwd=folder,
     )
-    assert made.returncode == 0, made.stderr
-    return place
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
-def words_of(line: str, place: Path) -> tuple[dict[str, str], list[str]]:
-    """The environment variables and words of a command, with the README's placeholders filled in."""
-    (run,) = (place / "made").glob("*/s0-*")
+def parsed(line: str, folder: Path) -> tuple[dict[str, str], list[str]]:
+    """The environment variables and the words of a command, with the docs' placeholders filled in."""
+    (run,) = (folder / "finished").glob("*/s0-*")
     words = shlex.split(line, comments=True)
-    filled = {
-        "RUN_FOLDER": str(run.relative_to(place)),
-        "https://.../net.pth": f"file://{place / 'net.pth'}",
-        "weights_sha256=...": f"weights_sha256={sha256_of_file(place / 'net.pth')}",
+    placeholders = {
+        "RUN_FOLDER": str(run.relative_to(folder)),
+        "https://.../net.pth": f"file://{folder / 'net.pth'}",
+        "weights_sha256=...": f"weights_sha256={sha256_of_file(folder / 'net.pth')}",
     }
-    for name, value in filled.items():
+    for name, value in placeholders.items():
         words = [word.replace(name, value) for word in words]
     if any(word.startswith("weights=file") for word in words):
         words += ["model=mlp", "activation=relu"]
@@ -92,7 +99,7 @@ def words_of(line: str, place: Path) -> tuple[dict[str, str], list[str]]:
         pytest.param(
             line,
             id=f"{number}: {line[:60].strip()}",
-            marks=SLOWLY if any(word in line for word in SLOW) else (),
+            marks=pytest.mark.slow if any(word in line for word in SLOW) else (),
         )
         for number, line in enumerate(COMMANDS)
     ],
@@ -100,7 +107,7 @@ def words_of(line: str, place: Path) -> tuple[dict[str, str], list[str]]:
 def test_every_command_runs(
     line: str, workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    variables, words = words_of(line, workspace)
+    variables, words = parsed(line, workspace)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     if words[:2] == ["python", "run.py"]:
@@ -114,7 +121,7 @@ def test_every_command_runs(
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # a command sets it, for its own process
         monkeypatch.setattr(logging, "raiseExceptions", True)
         if words[1] == "transfer":
-            words = [*words[:3], *other_run(workspace), "--n", "8"]
+            words = [*words[:3], relu_run(workspace), "--n", "8"]
         cli.main(words[1:])
         assert capsys.readouterr().out
     else:
@@ -122,32 +129,69 @@ def test_every_command_runs(
         (workspace / "data").mkdir(exist_ok=True)
 
 
-def other_run(place: Path) -> list[str]:
-    done = run_py_forked(*SMALL, "activation=relu", "suite=none", "paths.outputs=other", cwd=place)
+def relu_run(folder: Path) -> str:
+    """The folder of a second run, with ReLU."""
+    done = run_py_forked(*SMALL, "activation=relu", "suite=none", "paths.outputs=relu", cwd=folder)
     assert done.returncode == 0, done.stderr
-    (folder,) = (place / "other").glob("*/s0-*")
-    return [str(folder)]
+    (run,) = (folder / "relu").glob("*/s0-*")
+    return str(run)
 
 
 def test_every_kind_of_own_part_has_a_recipe() -> None:
     groups = {Path(name).parent.name for name in FILES if name.endswith(".yaml")}
-    assert groups == {"activation", "model", "dataset", "threat", "recipe", "attack"}
+    assert groups == {"activation", "model", "dataset", "attack"}
     assert len(COMMANDS) > 40
-    assert len(PYTHON) == 2
+    assert len(PYTHON) == 3
 
 
 @pytest.mark.parametrize("number", range(len(PYTHON)))
-def test_every_piece_of_python_runs(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_block_of_python_runs(number: int, capsys: pytest.CaptureFixture[str]) -> None:
     text = PYTHON[number].replace('suite="strong"', 'suite="quick"').replace("depth=18", "depth=18, width=4")
-    names = {"model": mlp(), "x_test": np.zeros((4, 1, 8, 8), np.uint8), "y_test": np.arange(4), "KWTA": KWTA}
+    names = {
+        "model": mlp(partial(KWTA, ratio=0.1)),
+        "x_test": torch.rand(4, 1, 8, 8),
+        "y_test": torch.arange(4),
+    }
     exec(text, names)
     if "audit(" in text:
-        assert "untested" in capsys.readouterr().out
-    else:
-        assert names["x_adv"].shape == (4, 3, 32, 32)  # type: ignore[union-attr]
+        assert re.fullmatch(r"[\d.]+ (untested|masked)\n", capsys.readouterr().out)
+    if "x_adv" in text:
+        assert names["x_adv"].shape == names.get("x", names["x_test"]).shape  # type: ignore[union-attr]
 
 
-def test_the_make_targets_that_it_names_are_there() -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    for target in set(map("".join, re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)`", README, flags=re.M))):
-        assert re.search(rf"^{target}:", makefile, flags=re.M), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+        name, _, heading = target.partition("#")
+        path = page.parent / name if name else page
+        assert path.exists(), target
+        assert not heading or heading in anchors(path), target
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"(?ms)^```.*?^```$", "", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_make_target_that_the_docs_name_exists() -> None:
+    text = "\n".join(page.read_text() for page in PAGES)
+    targets = {
+        line or quoted for line, quoted in re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)`", text, re.MULTILINE)
+    }
+    assert {"demo", "test"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+
+
+def test_the_reference_lists_every_option() -> None:
+    text = (ROOT / "docs" / "reference.md").read_text()
+    rows = re.findall(r"^\| (`[a-z_]+`(?:, `[a-z_]+`)*) \| (.*) \|$", text, re.MULTILINE)
+    listed = {group: options for groups, options in rows for group in re.findall(r"`(\w+)`", groups)}
+    for group in ("dataset", "activation", "model", "training", "optimizer", "sparsity", "suite", "runtime"):
+        options = {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}
+        assert options <= set(re.findall(r"`([\w]+)`", listed[group])), group
+
+
+def test_the_readme_stays_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 620

@@ -1,4 +1,4 @@
-"""Tables from records: what is collected, what is refused, and that the committed page is theirs."""
+"""docs/results.md: which records are collected, which are refused, and that the committed page matches them."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def run_folder(
     outputs: Path, name: str, seed: int, clean: float, pgd: float | None = None, worst: float | None = None,
     scale: str = "full", epochs: int = 2,
 ) -> Path:  # fmt: skip
-    """A finished run's folder, of 100 images; what ``pgd`` leaves, ``more`` brings down to ``worst``."""
+    """A finished run's folder with 100 images: accuracy ``pgd`` under PGD, ``worst`` under all attacks."""
     folder = outputs / name / f"s{seed}-x"
     right = round(100 * clean)
     left = {"pgd": pgd, "more": worst}
@@ -79,34 +79,34 @@ def test_two_arms_are_compared_seed_by_seed(tmp_path: Path) -> None:
     (tmp_path / "arms.md").write_text("")
     # Differences 2, 1 and 3: mean 2, standard deviation 1, t(0.975, 2) = 4.303.
     said = "d-m-kwta0.2to0.05-natural minus d-m-kwta0.05-natural, same seed and images: +2.00 points"
-    assert f"{said} (95% t interval over 3 seeds: -0.48 to +4.48). Zero lies inside" in page(tmp_path)
+    assert f"{said} (95% t interval over 3 seeds: -0.48 to +4.48), no significant difference" in page(tmp_path)
 
 
-def test_what_cannot_be_tabled_is_said(tmp_path: Path) -> None:
+def test_audits_have_no_speed_and_mixed_studies_are_refused(tmp_path: Path) -> None:
     judged = run_folder(tmp_path, "d-m-relu-none", 0, 0.9, 0.5, epochs=0)
     trained = run_folder(tmp_path, "d-m-relu-pgd", 0, 0.9, 0.5)
     collect("x", [judged, trained], tmp_path)
-    with pytest.raises(UserError, match=r"x\.json: has no x\.md beside it"):
+    with pytest.raises(UserError, match=r"x\.json: x\.md is missing beside it"):
         page(tmp_path)
     (tmp_path / "x.md").write_text("")
     assert "| n/a |" in page(tmp_path)
-    with pytest.raises(UserError, match="some of the runs were attacked and some not"):
+    with pytest.raises(UserError, match="some runs ran attacks and some did not"):
         collect("y", [trained, run_folder(tmp_path, "d-m-lwta2-pgd", 0, 0.9)], tmp_path)
 
 
-def test_unfinished_and_tiny_runs_are_refused(tmp_path: Path) -> None:
+def test_unfinished_and_scaled_down_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no finished evaluation"):
         collect("x", [tmp_path], tmp_path)
-    with pytest.raises(UserError, match="run at scale=tiny; that is no result"):
+    with pytest.raises(UserError, match="run at scale=tiny; expected scale=full"):
         collect("x", [run_folder(tmp_path, "tiny-d-m-relu-pgd", 0, 0.9, scale="tiny")], tmp_path)
     assert not (tmp_path / "x.json").exists()
 
 
-def test_the_committed_page_is_what_the_command_makes() -> None:
+def test_the_committed_page_matches_the_records() -> None:
     assert (ROOT / "docs" / "results.md").read_text() == page(ROOT / "docs" / "results")
 
 
-def test_what_the_surrogate_and_nes_cost_where_nes_has_to_work(tmp_path: Path) -> None:
+def test_costs_are_compared_on_images_that_withstand_early_nes(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, "d-m-kwta0.1-none", 0, 0.9, 0.5, epochs=0)
     queries = {"bpda": [10, 20, 30], "nes": [100, 22041, 1222100]}
     stored.evaluation(
@@ -119,13 +119,13 @@ def test_what_the_surrogate_and_nes_cost_where_nes_has_to_work(tmp_path: Path) -
     (found,) = json.loads((records / "first.json").read_text())["records"]
     assert found["late"] == {"images": 2, "passes": {"bpda": 53, "nes": 1244144}}
     text = page(records)
-    assert "- digits, natural: on the 2 images that withstand the first 40 steps" in text
-    assert "takes 1,244,144 passes and the bpda 53, a 23,474th part." in text
+    assert "- digits, natural: on the 2 images that withstand its first 40 steps" in text
+    assert "takes 1,244,144 passes and `bpda` 53, 23,474 times fewer." in text
     assert "| digits, natural, seed 0, linf eps 0.1, n = 3: masked | passes |" in text
 
 
-def test_without_counts_of_single_images_the_price_is_a_bound(tmp_path: Path) -> None:
-    """As in records that were committed before the passes of single images were counted."""
+def test_the_cost_is_a_bound_where_single_images_were_not_counted(tmp_path: Path) -> None:
+    """As in the committed record of digits, natural."""
     collect("first", [run_folder(tmp_path, "d-m-kwta0.1-none", 0, 0.9, 0.5, epochs=0)], tmp_path / "records")
     path = tmp_path / "records" / "first.json"
     content = json.loads(path.read_text())
@@ -136,10 +136,10 @@ def test_without_counts_of_single_images_the_price_is_a_bound(tmp_path: Path) ->
     }
     path.write_text(json.dumps(content))
     path.with_suffix(".md").write_text("")
-    assert "at least 5,000,000 passes, and the bpda at most 1,000, a 5,000th part" in page(path.parent)
+    assert "at least 5,000,000 passes and `bpda` at most 1,000, 5,000 times fewer" in page(path.parent)
 
 
-def test_no_number_comes_from_damaged_files(tmp_path: Path) -> None:
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, "d-m-relu-pgd", 0, 0.9, 0.5)
     whole = (folder / "metrics.jsonl").read_text()
     for text in (whole.replace("30.0", "31.0"), whole.splitlines(True)[0], "{}\n", "[1]\n", ""):

@@ -202,7 +202,7 @@ def test_no_path_and_no_environment_variable_comes_from_a_received_folder(
 def test_plan_says_what_a_run_would_do(say: Say, audited: Path, tmp_path: Path) -> None:
     said = say("plan", "scale=tiny", f"paths.outputs={tmp_path}", "activation=relu")
     assert "epochs: 2\n" in said
-    assert said.strip().endswith(": not begun")
+    assert said.strip().endswith(": not started")
     assert list(tmp_path.iterdir()) == []
     judging = say("plan", "training=none", f"weights={audited}", f"paths.outputs={tmp_path}")
     assert "kwta_exp.models.MLP" in judging

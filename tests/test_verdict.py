@@ -382,7 +382,7 @@ def test_the_terminal_shows_the_raised_checks(tmp_path: Path) -> None:
     results = judged(nn.Sequential(honest(), Loud(1000.0)).eval().requires_grad_(False), tmp_path)
     shown = results_table(results | {"run": {"name": "a", "seed": 0}}, width=80)
     for flag in results["masking"]["flags"]:
-        assert f"  raised: {flag['check']} {flag['value']:.3f}" in shown
+        assert f"  {flag['check']}: {flag['value']:.3f}" in shown
     assert "MASKED" in shown
     assert all(len(line) <= 80 for line in shown.splitlines())
 

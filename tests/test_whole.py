@@ -283,7 +283,7 @@ def test_odd_results_are_one_message_and_are_made_again(
     outputs: Path, key: str, value: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     from kwta_exp.errors import UserError
-    from kwta_exp.report.compare import Outcomes
+    from kwta_exp.evaluation.stored import Stored
 
     folder = only(outputs, "*/s0-*")
     results = read_json(folder / "results.json")
@@ -295,10 +295,10 @@ def test_odd_results_are_one_message_and_are_made_again(
     for path in (folder / "results.json", only(folder, "evaluation/*/results.json")):
         write_json(path, results)
     with pytest.raises(UserError, match=r"results\.json: damaged"):
-        Outcomes.of(folder)
+        Stored.read(folder)
     launch(outputs, *QUICK)
     assert (
-        Outcomes.of(folder).standing.mean()
+        Stored.read(folder).standing.mean()
         == read_json(folder / "results.json")["worst_case"]["robust_accuracy"]
     )
 

@@ -1,1 +1,1 @@
-"""Results for people."""
+"""Text for people, made from results: the table after a run, comparisons, curves."""

@@ -1,24 +1,22 @@
-"""Accuracy against eps: what every evaluation of one network says together.
+"""Accuracy against eps, from all evaluations of one network.
 
     python run.py -m training=none weights=RUN_FOLDER suite=strong threat.eps=0.02,0.05,0.1
-    kwta-exp curve FOLDER_OF_THAT
+    kwta-exp curve FOLDER_OF_THAT_RUN
 
-An adversarial image found at one eps lies inside every larger ball too. So at each eps an image stands only if
-no evaluation at that eps or a smaller one fooled it, and evaluations at the same eps, of other suites say, add
-up. Only evaluations of the same weights, norm and images are put together.
+An adversarial image found at one eps lies inside every larger ball too. So an image is robust at an eps only if
+no evaluation at that eps or a smaller one fooled it. Evaluations at the same eps (of different suites, say) add
+up. A curve combines only evaluations of the same weights, norm and images.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.stored import Stored, evaluation_folders
-from kwta_exp.report.compare import Outcomes
 
 _BAR = 40
 
@@ -29,74 +27,72 @@ class Point:
 
     Attributes:
         eps: the radius.
-        own: the worst case of the evaluations at this eps alone.
-        together: that of all evaluations up to it.
-        verdicts: what these evaluations were called.
-        suites: what attacked in them.
+        robust_accuracy: the worst case of the evaluations at this eps alone.
+        cumulative: the worst case of all evaluations up to this eps.
+        verdicts: of the evaluations at this eps, sorted.
+        suites: of the evaluations at this eps, sorted.
     """
 
     eps: float
-    own: float
-    together: float
+    robust_accuracy: float
+    cumulative: float
     verdicts: tuple[str, ...]
     suites: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Points by rising eps, of ``n`` images; ``clean`` is the accuracy at eps 0."""
+    """Points by rising eps, over ``n`` images; ``clean_accuracy`` is the accuracy at eps 0."""
 
     norm: str
     n: int
-    clean: float
+    clean_accuracy: float
     points: tuple[Point, ...]
 
 
 def curves(folder: Path) -> list[Curve]:
-    """The curves of a run's folder, one for each norm and set of images; or of an evaluation's.
+    """The curves in a run's folder, one for each norm and set of images; or the curve of one evaluation.
 
     Raises:
-        UserError: if nothing was attacked there, or an evaluation is damaged.
+        UserError: if no evaluation there ran an attack, or one is damaged.
     """
-    groups: dict[Any, list[tuple[Outcomes, str]]] = defaultdict(list)
-    for path in evaluation_folders(folder):
-        stored = Stored.read(path)
-        if stored.results["worst_case"] is None:
-            continue
-        outcomes = Outcomes.of_evaluation(stored)
-        of = stored.results["run"]["weights_sha256"], outcomes.threat[0], outcomes.digest.tobytes()
-        groups[of].append((outcomes, stored.results["masking"]["verdict"]))
+    groups = defaultdict(list)
+    for stored in map(Stored.read, evaluation_folders(folder)):
+        if stored.results["worst_case"] is not None:
+            weights, norm = stored.results["run"]["weights_sha256"], stored.results["threat"]["norm"]
+            groups[weights, norm, stored.outcome.clean.columns["digest"].tobytes()].append(stored)
     if not groups:
-        raise UserError(f"{folder}: no attacked evaluation there; expected a finished run's folder")
-    return [_curve(found) for found in groups.values()]
+        raise UserError(f"{folder}: no evaluation with attacks; expected the folder of a finished run")
+    return [_curve(evaluations) for evaluations in groups.values()]
 
 
-def _curve(found: Iterable[tuple[Outcomes, str]]) -> Curve:
-    by_eps: dict[float, list[tuple[Outcomes, str]]] = defaultdict(list)
-    for outcomes, verdict in found:
-        by_eps[outcomes.threat[1]].append((outcomes, verdict))
-    first = by_eps[min(by_eps)][0][0]
-    standing, points = first.clean.copy(), []
+def _curve(evaluations: Sequence[Stored]) -> Curve:
+    by_eps = defaultdict(list)
+    for each in evaluations:
+        by_eps[each.results["threat"]["eps"]].append(each)
+    clean_correct = by_eps[min(by_eps)][0].outcome.clean_correct
+    cumulative, points = clean_correct, []
     for eps, here in sorted(by_eps.items()):
-        own = np.all([outcomes.standing for outcomes, _ in here], axis=0)
-        standing &= own
-        verdicts = tuple(sorted({verdict for _, verdict in here}))
-        suites = tuple(sorted({outcomes.suite for outcomes, _ in here}))
-        points.append(Point(eps, float(own.mean()), float(standing.mean()), verdicts, suites))
-    return Curve(first.threat[0], len(first.clean), float(first.clean.mean()), tuple(points))
+        robust = np.all([each.outcome.robust for each in here], axis=0)
+        cumulative = cumulative & robust
+        verdicts = tuple(sorted({each.results["masking"]["verdict"] for each in here}))
+        suites = tuple(sorted({each.results["run"]["suite"] for each in here}))
+        points.append(Point(eps, float(robust.mean()), float(cumulative.mean()), verdicts, suites))
+    norm = evaluations[0].results["threat"]["norm"]
+    return Curve(norm, len(clean_correct), float(clean_correct.mean()), tuple(points))
 
 
 def text(curve: Curve) -> str:
     """The curve as a table with bars."""
-    lines = [f"{curve.norm}, n = {curve.n}", f"{'eps':>8}  {'this eps':>8}  {'together':>8}"]
-    lines.append(_line(0.0, curve.clean, curve.clean, "clean"))
-    lines += [_line(p.eps, p.own, p.together, ", ".join(p.verdicts)) for p in curve.points]
+    lines = [f"{curve.norm}, n = {curve.n}", f"{'eps':>8}  {'this eps':>8}  {'up to it':>8}"]
+    lines.append(_line(0.0, curve.clean_accuracy, curve.clean_accuracy, "clean"))
+    lines += [_line(p.eps, p.robust_accuracy, p.cumulative, ", ".join(p.verdicts)) for p in curve.points]
     if len({point.suites for point in curve.points}) > 1:
-        lines.append("not attacked alike at every eps:")
+        lines.append("the suite differs between values of eps:")
         lines += [f"{point.eps:8.4g}  {', '.join(point.suites)}" for point in curve.points]
     return "\n".join(lines)
 
 
-def _line(eps: float, own: float, together: float, about: str) -> str:
-    bar = "#" * round(_BAR * together)
-    return f"{eps:8.4g}  {100 * own:7.1f}%  {100 * together:7.1f}%  {bar:<{_BAR}}  {about}"
+def _line(eps: float, robust_accuracy: float, cumulative: float, note: str) -> str:
+    bar = "#" * round(_BAR * cumulative)
+    return f"{eps:8.4g}  {100 * robust_accuracy:7.1f}%  {100 * cumulative:7.1f}%  {bar:<{_BAR}}  {note}"

@@ -13,19 +13,23 @@ from rich.table import Table
 from kwta_exp.errors import printable
 
 _ASCII = Box("    \n    \n -- \n    \n    \n -- \n    \n    \n", ascii=True)
-"""``SIMPLE_HEAD`` for terminals that know no other lines."""
+"""``SIMPLE_HEAD`` for terminals whose encoding has no box-drawing characters."""
 
 
 def results_table(results: Mapping[str, Any], width: int | None = None) -> str:
-    """``results.json`` as text: each accuracy with n and interval, the worst case, the verdict.
+    """``results.json`` as text: each accuracy with its interval and n, the worst case, the verdict.
 
-    "cumulative" is what an attack and all before it leave standing; "passes" are images sent forward
-    or backward through the network. It fits 80 columns: long names of attacks are folded.
+    "cumulative" is the robust accuracy after this attack and all attacks before it; "passes" counts images sent
+    forward or backward through the network. The table fits 80 columns; long attack names are folded.
+
+    Args:
+        results: the content of ``results.json``.
+        width: in columns; ``None``: the terminal's, but at least 80.
     """
     run, threat = results["run"], results["threat"]
     table = Table(
         title=f"{run['name']}, seed {run['seed']}: {threat['norm']} eps {threat['eps']:.4g}",
-        box=SIMPLE_HEAD if _shows_lines() else _ASCII,
+        box=SIMPLE_HEAD if _encodes_box_drawing() else _ASCII,
         padding=(0, 1, 0, 0),
         show_edge=False,
         pad_edge=False,
@@ -57,14 +61,11 @@ def results_table(results: Mapping[str, Any], width: int | None = None) -> str:
     console = Console(file=output, markup=False, width=width or max(shutil.get_terminal_size().columns, 80))
     console.print(table)
     console.print()
-    console.print(
-        f"Can this be believed? {masking['verdict'].upper()}. {masking['explanation']}",
-        highlight=False,
-    )
+    console.print(f"Verdict: {masking['verdict'].upper()}. {masking['explanation']}", highlight=False)
     for flag in masking["flags"]:
-        sure = f" (at least {flag['lower95']:.3f})" if "lower95" in flag else ""
+        bound = f" (95% lower bound {flag['lower95']:.3f})" if "lower95" in flag else ""
         console.print(
-            f"  raised: {flag['check']} {flag['value']:.3f}{sure}, above {flag['threshold']:g}", highlight=False
+            f"  {flag['check']}: {flag['value']:.3f}{bound}, threshold {flag['threshold']:g}", highlight=False
         )
     return printable("\n".join(line.rstrip() for line in output.getvalue().split("\n")).rstrip("\n"))
 
@@ -82,7 +83,7 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.1f}" if seconds < 1000 else f"{seconds:,.0f}"
 
 
-def _shows_lines() -> bool:
+def _encodes_box_drawing() -> bool:
     """Whether the terminal's encoding has the characters that tables are drawn with."""
     try:
         "─".encode(getattr(sys.stdout, "encoding", None) or "utf-8")
