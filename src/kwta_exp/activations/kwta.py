@@ -5,7 +5,7 @@ Xiao, Zhong and Zheng, "Enhancing Adversarial Defense by k-Winners-Take-All", IC
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import PositiveInt, validate_call
@@ -105,6 +105,9 @@ def _rows(x: Tensor, per_channel: bool) -> Tensor:
 class KWTA(nn.Module):
     """k-Winners-Take-All as a layer; see :func:`kwta` for the arguments and the treatment of ties.
 
+    The ratio is part of the layer's state: ``state_dict()`` holds it, and ``load_state_dict`` restores it. A
+    checkpoint without it (of a ReLU network, or of other code) loads too, and the layer keeps its own ratio.
+
     Args:
         ratio: sparsity ratio in (0, 1].
         k: a fixed number of winners instead.
@@ -140,6 +143,30 @@ class KWTA(nn.Module):
         if self.relu:
             x = x.relu()
         return kwta(x, self.ratio, k=self.k, over=self.over, by=self.by)
+
+    def get_extra_state(self) -> Tensor:
+        """The ratio as a float64 scalar; an empty tensor where ``k`` is fixed."""
+        return torch.tensor([] if self.ratio is None else self.ratio, dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore what :meth:`get_extra_state` returned; a layer with a fixed ``k`` keeps it.
+
+        Raises:
+            ValueError: unless ``state`` is empty or a ratio.
+        """
+        if state.shape == (0,):
+            return
+        is_scalar = state.shape == () and state.dtype == torch.float64 and not state.is_meta
+        if not is_scalar or not 0 < state.item() <= 1:
+            found = state.item() if is_scalar else f"{state.dtype} of shape {tuple(state.shape)}"
+            raise ValueError(f"a k-WTA layer's ratio is {found}; expected a float64 scalar in (0, 1]")
+        if self.k is None:
+            self.ratio = state.item()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """As torch does, but with the layer's own ratio if the checkpoint has none."""
+        state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def extra_repr(self) -> str:
         amount = f"ratio={self.ratio}" if self.k is None else f"k={self.k}"
