@@ -37,7 +37,7 @@ def run(cfg: Config) -> float:
             plan = Plan.of(cfg, line)
             results = plan.finished_results()
             if results is None:
-                results = _run(plan)
+                results = _execute(plan)
             else:
                 plan.finish_again(results)
     except Exception as error:
@@ -51,7 +51,7 @@ def run(cfg: Config) -> float:
     )
 
 
-def _run(plan: Plan) -> dict[str, Any]:
+def _execute(plan: Plan) -> dict[str, Any]:
     """Build everything, make the folder, then train, attack and report."""
     # torch takes seconds to load, so a finished run and a wrong path never load it.
     from kwta_exp.parts import build_parts
