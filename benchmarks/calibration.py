@@ -36,8 +36,7 @@ from kwta_exp.evaluation.checks import CHECKS
 from kwta_exp.models import CNN, MLP, ResNet
 from kwta_exp.storage import read_json, write_json, write_text
 from kwta_exp.training import NaturalTraining, PGDTraining, Training
-from kwta_exp.training.fit import fit
-from kwta_exp.training.sparsity import Constant
+from kwta_exp.training.trainer import Recipe, Trainer
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -207,9 +206,8 @@ def trained(specimen: Specimen, field: Field, threat: Threat, path: Path) -> nn.
     train, val = split_training(images, field.train_n, 0.1, 0, CPU)
     batches = TrainingBatches(train, 64, 0, False, 0)
     schedule = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=field.epochs)
-    optimizer = partial(torch.optim.SGD, lr=0.04, momentum=0.9)
-    fabric = Fabric(accelerator="cpu")
-    fit(model, training, batches, val, optimizer, schedule, Constant(), fabric, path, print_epoch)
+    recipe = Recipe(training, partial(torch.optim.SGD, lr=0.04, momentum=0.9), schedule)
+    Trainer(model, recipe, batches, val, Fabric(accelerator="cpu")).train(path, print_epoch)
     parts = [specimen.before and specimen.before(), model, specimen.after and specimen.after()]
     return nn.Sequential(*(part for part in parts if part)).eval().requires_grad_(False)
 

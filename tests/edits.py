@@ -334,7 +334,7 @@ def strange_weights(content: dict[str, Any], about: dict[str, str], rng: Random)
         lambda: content[name].view(-1)[0].fill_(float("inf")),
         lambda: content.__setitem__(name, content[name].double()),
         lambda: content.__setitem__(name, content[name].to(torch.int8)),
-        lambda: content.__setitem__(name, content[name][:1].clone()),
+        lambda: content.__setitem__(name, content[name].flatten()[:1].clone()),
         lambda: content.__setitem__("more", content[name].clone()),
         lambda: content.pop(name),
         lambda: content.clear(),
@@ -342,9 +342,15 @@ def strange_weights(content: dict[str, Any], about: dict[str, str], rng: Random)
     ])()  # fmt: skip
 
 
+def strange_ratio(content: dict[str, Any], about: dict[str, str], rng: Random) -> None:
+    values = [float("nan"), 2.0, -1.0, 0.0, 1e-300, 0.5, [0.1, 0.2]]
+    for name in content:
+        if name.endswith("_extra_state"):
+            content[name] = torch.tensor(rng.choice(values), dtype=torch.float64)
+
+
 def strange_metadata(content: dict[str, Any], about: dict[str, str], rng: Random) -> None:
     name, values = rng.choice([
-        ("sparsity_ratio", ["abc", "nan", "2", "-1", "1e-300", "", "0.5"]),
         ("activation", ["", "[]", "{", '{"_target_": "os.system"}', '{"_target_": 3}', "[" * 3000, "NaN"]),
         ("epoch", ["x", "\ud7ff"]),
     ])  # fmt: skip
@@ -422,5 +428,6 @@ EDITS: dict[str, Edit] = {
     "images: strange, again": record(IMAGES, strange_images),
     "weights: strange": weights(strange_weights),
     "weights: strange metadata": weights(strange_metadata),
+    "weights: strange ratio": weights(strange_ratio),
 }  # fmt: skip
 """By what they do."""

@@ -25,7 +25,7 @@ from tests.launched import CONF, parse_once
 ROOT = Path(__file__).parent.parent
 LOADED = [
     "kwta_exp.attacks", "kwta_exp.evaluation", "kwta_exp.experiment", "kwta_exp.models", "kwta_exp.parts",
-    "kwta_exp.report.terminal", "kwta_exp.training.fit", "foolbox", "lightning_fabric", "sklearn.datasets",
+    "kwta_exp.report.terminal", "kwta_exp.training.trainer", "foolbox", "lightning_fabric", "sklearn.datasets",
     "torchvision",
 ]  # fmt: skip
 

@@ -72,3 +72,31 @@ def test_the_guard_can_fail(tmp_path: Path) -> None:
         "from kwta_exp.evaluation import evaluate\nfrom kwta_exp import experiment\nimport hydra.utils\n"
     )
     assert len(violations(bad, "activations.kwta")) == 3
+
+
+COMPILED = {"jit", "_jit", "_intrinsic"}
+"""Decorators of compiled kernels, which take scalars and arrays one by one."""
+
+
+def too_many_parameters(path: Path) -> list[str]:
+    """The functions of a file with more than seven parameters; constructors that mirror a YAML may have more."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            names = {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)} - {"self", "cls"}
+            decorators = {ast.unparse(each).partition("(")[0] for each in node.decorator_list}
+            is_constructor = node.name == "__init__" and "validate_call" in decorators
+            if len(names) > 7 and not is_constructor and not decorators & COMPILED:
+                found.append(f"{path.name}: {node.name} takes {len(names)}")
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_no_function_takes_more_than_seven_parameters(path: Path) -> None:
+    assert too_many_parameters(path) == []
+
+
+def test_the_guard_of_parameters_can_fail(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.py"
+    bad.write_text("def f(a, b, c, d, e, g, h, *, i): ...\n")
+    assert too_many_parameters(bad) == ["bad.py: f takes 8"]

@@ -1,14 +1,18 @@
-"""Checkpoints and files: whole or absent, and unable to run code."""
+"""Checkpoints and files: written whole or not at all, and loaded without running code."""
 
+import copy
 import errno
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from kwta_exp import storage
+from kwta_exp.activations import KWTA
 from kwta_exp.checkpoint import load_into, read_state, read_weights, save_state, save_weights, weights_of
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.records import ATTACK_COLUMNS, Record
@@ -18,7 +22,7 @@ from kwta_exp.storage import trained_ratio
 
 
 class Hostile:
-    """Unpickling it makes a folder: proof that code ran."""
+    """Makes a folder when it is unpickled, which proves that code ran."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = str(proof)
@@ -27,12 +31,12 @@ class Hostile:
         return os.mkdir, (self.proof,)
 
 
-def test_weights_survive_the_round_trip(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+def test_weights_are_read_as_they_were_written(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), KWTA(0.3))
     save_weights(tmp_path / "w.safetensors", weights_of(model), {"epoch": "3"})
     torch.save(model.state_dict(), tmp_path / "w.pth")
     for name in ("w.safetensors", "w.pth"):
-        other = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        other = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), KWTA(0.3))
         load_into(other, read_weights(tmp_path / name), name)
         assert all(
             torch.equal(a, b)
@@ -48,14 +52,14 @@ def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"refused.*would run code"):
             read(tmp_path / path)
     assert not proof.exists()
-    # The trap itself works: an unsafe load would have sprung it.
+    # An unsafe load does run it.
     torch.load(tmp_path / "bad.pth", weights_only=False)
     assert proof.exists()
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
 @pytest.mark.parametrize("keep", [0, 10, 0.5, -1])
-def test_torn_files_are_refused(tmp_path: Path, name: str, keep: float) -> None:
+def test_truncated_files_are_refused(tmp_path: Path, name: str, keep: float) -> None:
     model = nn.Linear(30, 40)
     save_weights(tmp_path / "w.safetensors", weights_of(model), {})
     torch.save(model.state_dict(), tmp_path / "w.pth")
@@ -65,7 +69,7 @@ def test_torn_files_are_refused(tmp_path: Path, name: str, keep: float) -> None:
         read_weights(tmp_path / name)
 
 
-def test_records_and_results_that_are_damaged_say_so(tmp_path: Path) -> None:
+def test_damaged_records_and_results_raise_an_error(tmp_path: Path) -> None:
     for content in (b"", b"PK\x03\x04 nonsense"):
         (tmp_path / "pgd.npz").write_bytes(content)
         with pytest.raises(UserError, match="damaged"):
@@ -76,7 +80,7 @@ def test_records_and_results_that_are_damaged_say_so(tmp_path: Path) -> None:
     assert read_results(tmp_path / "absent.json") is None
 
 
-def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     weights = {"weight": torch.zeros(2, 3), "extra": torch.zeros(1)}
     with pytest.raises(UserError) as caught:
         load_into(nn.Linear(3, 4), weights, "w.pth")
@@ -86,7 +90,7 @@ def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
     assert "misshapen: weight (2, 3) (expected (4, 3))" in message
 
 
-def test_no_state_dict_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_holds_no_state_dict_is_refused(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(UserError, match="holds list; expected a state dict"):
         read_weights(tmp_path / "list.pth")
@@ -116,22 +120,42 @@ def test_files_are_readable_by_others_as_the_umask_allows(tmp_path: Path) -> Non
     assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o666 & ~current
 
 
-def test_nan_is_no_json(tmp_path: Path) -> None:
+def test_nan_is_not_written_as_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         storage.write_json(tmp_path / "a.json", {"a": float("nan")})
     assert not (tmp_path / "a.json").exists()
 
 
-@pytest.mark.parametrize("text", ["abc", "0", "1.5", "nan"])
-def test_a_ratio_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
-    save_weights(tmp_path / "w.safetensors", {"a": torch.zeros(1)}, {"sparsity_ratio": text})
-    with pytest.raises(UserError, match="its sparsity_ratio is"):
-        trained_ratio(tmp_path / "w.safetensors")
+def test_half_precision_weights_are_refused_with_the_conversion() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), KWTA(0.3))
+    state_dict = copy.deepcopy(model).half().state_dict()
+    with pytest.raises(UserError, match=r"of another type: 0\.bias float16") as caught:
+        load_into(model, state_dict, "w.pth")
+    conversion = str(caught.value).partition("to convert: ")[2]
+    load_into(model, eval(conversion, {"torch": torch, "state_dict": state_dict}), "w.pth")
 
 
-def test_a_ratio_travels_in_the_header_alone(tmp_path: Path) -> None:
-    save_weights(tmp_path / "w.safetensors", {"a": torch.zeros(1)}, {"sparsity_ratio": "0.25"})
-    save_weights(tmp_path / "without.safetensors", {"a": torch.zeros(1)}, {})
-    assert trained_ratio(tmp_path / "w.safetensors") == 0.25
-    assert trained_ratio(tmp_path / "without.safetensors") is None
+@pytest.mark.parametrize(("ratios", "expected"), [
+    ([0.25], 0.25),
+    ([0.25, 0.25], 0.25),
+    ([0.25, 0.5], None),  # stages differ
+    ([], None),
+    ([2.0], None),
+    ([math.nan], None),
+    ([[0.25]], None),
+])  # fmt: skip
+def test_the_trained_ratio_is_read_without_the_network(
+    tmp_path: Path, ratios: list[Any], expected: float | None
+) -> None:
+    states = {f"{i}._extra_state": torch.tensor(ratio, dtype=torch.float64) for i, ratio in enumerate(ratios)}
+    weights = {"a": torch.zeros(1), "k._extra_state": torch.zeros(0).double(), **states}
+    save_weights(tmp_path / "w.safetensors", weights, {})
+    assert trained_ratio(tmp_path / "w.safetensors") == expected
+
+
+def test_only_safetensors_are_searched_for_a_trained_ratio(tmp_path: Path) -> None:
+    torch.save(KWTA(0.25).state_dict(), tmp_path / "w.pth")
     assert trained_ratio(tmp_path / "w.pth") is None
+    (tmp_path / "w.safetensors").write_bytes(b"\x08" + 7 * b"\0" + b'{"a": 1}')
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        trained_ratio(tmp_path / "w.safetensors")

@@ -18,8 +18,7 @@ from kwta_exp.fields import Norm
 from kwta_exp.models import CNN
 from kwta_exp.randomness import fold
 from kwta_exp.training import NaturalTraining
-from kwta_exp.training.fit import fit
-from kwta_exp.training.sparsity import Constant
+from kwta_exp.training.trainer import Recipe, Trainer
 
 CPU = torch.device("cpu")
 DATA = Path(os.environ.get("KWTA_EXP_DATA", "data"))
@@ -39,10 +38,13 @@ def trained(dataset: Dataset, epochs: int, path: Path) -> tuple[nn.Module, Tenso
         image_size=images.image_size,
     )
     train, val = split_training(images, dataset.train_n, 0.1, 0, CPU)
-    fit(model, NaturalTraining(epochs=epochs), TrainingBatches(train, 64, 0, False, 0), val,
-        partial(torch.optim.SGD, lr=0.05, momentum=0.9),
-        partial(torch.optim.lr_scheduler.ConstantLR, factor=1.0),
-        Constant(), Fabric(accelerator="cpu"), path, lambda _: None)  # fmt: skip
+    recipe = Recipe(
+        NaturalTraining(epochs=epochs),
+        optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+        lr_schedule=partial(torch.optim.lr_scheduler.ConstantLR, factor=1.0),
+    )
+    batches = TrainingBatches(train, 64, 0, False, 0)
+    Trainer(model, recipe, batches, val, Fabric(accelerator="cpu")).train(path, lambda _: None)
     model.eval().requires_grad_(False)
     test = first_test_images(images, 500, CPU)
     x, y = to_float(test.x), test.y

@@ -13,7 +13,8 @@ sparse = partial(KWTA, ratio=0.2)
 
 
 def shapes(model: nn.Module) -> dict[str, list[int]]:
-    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = {name: value for name, value in model.state_dict().items() if not name.endswith("_extra_state")}
+    return {name: list(tensor.shape) for name, tensor in state.items()}
 
 
 def test_cnn_is_the_studys_mnist_network() -> None:

@@ -1,4 +1,4 @@
-"""Objectives: each against its formula written out, with BatchNorm's statistics and modes as documented."""
+"""Objectives: each equals its formula, with the BatchNorm statistics and modes that are documented."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ from kwta_exp.training.objectives.base import correct
 
 
 class Shift:
-    """An attack that adds a constant, and remembers the mode of the network it was given."""
+    """An attack that adds a constant and records the mode of the network."""
 
     def __init__(self) -> None:
         self.modes: set[bool] = set()
@@ -90,7 +90,7 @@ CASES: list[tuple[Any, Any]] = [
 
 
 @pytest.mark.parametrize(("make", "formula"), CASES, ids=["natural", "pgd", "fast", "trades", "mart", "alp"])
-def test_loss_gradient_and_statistics_are_the_formulas(make: Any, formula: Any) -> None:
+def test_loss_gradients_and_batch_norm_statistics_equal_the_formula(make: Any, formula: Any) -> None:
     attack, ours, theirs = Shift(), network().train(), network().train()
     training: Training = make(attack)
 
@@ -102,7 +102,7 @@ def test_loss_gradient_and_statistics_are_the_formulas(make: Any, formula: Any) 
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-9)
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=1e-9)
-    # BatchNorm saw the same images in the same order, and the attack saw a network in eval mode.
+    # BatchNorm saw the same images in the same order; the attack saw the network in eval mode.
     for mine, other in zip(ours.buffers(), theirs.buffers(), strict=True):
         torch.testing.assert_close(mine, other)
     assert attack.modes <= {False}
@@ -110,7 +110,7 @@ def test_loss_gradient_and_statistics_are_the_formulas(make: Any, formula: Any) 
     assert logits.shape == (10, 4)
 
 
-def test_trades_attacks_away_from_the_prediction_by_the_kl_divergence() -> None:
+def test_kl_attack_of_trades_maximises_the_divergence_from_a_small_normal_start() -> None:
     model, b = network().eval(), batch()
     attack = PGD(norm="linf", eps=0.1, steps=10, loss="kl", random_start="normal", keep_best=False)
     x_adv = attack(model, b.x, b.y, b.keys)
@@ -118,18 +118,18 @@ def test_trades_attacks_away_from_the_prediction_by_the_kl_divergence() -> None:
     reached, chance = (kl(p(model(b.x)), p(model(x))).mean() for x in (x_adv, random))
     assert reached > 2 * chance
     torch.testing.assert_close(divergence(model(x_adv), model(b.x)).mean(), reached)
-    # One step of length 0 from the start shows the start: 0.001 of a normal draw.
+    # A step of size 0 returns the random start: 0.001 times a normal draw.
     start = PGD(norm="linf", eps=0.1, steps=1, step_size=0.0, random_start="normal", keep_best=False)
     assert 0.0005 < (start(model, b.x, b.y, b.keys) - b.x).std() < 0.002
 
 
-def test_free_training_replays_and_carries_the_perturbation_as_published() -> None:
+def test_free_training_equals_algorithm_1_of_shafahi_et_al() -> None:
     eps, replays = 0.05, 3
     training = FreeTraining(epochs=1, replays=replays, norm="linf", eps=eps, probe=Shift())
-    model, twin, memory = network().train(), network().train(), {}
-    optimizer, other = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, twin))
+    model, reference, memory = network().train(), network().train(), {}
+    optimizer, other = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, reference))
     delta = torch.zeros(10, 1, 3, 3).double()
-    for size in (10, 6, 10):  # a smaller batch uses, and moves, the first of the perturbations
+    for size in (10, 6, 10):  # a smaller batch updates the first perturbations only
         b = Batch(batch().x[:size], batch().y[:size], batch().keys[:size])
         steps = 0
         for loss, _ in training.losses(model, b, memory):
@@ -141,18 +141,18 @@ def test_free_training_replays_and_carries_the_perturbation_as_published() -> No
 
         for _ in range(replays):  # Shafahi et al. 2019, algorithm 1
             x_adv = (b.x + delta[:size]).clamp(0, 1).requires_grad_()
-            loss = ce(twin(x_adv), b.y)
+            loss = ce(reference(x_adv), b.y)
             other.zero_grad()
             loss.backward()
             delta[:size] = (delta[:size] + eps * x_adv.grad.sign()).clamp(-eps, eps)  # type: ignore[union-attr]
             other.step()
         torch.testing.assert_close(memory["delta"], delta)
     assert delta.abs().max() > 0
-    for mine, theirs in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+    for mine, theirs in zip(model.state_dict().values(), reference.state_dict().values(), strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
-def test_robust_validation_uses_the_methods_own_attack() -> None:
+def test_robustly_correct_uses_the_attack_of_the_method() -> None:
     model, b = network().eval(), batch()
     attacked = correct(model((b.x + 0.1).clamp(0, 1)), b.y)
     for training in (
@@ -164,7 +164,7 @@ def test_robust_validation_uses_the_methods_own_attack() -> None:
     assert NaturalTraining(epochs=1).robustly_correct(model, b) is None
 
 
-def test_catastrophic_overfitting_is_told_from_ordinary_decline() -> None:
+def test_fast_training_warns_of_catastrophic_overfitting_only() -> None:
     training = FastTraining(epochs=9, attack=Shift(), probe=Shift())
 
     def history(*pairs: tuple[float, float]) -> list[dict[str, float]]:
@@ -176,7 +176,7 @@ def test_catastrophic_overfitting_is_told_from_ordinary_decline() -> None:
     assert training.warning(history((0.4, 0.3), (0.5, 0.4), (0.6, 0.35))) is None
     said = training.warning(history((0.4, 0.3), (0.5, 0.4), (0.8, 0.01)))
     assert said is not None
-    assert "catastrophic overfitting in epoch 3: 1.0%" in said
+    assert "catastrophic overfitting in epoch 3: validation accuracy under the probe is 1.0%" in said
     assert "40.0% in epoch 2" in said
-    # A training that falls apart as a whole is something else.
+    # If training accuracy falls too, it is another failure.
     assert training.warning(history((0.4, 0.3), (0.5, 0.4), (0.1, 0.01))) is None

@@ -63,7 +63,7 @@ def test_original_state_dicts_load_strictly(name: str, tmp_path: Path) -> None:
     torch.save({f"module.{key}": value for key, value in weights.items()}, tmp_path / "original.pth")
     model = NETWORKS[name]()
     load_into(model, read_weights(tmp_path / "original.pth"), "original.pth")
-    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in weights.items())
 
 
 def winners(x: Tensor, ratio: float = 0.1) -> Tensor:

@@ -21,7 +21,7 @@ from kwta_exp.models import CNN, DenseNet, ResNet, WideResNet
 from kwta_exp.models.proxy import Proxy, following, proxy_for, with_folded_batch_norms
 from kwta_exp.training import PGDTraining
 from tests.test_evaluation import InDouble
-from tests.test_training import INNER, After, KilledError, train
+from tests.test_training import INNER, KillAfter, KilledError, train
 
 KWTA_01 = partial(KWTA, ratio=0.1)
 THREAT = Threat(norm="linf", eps=0.1)
@@ -160,7 +160,7 @@ def test_a_training_attack_may_search_on_a_proxy(tmp_path: Path, cpu: str) -> No
 
     network = made()
     with pytest.raises(KilledError):
-        train(tmp_path / "pieces.pt", training, After(7), 0.0, model=network)
+        train(tmp_path / "pieces.pt", training, KillAfter(7), 0.0, model=network)
     network = made()
     pieces = train(tmp_path / "pieces.pt", training, model=network)
     assert all(torch.equal(whole.last[name], pieces.last[name]) for name in whole.last)

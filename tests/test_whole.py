@@ -1,4 +1,4 @@
-"""A finished command leaves the folder saying what it says, and vouches only for what is there."""
+"""A run folder after its command: complete, consistent, and repaired if a file is damaged."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ def only(outputs: Path, pattern: str) -> Path:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """All that must not depend on damage: weights, rows, images, numbers, and how they came about."""
+    """Everything that must not depend on damage: weights, rows, images, numbers, configuration."""
     found: dict[str, Any] = {}
     for path in sorted(folder.glob("checkpoints/*.safetensors")):
         found |= {f"{path.name}/{name}": value.tobytes() for name, value in load_file(path).items()}
@@ -54,7 +54,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The outputs of a tiny run with its images kept; to be copied."""
+    """The outputs of a tiny run that saved its images, for copying."""
     outputs = tmp_path_factory.mktemp("pristine")
     launch(outputs, *QUICK)
     return outputs
@@ -64,7 +64,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outputs(pristine: Path, tmp_path: Path) -> Path:
     copied = tmp_path / "outputs"
     shutil.copytree(pristine, copied)
-    # So that what is written anew is what the copy has.
+    # Rewrites what depends on the folder's place.
     launch(copied, *QUICK)
     return copied
 
@@ -75,7 +75,7 @@ def whole(outputs: Path) -> dict[str, Any]:
     return {name: value for name, value in found.items() if not name.endswith(".yaml")}  # they name the outputs
 
 
-def test_the_folder_says_what_the_last_command_says(outputs: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_results_json_is_the_last_commands(outputs: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Run A, then B with another suite, then A again: results.json is A's."""
     folder = only(outputs, "*/s0-*")
     first = read_json(folder / "results.json")
@@ -91,7 +91,7 @@ def test_the_folder_says_what_the_last_command_says(outputs: Path, caplog: pytes
     assert f"Everything is in {folder / 'evaluation' / first['evaluation']['name']}" in caplog.text
 
 
-def test_a_damaged_copy_of_the_results_is_made_again(outputs: Path) -> None:
+def test_a_damaged_copy_of_the_results_is_rewritten(outputs: Path) -> None:
     path = only(outputs, "*/s0-*/results.json")
     first = path.read_bytes()
     for content in (b"", b"[]", first.replace(b"0.", b"1.", 1)):
@@ -141,7 +141,7 @@ DAMAGE: list[tuple[str, Callable[[Path], None]]] = [
 
 
 @pytest.mark.parametrize(("file", "damage"), DAMAGE, ids=lambda value: getattr(value, "__name__", value))
-def test_what_is_damaged_or_missing_is_made_again(
+def test_a_damaged_or_missing_file_is_made_again(
     outputs: Path, whole: dict[str, Any], file: str, damage: Callable[[Path], None],
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -162,19 +162,20 @@ def test_what_is_damaged_or_missing_is_made_again(
     assert "already finished" in caplog.text
 
 
-def test_an_image_that_changed_unnoticed_would_count(outputs: Path) -> None:
-    """The files are checked by content, and not by being there."""
+def test_a_record_replaced_by_another_intact_one_is_detected(outputs: Path) -> None:
     folder = only(outputs, "*/s0-*/evaluation/*")
     record = folder / "pgd.npz"
-    shutil.copy(folder / "fgsm.npz", record)  # whole by itself, and not what was vouched for
+    shutil.copy(folder / "fgsm.npz", record)  # intact, but not the file that results.json names
     launch(outputs, *QUICK)
     assert len(list(folder.glob("pgd.npz.damaged-*"))) == 1
 
 
-def test_weights_without_a_state_and_no_weights_train_anew(outputs: Path, whole: dict[str, Any]) -> None:
+def test_a_damaged_training_state_matters_only_if_weights_are_missing(
+    outputs: Path, whole: dict[str, Any]
+) -> None:
     folder = only(outputs, "*/s0-*")
     flip(folder / "checkpoints" / "state.pt")
-    launch(outputs, *QUICK)  # the weights are there: nobody needs the state
+    launch(outputs, *QUICK)  # the weights are there, so the state is not read
     assert not list(folder.rglob("*.damaged-*"))
     (folder / "checkpoints" / "best.safetensors").unlink()
     launch(outputs, *QUICK)
@@ -183,7 +184,7 @@ def test_weights_without_a_state_and_no_weights_train_anew(outputs: Path, whole:
     assert after | whole == after
 
 
-def test_a_folder_deleted_while_it_trains_is_one_message(
+def test_a_folder_deleted_during_training_is_one_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def delete(*_: object) -> str:
@@ -206,7 +207,9 @@ LINKS = [
 
 
 @pytest.mark.parametrize("link", LINKS)
-def test_no_link_inside_a_run_folder_is_followed_when_writing(outputs: Path, tmp_path: Path, link: str) -> None:
+def test_a_link_inside_a_run_folder_is_not_followed_when_writing(
+    outputs: Path, tmp_path: Path, link: str
+) -> None:
     folder = only(outputs, "*/s0-*")
     path = only(folder, link) if link != "." else folder
     elsewhere = tmp_path / "elsewhere"
@@ -225,7 +228,7 @@ def test_no_link_inside_a_run_folder_is_followed_when_writing(outputs: Path, tmp
     assert sorted((p, p.stat().st_mtime_ns) for p in (elsewhere, *elsewhere.rglob("*"))) == before
 
 
-def test_the_outputs_themselves_may_be_a_link(tmp_path: Path) -> None:
+def test_the_outputs_folder_may_be_a_link(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "outputs").symlink_to(tmp_path / "disk")
     launch(tmp_path / "outputs", *OTHER[:-1])
@@ -245,7 +248,7 @@ def test_a_lock_that_is_a_link_is_not_opened(outputs: Path, tmp_path: Path) -> N
     assert victim.read_text() == "mine"
 
 
-def test_a_read_only_look_at_a_finished_run_writes_nothing(outputs: Path) -> None:
+def test_repeating_a_finished_command_writes_nothing(outputs: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in outputs.rglob("*")}
     launch(outputs, *QUICK)
     assert {path: path.stat().st_mtime_ns for path in outputs.rglob("*")} == before
@@ -279,7 +282,7 @@ ODD = [
 
 
 @pytest.mark.parametrize(("key", "value"), ODD, ids=lambda value: str(value)[:20])
-def test_odd_results_are_one_message_and_are_made_again(
+def test_malformed_results_are_one_message_and_are_made_again(
     outputs: Path, key: str, value: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     from kwta_exp.errors import UserError
@@ -303,8 +306,37 @@ def test_odd_results_are_one_message_and_are_made_again(
     )
 
 
-def test_every_json_file_of_a_run_is_read_by_anything_that_reads_json(outputs: Path) -> None:
+def test_every_json_file_of_a_run_is_standard_json(outputs: Path) -> None:
     found = list(outputs.rglob("*.json"))
     assert len(found) > 3
     for path in found:
         assert json.loads(path.read_text())["checksum"]
+
+
+def ratio_of(run: Path) -> float:
+    states = load_file(run / "checkpoints" / "best.safetensors").items()
+    (ratio,) = {float(value) for name, value in states if name.endswith("_extra_state")}
+    return ratio
+
+
+def test_a_checkpoint_carries_its_ratio_and_the_configuration_overrides_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = [override for override in TINY if not override.startswith("attack")] + ["suite=none"]
+    launch(tmp_path / "trained", *small, "activation.ratio=0.5")
+    run = only(tmp_path / "trained", "*-kwta0.5-natural/s0-*")
+    assert ratio_of(run) == 0.5
+
+    moved = tmp_path / "moved.safetensors"
+    shutil.copy(run / "checkpoints" / "best.safetensors", moved)
+    evaluate = ["training=none", f"weights={moved}", *(each for each in small if "epochs" not in each)]
+    launch(tmp_path / "moved", *evaluate)
+    assert ratio_of(only(tmp_path / "moved", "*-kwta0.5-none/s0-*")) == 0.5
+    assert "trained at sparsity ratio" not in caplog.text
+
+    launch(tmp_path / "moved", *evaluate, "activation.ratio=0.2")
+    assert ratio_of(only(tmp_path / "moved", "*-kwta0.2-none/s0-*")) == 0.2
+    assert "trained at sparsity ratio 0.5; 0.2 is used here" in caplog.text
+
+    launch(tmp_path / "tuned", f"weights={run}", "activation.ratio=0.3", *small)
+    assert ratio_of(only(tmp_path / "tuned", "*-kwta0.3-natural/s0-*")) == 0.3

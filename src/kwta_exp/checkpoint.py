@@ -1,10 +1,10 @@
-"""Weights as safetensors, training state as tensors and plain values; neither can run code."""
+"""Weights as safetensors, training state as tensors and plain values. Loading neither runs code."""
 
 import io
 import logging
 import pickle
 import warnings
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kwta_exp.errors import DamagedError, UserError
 from kwta_exp.received import require_plain, require_untangled
 from kwta_exp.sealed import seal, unseal
-from kwta_exp.storage import aside, read_metadata, with_metadata, write_bytes
+from kwta_exp.storage import aside, is_extra_state, read_metadata, with_metadata, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ Weights = dict[str, Tensor]
 
 
 def weights_of(module: nn.Module) -> Weights:
-    """A copy of a module's parameters and buffers on the CPU, contiguous."""
+    """A copy of a module's state dict on the CPU, contiguous; it includes the ratio of each k-WTA layer."""
     return {
         name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in module.state_dict().items()
     }
@@ -39,7 +39,7 @@ def read_weights(path: Path) -> Weights:
     """Read a state dict from safetensors, or from a torch file of nothing but tensors.
 
     Raises:
-        UserError: if the file is missing, torn, a bomb, no state dict, or a pickle that would run code.
+        UserError: if the file is missing, damaged, a decompression bomb, no state dict, or would run code.
     """
     try:
         require_plain(path)
@@ -48,7 +48,7 @@ def read_weights(path: Path) -> Weights:
     except (OSError, ValueError) as error:
         raise UserError(f"weights={path}: {error}; expected a checkpoint") from error
     if path.suffix == ".safetensors":
-        read_metadata(path)  # for its checksum
+        read_metadata(path)  # checks its checksum
         try:
             return safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, OSError, ValueError) as error:
@@ -65,7 +65,7 @@ def read_weights(path: Path) -> Weights:
 
 
 def _unwrap(content: Any) -> Any:
-    """The state dict inside what training scripts usually save: beside other things, or of a wrapped model."""
+    """The state dict inside what training scripts usually save: among other things, or of a wrapped model."""
     if isinstance(content, dict):
         for name in ("state_dict", "model_state_dict", "model", "net"):
             if isinstance(content.get(name), dict):
@@ -78,33 +78,44 @@ def _unwrap(content: Any) -> Any:
 
 
 def load_into(model: nn.Module, weights: Weights, source: str) -> None:
-    """Put ``weights`` into ``model``; every name, shape and type must fit, and every value be a number.
+    """Load ``weights`` into ``model``; every name, shape and type must fit, and every value must be finite.
+
+    Extra state, such as the ratio of a k-WTA layer, is loaded where the model has a place for it and is
+    ignored where it has none: the same weights fit a network with another activation.
 
     Raises:
         UserError: listing the names that are missing, unexpected, or do not fit.
     """
-    wanted = model.state_dict()
-    problems = _misfits(wanted, weights)
+    state = model.state_dict()
+    wanted, given = _tensors(state), _tensors(weights)
+    problems = _misfits(wanted, given)
     if not any(problems.values()):
-        names = sorted(wanted)
-        problems["not finite"] = [name for name in names if _has_odd_values(weights[name], wanted[name])]
-    _refuse(problems, weights, source)
-    model.load_state_dict(weights)
+        problems["not finite"] = [name for name in sorted(wanted) if _has_odd_values(given[name], wanted[name])]
+    _refuse(problems, given, source)
+    try:
+        model.load_state_dict({name: value for name, value in weights.items() if name in state})
+    except (ValueError, RuntimeError) as error:  # a module refuses its extra state
+        raise UserError(f"weights={source}: {error}") from error
 
 
 def require_fit(shape: nn.Module, weights: Weights, source: str) -> None:
-    """Refuse ``weights`` whose names, shapes and types are not those of a network that has no values itself.
+    """Raise unless the names, shapes and types of ``weights`` are those of a network without values.
 
     Args:
         shape: the network, on torch's meta device.
-        weights: a checkpoint's.
-        source: where they are from, for the message.
+        weights: the checkpoint.
+        source: the checkpoint's name, for the message.
 
     Raises:
         UserError: as :func:`load_into`.
     """
-    wanted = {name: tensor.to("meta") for name, tensor in shape.state_dict().items()}
-    _refuse(_misfits(wanted, weights), weights, source)
+    given = _tensors(weights)
+    _refuse(_misfits(_tensors(shape.state_dict()), given), given, source)
+
+
+def _tensors(state: Mapping[str, Any]) -> Weights:
+    """Parameters and buffers alone, without extra state."""
+    return {name: value for name, value in state.items() if not is_extra_state(name)}
 
 
 def _misfits(wanted: Weights, weights: Weights) -> dict[str, list[str]]:
@@ -134,12 +145,13 @@ def _refuse(problems: Mapping[str, list[str]], weights: Weights, source: str) ->
             if names
         ]
         if halves and problems["of another type"]:
-            lines.append("  to convert: {name: value.float() for name, value in state_dict.items()}")
+            half = f"value.float() if value.dtype == {halves[0].dtype} else value"
+            lines.append(f"  to convert: {{name: {half} for name, value in state_dict.items()}}")
         raise UserError("\n".join([f"weights={source}: do not fit the model", *lines]))
 
 
 def _type(tensor: Tensor) -> str:
-    """Its type as a checkpoint must have it: the dtype, and how it is stored if not as plain values."""
+    """The dtype, and the layout if it is not dense."""
     dtype = _dtype(tensor)
     if tensor.is_meta:
         return f"{dtype} without values"
@@ -151,7 +163,7 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def _has_odd_values(given: Tensor, wanted: Tensor) -> bool:
-    """Whether it holds NaN or infinities; the network's own constants (a mask of -inf) may."""
+    """Whether it holds NaN or infinities, other than the network's own constants (a mask of -inf)."""
     finite = given.isfinite()
     return bool((~finite & (given != wanted.to(given.device))).any()) if not finite.all() else False
 
@@ -163,29 +175,31 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     write_bytes(path, seal(buffer.getvalue()))
 
 
-def read_state(path: Path, expected: Set[str] = frozenset()) -> dict[str, Any]:
-    """Read what :func:`save_state` wrote, with at least the keys ``expected``.
+def read_state(path: Path) -> dict[str, Any]:
+    """Read what :func:`save_state` wrote.
 
     Raises:
         DamagedError: if the file is not as it was written.
-        UserError: if it is, and is no training state, or wants to run code. It is left where it is.
+        UserError: if it is intact but no training state, or would run code. The file stays where it is.
     """
     content = _load_plain(io.BytesIO(unseal(path)), f"training state {path}")
-    if not isinstance(content, dict) or not expected <= content.keys():
-        raise UserError(f"training state {path}: not a whole one; delete it, or start again with rerun=true")
+    if not isinstance(content, dict):
+        raise UserError(
+            f"training state {path}: holds {type(content).__name__}; expected a dict. Use rerun=true"
+        )
     return content
 
 
-def resumed_state(path: Path, expected: Set[str]) -> dict[str, Any] | None:
-    """:func:`read_state` of what is there; a damaged file is set aside, and nothing is to be resumed.
+def read_state_or_set_aside(path: Path) -> dict[str, Any] | None:
+    """:func:`read_state`, or ``None`` if there is no file or it is damaged; a damaged one is renamed.
 
     Raises:
         UserError: as :func:`read_state`.
     """
     try:
-        return read_state(path, expected) if path.exists() else None
+        return read_state(path) if path.exists() else None
     except DamagedError as error:
-        log.warning("training begins anew: %s; kept as %s", error, aside(path, ".damaged").name)
+        log.warning("training starts from the beginning: %s; kept as %s", error, aside(path, ".damaged").name)
         return None
 
 
@@ -195,13 +209,13 @@ def _load_plain(file: Path | io.BytesIO, what: str) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{what}: refused. It is no plain torch file: loading it would run code, or it is damaged (nothing"
-            " was run). Expected tensors, numbers and text only; for a whole model that was pickled, the file"
-            " of torch.save(model.state_dict(), ...)"
+            f"{what}: refused. Loading it would run code, or it is damaged (nothing was run). Expected tensors,"
+            " numbers and text only. If it is a pickled model, save its weights with"
+            " torch.save(model.state_dict(), ...)"
         ) from error
-    except Exception as error:  # damaged bytes make the reader fail in any way whatever
+    except Exception as error:  # the reader fails in many ways on damaged bytes
         short = str(error).partition("\n")[0][:200]
         raise UserError(
-            f"{what}: damaged or not a torch file ({type(error).__name__}: {short}); expected the file of"
+            f"{what}: damaged or not a torch file ({type(error).__name__}: {short}); expected a file written by"
             " torch.save(model.state_dict(), ...)"
         ) from error

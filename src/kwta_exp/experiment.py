@@ -1,4 +1,4 @@
-"""The story of a run: plan, parts, fit, evaluate, report."""
+"""The story of a run: plan, parts, train, evaluate, report."""
 
 import json
 import logging
@@ -11,24 +11,25 @@ from kwta_exp.errors import UserError, shortened
 from kwta_exp.plan import Plan
 from kwta_exp.results_file import vouched_for
 from kwta_exp.run_folder import opened, set_changed_aside
-from kwta_exp.storage import trained_ratio, write_json, write_lines
+from kwta_exp.storage import write_json, write_lines
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
     from kwta_exp.parts import Parts
+    from kwta_exp.training.trainer import Recipe, Trained
 
 log = logging.getLogger(__name__)
 
 
 def run(cfg: Config) -> float:
-    """Do what ``cfg`` says, unless it is done already.
+    """Run what ``cfg`` describes, unless it is finished already.
 
     Returns:
-        The robust accuracy left in the worst case, or the clean accuracy where nothing attacked.
+        The worst-case robust accuracy, or the clean accuracy if the suite is empty.
 
     Raises:
-        ConfigError: for anything the user can put right, as one message.
+        ConfigError: for a mistake of the user, as one message.
     """
     line = CommandLine.current()
     try:
@@ -36,7 +37,7 @@ def run(cfg: Config) -> float:
             plan = Plan.of(cfg, line)
             results = plan.finished_results()
             if results is None:
-                results = _carry_out(plan)
+                results = _execute(plan)
             else:
                 plan.finish_again(results)
     except Exception as error:
@@ -50,9 +51,9 @@ def run(cfg: Config) -> float:
     )
 
 
-def _carry_out(plan: Plan) -> dict[str, Any]:
+def _execute(plan: Plan) -> dict[str, Any]:
     """Build everything, make the folder, then train, attack and report."""
-    # torch takes seconds to load, so it is imported here: a finished run or a wrong path never waits.
+    # torch takes seconds to load, so a finished run and a wrong path never load it.
     from kwta_exp.parts import build_parts
 
     options = plan.options
@@ -65,24 +66,18 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
     from kwta_exp.data.batches import first_test_images
     from kwta_exp.evaluation import Evaluation, evaluate
     from kwta_exp.report.terminal import results_table
-    from kwta_exp.training.sparsity import set_ratio
 
     described = environment.describe(plan.command, str(fabric.device), plan.runtime.identity())
     with opened(plan.folder, _texts(plan), described, options.rerun):
         plan.folder.set_damaged_aside()
         if not plan.folder.trained:
-            if plan.trains:
-                _train(plan, parts, fabric)
-            else:
-                _adopt_weights(plan, parts)
-        elif plan.trains and not plan.folder.metrics.exists():
-            _write_metrics_again(plan)
+            _write_weights(plan, parts, fabric)
+        elif parts.recipe and not plan.folder.metrics.exists():
+            _restore_metrics(plan)
 
         network, weights = parts.network, plan.judged_weights
         assert weights is not None
         load_into(network, read_weights(weights), str(weights))
-        if plan.trains and (ratio := trained_ratio(weights)):  # else the configuration has it
-            set_ratio(network, ratio)
         network.to(memory_format=torch.contiguous_format).to(device=fabric.device)
 
         images = first_test_images(parts.images, options.evaluation.n, fabric.device)
@@ -97,72 +92,59 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
         results = evaluate(evaluation, plan.identity_card(weights), options.evaluation.checks_n)
         results["evaluation"] = vouched_for(folder)
         write_json(plan.folder.results, results)
-        write_json(folder / "results.json", results)  # the last: it says that all is done
+        write_json(folder / "results.json", results)  # last: its presence means that the run is finished
         log.info("%s\n\nEverything is in %s", results_table(results), folder)
 
     return results
 
 
-def _adopt_weights(plan: Plan, parts: "Parts") -> None:
-    """Keep the weights that are only judged, so that the folder is a run like any other."""
+def _write_weights(plan: Plan, parts: "Parts", fabric: "Fabric") -> None:
+    """Train, and write the best and the last weights; without training, those of the network as it is."""
     from kwta_exp.checkpoint import save_weights, weights_of
 
-    for path in (plan.folder.best, plan.folder.last):
-        save_weights(path, weights_of(parts.network), _about(plan))
+    about = {"activation": json.dumps(plain(plan.cfg, "activation"))}
+    if parts.recipe is None:
+        for path in (plan.folder.best, plan.folder.last):
+            save_weights(path, weights_of(parts.network), about)
+        return
+    trained = _train(plan, parts, parts.recipe, fabric)
+    save_weights(plan.folder.best, trained.best, {"epoch": str(trained.best_epoch), **about})
+    save_weights(plan.folder.last, trained.last, {"epoch": str(len(trained.history)), **about})
+    log.info("best epoch: %d", trained.best_epoch)
 
 
-def _about(plan: Plan) -> dict[str, str]:
-    """What a checkpoint says of the network whose weights it holds."""
-    return {"activation": json.dumps(plain(plan.cfg, "activation"))}
-
-
-def _train(plan: Plan, parts: "Parts", fabric: "Fabric") -> None:
-    """Fit the network and write its best and last weights."""
+def _train(plan: Plan, parts: "Parts", recipe: "Recipe", fabric: "Fabric") -> "Trained":
     import torch
 
-    from kwta_exp.checkpoint import save_weights
     from kwta_exp.data.batches import TrainingBatches, split_training
-    from kwta_exp.training.fit import fit
+    from kwta_exp.training.trainer import Trainer
 
-    seed, dataset, training = plan.options.seed, plan.dataset, parts.training
-    assert training
-    assert parts.optimizer
-    assert parts.lr_schedule
-    assert parts.sparsity
+    seed, dataset, method = plan.options.seed, plan.dataset, recipe.method
     if plan.runtime.channels_last:
         parts.network.to(memory_format=torch.channels_last)
     train, val = split_training(parts.images, dataset.train_n, dataset.val_fraction, seed, fabric.device)
-    batches = TrainingBatches(train, training.batch_size, dataset.crop_padding, dataset.flip, seed)
+    batches = TrainingBatches(train, method.batch_size, dataset.crop_padding, dataset.flip, seed)
+    trainer = Trainer(parts.network, recipe, batches, val, fabric, compiled=plan.runtime.compile)
     log.info(
         "training %s on %d images (%d held out) for %d epochs on %s",
-        plan.name, len(train), len(val), training.epochs, fabric.device,
+        plan.name, len(train), len(val), method.epochs, fabric.device,
     )  # fmt: skip
 
     def on_epoch(history: list[dict[str, float]]) -> None:
         write_lines(plan.folder.metrics, history)
-        log.info("%s", _epoch_line(history[-1], training.epochs) if history else "starting")
+        log.info("%s", _epoch_line(history[-1], method.epochs) if history else "starting")
 
-    fitted = fit(
-        parts.network, training, batches, val, parts.optimizer, parts.lr_schedule, parts.sparsity, fabric,
-        plan.folder.state, on_epoch, compiled=plan.runtime.compile,
-    )  # fmt: skip
-
-    about = _about(plan)
-    if fitted.sparsity_ratio is not None:
-        about["sparsity_ratio"] = repr(fitted.sparsity_ratio)
-    save_weights(plan.folder.best, fitted.best, {"epoch": str(fitted.best_epoch), **about})
-    save_weights(plan.folder.last, fitted.last, {"epoch": str(training.epochs), **about})
-    log.info("best epoch: %d", fitted.best_epoch)
+    return trainer.train(plan.folder.state, on_epoch)
 
 
-def _write_metrics_again(plan: Plan) -> None:
-    """Write the records of training that were lost from its state, if that is whole."""
+def _restore_metrics(plan: Plan) -> None:
+    """Write ``metrics.jsonl`` again from the training state, if that is intact."""
     from kwta_exp.checkpoint import read_state
 
     try:
-        write_lines(plan.folder.metrics, read_state(plan.folder.state, {"history"})["history"])
-    except UserError as error:
-        log.warning("the records of training are lost: %s", error)
+        write_lines(plan.folder.metrics, read_state(plan.folder.state)["history"])
+    except (UserError, KeyError) as error:
+        log.warning("%s is lost: %s", plan.folder.metrics, error)
 
 
 def _epoch_line(record: Mapping[str, Any], epochs: int) -> str:
@@ -177,6 +159,6 @@ def _epoch_line(record: Mapping[str, Any], epochs: int) -> str:
 
 
 def _texts(plan: Plan) -> dict[str, str]:
-    """The files that tell, beside ``environment.json``, how the weights came about."""
+    """The files that record, with ``environment.json``, how the weights were made."""
     recorded = {"overrides": plan.line.overrides, "choices": plan.chosen}
     return {"config.yaml": yaml_of(plan.cfg), "overrides.yaml": yaml_of(recorded)}

@@ -1,8 +1,9 @@
-"""All that is cheap to build, built and tried before anything is written."""
+"""Builds the parts of a run, and tries each, before anything is written."""
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,86 +24,99 @@ from kwta_exp.models.factory import with_facts
 from kwta_exp.naming import safe_names
 from kwta_exp.plan import Plan, source_network
 from kwta_exp.randomness import key
-from kwta_exp.storage import trained_ratio
 from kwta_exp.training import Training
-from kwta_exp.training.sparsity import Sparsity, scheduled, set_ratio
+from kwta_exp.training.sparsity import Sparsity, layers_with_ratio
+from kwta_exp.training.trainer import Recipe
 from kwta_exp.trust import TRUSTED, targets
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of; the training's four are ``None`` where nothing is trained."""
+    """What a run is made of; ``recipe`` is ``None`` where nothing is trained."""
 
-    training: Training | None
-    sparsity: Sparsity | None
-    optimizer: Callable[..., Any] | None
-    lr_schedule: Callable[..., Any] | None
-    threat: Threat
-    suite: dict[str, Attack]
     images: Images
     network: nn.Module
+    threat: Threat
+    suite: dict[str, Attack]
+    recipe: Recipe | None
 
 
 def build_parts(plan: Plan) -> Parts:
     """Build everything that ``plan`` names.
 
     Raises:
-        UserError: naming the key and value at fault.
+        UserError: naming the key and its value.
     """
     cfg = plan.cfg
-    call(cfg, "activation", build(cfg, "activation"))  # so that its errors name it, not the model
+    call(cfg, "activation", build(cfg, "activation"))  # first, so that an error names it and not the model
 
     threat = build(cfg, "threat", Threat)
     suite = built_suite(cfg, threat)
-    training = build(cfg, "training", Training) if plan.trains else None
-    inner = [name for name in ("attack", "probe") if hasattr(training, name)]
-    if training is not None and inner:
-        usable = {name: _as_attack(cfg, f"training.{name}", getattr(training, name), threat) for name in inner}
-        training = replace(training, **usable)
+    method = _built_method(cfg, threat) if plan.trains else None
+    inner = {f"training.{name}": getattr(method, name) for name in _inner_attacks(method)}
+    attacks = {f"attack.{name}": attack for name, attack in suite.items()} | inner
+
     images = plan.dataset.load()
-    radii = {"threat": threat, **{f"attack.{name}": attack for name, attack in suite.items()}}
-    radii |= {f"training.{name}": getattr(training, name) for name in inner}
-    for at, part in {**radii, "training": training}.items():
+    for at, part in {"threat": threat, **attacks, "training": method}.items():
         _check_radius(at, part, images)
     network = planned_network(plan, images)
-    attacks = {f"attack.{name}": attack for name, attack in suite.items()}
-    for name in inner:
-        attacks[f"training.{name}"] = getattr(training, name)
-        _require(f"training.{name}", getattr(training, name), network)
+    for at, attack in inner.items():
+        _require(at, attack, network)
     for at, attack in attacks.items():
         if isinstance(attack, Transfer):
             attack.connect(_source_of(at, attack, plan, images, network))
 
-    optimizer = lr_schedule = sparsity = None
-    if training is not None:
-        sparsity = build(cfg, "sparsity", Sparsity)
-        if sparsity.ratio(0, training.epochs) is not None and not scheduled(network):
-            raise UserError(
-                f"sparsity={plan.chosen['sparsity']}: the network has no k-WTA layer with a ratio to schedule;"
-                " expected activation=kwta, or sparsity=constant"
-            )
-        final, reached = getattr(sparsity, "final", None), sparsity.ratio(training.epochs - 1, training.epochs)
-        if final is not None and abs(final - reached) > 1e-9 and plan.scale == "full":
-            raise UserError(
-                f"sparsity.final={final:g}: is not reached, the last of {training.epochs} epochs has"
-                f" {reached:g}; expected more epochs, larger steps or another final ratio"
-            )
-        optimizer, lr_schedule = build(cfg, "optimizer"), build(cfg, "lr_schedule")
-        trial = call(cfg, "optimizer", optimizer, [torch.nn.Parameter(torch.zeros(1))])
-        _require_kind("optimizer", trial, torch.optim.Optimizer)
-        trial_schedule = call(cfg, "lr_schedule", lr_schedule, trial)
-        _require_kind("lr_schedule", trial_schedule, torch.optim.lr_scheduler.LRScheduler)
-        call(cfg, "optimizer", trial.step)
-        call(cfg, "lr_schedule", trial_schedule.step)  # some look at their settings only now
+    recipe = _built_recipe(plan, method, network) if method else None
+    return Parts(images, network, threat, suite, recipe)
 
-    return Parts(training, sparsity, optimizer, lr_schedule, threat, suite, images, network)
+
+def _built_method(cfg: Config, threat: Threat) -> Training:
+    """The training method, with its attacks adapted to this project's interface."""
+    method: Training = build(cfg, "training", Training)
+    for name in _inner_attacks(method):
+        attack: Any = _as_attack(cfg, f"training.{name}", getattr(method, name), threat)
+        method = replace(method, **{name: attack})
+    return method
+
+
+def _inner_attacks(method: Training | None) -> list[str]:
+    """The names of the attributes of ``method`` that are attacks."""
+    return [name for name in ("attack", "probe") if hasattr(method, name)]
+
+
+def _built_recipe(plan: Plan, method: Training, network: nn.Module) -> Recipe:
+    """The recipe of a training, each part tried once: a bad value fails here and not after an epoch."""
+    cfg = plan.cfg
+    sparsity = build(cfg, "sparsity", Sparsity)
+    if sparsity.ratio(0, method.epochs) is not None and not layers_with_ratio(network):
+        raise UserError(
+            f"sparsity={plan.chosen['sparsity']}: the network has no k-WTA layer with a ratio to schedule;"
+            " expected activation=kwta, or sparsity=constant"
+        )
+    final, reached = getattr(sparsity, "final", None), sparsity.ratio(method.epochs - 1, method.epochs)
+    if final is not None and abs(final - reached) > 1e-9 and plan.scale == "full":
+        raise UserError(
+            f"sparsity.final={final:g}: is not reached, the last of {method.epochs} epochs has"
+            f" {reached:g}; expected more epochs, larger steps or another final ratio"
+        )
+
+    optimizer, lr_schedule = build(cfg, "optimizer"), build(cfg, "lr_schedule")
+    trial_optimizer = call(cfg, "optimizer", optimizer, [torch.nn.Parameter(torch.zeros(1))])
+    _require_kind("optimizer", trial_optimizer, torch.optim.Optimizer)
+    trial_schedule = call(cfg, "lr_schedule", lr_schedule, trial_optimizer)
+    _require_kind("lr_schedule", trial_schedule, torch.optim.lr_scheduler.LRScheduler)
+    call(cfg, "optimizer", trial_optimizer.step)
+    call(cfg, "lr_schedule", trial_schedule.step)  # some check their arguments only in step()
+    return Recipe(method, optimizer, lr_schedule, sparsity)
 
 
 def built_suite(cfg: Config, threat: Threat) -> dict[str, Attack]:
     """The attacks of the chosen suite, in its order.
 
     Raises:
-        UserError: naming the key and value at fault.
+        UserError: naming the key and its value.
     """
     if "_target_" in cfg.attack:
         raise UserError(f"attack: {cfg.attack._target_} has no name; expected +attack@attack.NAME=OPTION")
@@ -118,7 +132,7 @@ def _require_kind(at: str, made: Any, kind: type) -> None:
 
 
 def _check_radius(at: str, part: Any, images: Images) -> None:
-    """A radius beyond every image is one in other units."""
+    """Raise if a radius is larger than any image: it is in other units."""
     norm, eps = getattr(part, "norm", None), getattr(part, "eps", None)
     if norm in ("linf", "l2") and isinstance(eps, int | float):
         try:
@@ -128,17 +142,17 @@ def _check_radius(at: str, part: Any, images: Images) -> None:
 
 
 def _as_attack(cfg: Config, at: str, attack: Any, threat: Threat) -> Attack:
-    """What the configuration built at ``at``, fit to be called as an attack of this project."""
+    """The object that the configuration built at ``at``, as an attack of this project."""
     if isinstance(attack, partial) and isinstance(attack.func, type):
-        raise UserError(f"{at}._partial_=True: makes a class that is not built; expected false")
+        raise UserError(f"{at}._partial_=True: makes a class and no attack; expected false")
     usable: Attack = call(cfg, at, as_attack, attack, threat)
     if isinstance(usable, Transfer):
         usable.attack = _as_attack(cfg, f"{at}.attack", usable.attack, threat)
     return usable
 
 
-def _require(at: str, attack: Any, network: nn.Module) -> None:
-    """An attack that training rests on must have a hold on the network."""
+def _require(at: str, attack: Attack, network: nn.Module) -> None:
+    """Raise if an attack that training uses does not apply to the network."""
     try:
         attack.check_applicable(network)
     except NotApplicableError as error:
@@ -146,19 +160,21 @@ def _require(at: str, attack: Any, network: nn.Module) -> None:
 
 
 def _source_of(at: str, attack: Transfer, plan: Plan, images: Images, network: nn.Module) -> nn.Module:
-    """The network that a transferred attack is made on."""
+    """The source network of a transfer attack."""
     if attack.source is None:
         if plan.scale == "full":
             raise UserError(f"{at}.source=null: expected the run folder of a network to attack")
-        return copy.deepcopy(network)  # to try the command out
+        return copy.deepcopy(network)  # only to try the command
     return network_of_run(attack.source, f"{at}.source", images, plan.options.trust)
 
 
 def planned_network(plan: Plan, images: Images) -> nn.Module:
     """The network that ``plan`` names, for data like ``images``, with its initial weights if it names any.
 
+    Its sparsity ratios are those of the configuration, whatever the weights were trained at.
+
     Raises:
-        UserError: naming the key and value at fault.
+        UserError: naming the key and its value.
     """
     weights = read_weights(plan.weights) if plan.weights else None
     with torch.random.fork_rng(devices=[]):
@@ -167,9 +183,24 @@ def planned_network(plan: Plan, images: Images) -> nn.Module:
         torch.manual_seed(key(plan.options.seed, "weights"))
         network = _built_network(plan.cfg, images)
     if weights is not None:
-        load_into(network, weights, str(plan.weights))
+        _load_keeping_ratios(network, weights, str(plan.weights))
     _try_out(network, plan.cfg, images)
     return network
+
+
+def _load_keeping_ratios(network: nn.Module, weights: Weights, source: str) -> None:
+    """Load ``weights`` into ``network``, but keep the ratios of its k-WTA layers."""
+    layers = layers_with_ratio(network)
+    ratios = [layer.ratio for layer in layers]
+    load_into(network, weights, source)
+    theirs = [layer.ratio for layer in layers]
+    if theirs != ratios:
+        log.warning(
+            "weights=%s: trained at sparsity ratio %s; %s is used here", source,
+            *(", ".join(f"{ratio:g}" for ratio in dict.fromkeys(each)) for each in (theirs, ratios)),
+        )  # fmt: skip
+    for layer, ratio in zip(layers, ratios, strict=True):
+        layer.ratio = ratio
 
 
 def network_of_run(run: str, key: str, images: Images, trust: bool) -> nn.Module:
@@ -183,16 +214,14 @@ def network_of_run(run: str, key: str, images: Images, trust: bool) -> nn.Module
     _require_fit(cfg, images, weights, str(path))
     network = _built_network(cfg, images)
     load_into(network, weights, str(path))
-    if (ratio := trained_ratio(path)) and scheduled(network):
-        set_ratio(network, ratio)
     return network
 
 
 def _require_fit(cfg: Config, images: Images, weights: Weights, source: str) -> None:
-    """Refuse, before any memory is taken, a network of other sizes than its weights.
+    """Raise, before any memory is allocated, if the network does not have the sizes of its weights.
 
-    A run folder can name a network of any size. This project's networks are built without values first, and
-    never further than the weights go; a user's own is built at once, since it may need values.
+    A run folder can name a network of any size. This project's networks are first built on the meta device,
+    with a limit on their parameters; a user's own is built at once, since it may need values.
     """
     named = [*targets(plain(cfg, "model")), *targets(plain(cfg, "activation"))]
     if not TRUSTED.issuperset(named):
@@ -203,12 +232,12 @@ def _require_fit(cfg: Config, images: Images, weights: Weights, source: str) -> 
 
 
 _SPARE = 1000
-"""Parameters that a network may make and replace while it is built, beside twice those that it keeps."""
+"""Parameters that a network may create and replace while it is built, in addition to twice those it keeps."""
 
 
 @contextmanager
 def _at_most(parameters: int, source: str) -> Iterator[None]:
-    """Stop what makes more parameters, such as a network of a billion layers."""
+    """Raise once more parameters are created, as by a network of a billion layers."""
     made = itertools.count(1)
 
     def count(*anything: Any) -> None:
@@ -226,13 +255,13 @@ def _at_most(parameters: int, source: str) -> Iterator[None]:
 
 def _built_network(cfg: Config, images: Images) -> nn.Module:
     factory = build(cfg, "model")
-    network: nn.Module = call(cfg, "model", factory, **with_facts(factory, _facts(images)))
+    network: nn.Module = call(cfg, "model", factory, **with_facts(factory, _data_arguments(images)))
     _require_kind("model", network, nn.Module)
     return network
 
 
-def _facts(images: Images) -> dict[str, Any]:
-    """What a network may ask of the data."""
+def _data_arguments(images: Images) -> dict[str, Any]:
+    """The arguments of a network that depend on the data."""
     return {
         "num_classes": images.num_classes,
         "in_channels": images.in_channels,
@@ -241,7 +270,7 @@ def _facts(images: Images) -> dict[str, Any]:
 
 
 def _try_out(network: nn.Module, cfg: Config, images: Images) -> None:
-    """Send two images through the network: its layers must fit each other, the data and the classes."""
+    """Raise unless two images go through the network and give logits."""
     network.eval()
     try:
         with torch.no_grad():

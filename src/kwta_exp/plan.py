@@ -258,7 +258,7 @@ def _check_activation(weights: Path, activation: Mapping[str, Any], trains: bool
             f"activation._target_={given}: {weights} was trained with {target}, and would fit a network that"
             " computes something else; expected the same activation, or training=... to train on with this one"
         )
-    ignored = {"ratio"} if "sparsity_ratio" in read_metadata(weights) else set()
+    ignored = {"ratio"}  # the weights have it themselves
     other = {
         name: (theirs.get(name), activation.get(name))
         for name in sorted((theirs.keys() | activation.keys()) - ignored)

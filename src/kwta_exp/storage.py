@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
+import safetensors
 
 from kwta_exp.errors import DamagedError, UserError
 from kwta_exp.received import regular_size
@@ -283,21 +284,34 @@ def _is_of_a_run(path: Path) -> bool:
 
 
 def trained_ratio(path: Path) -> float | None:
-    """The sparsity ratio that a schedule had brought these weights to, if one had.
+    """The sparsity ratio in a checkpoint's state, read without torch.
+
+    ``None`` for a file that is not safetensors, holds no ratio, or holds several (a network whose stages
+    differ). A value out of (0, 1] gives ``None`` too: the layer it belongs to refuses it when it is loaded.
 
     Raises:
-        UserError: if what stands there is no ratio.
+        DamagedError: if it is not a whole safetensors file.
     """
-    text = read_metadata(path).get("sparsity_ratio")
-    if text is None:
+    if path.suffix != ".safetensors":
         return None
+    read_metadata(path)  # checks its checksum
     try:
-        ratio = float(text)
-    except ValueError:
-        ratio = 0.0
-    if not 0 < ratio <= 1:
-        raise UserError(f"weights={path}: its sparsity_ratio is {text!r}; expected a number in (0, 1]")
-    return ratio
+        with safetensors.safe_open(path, "numpy") as file:
+            states = {name: file.get_slice(name) for name in file.keys() if is_extra_state(name)}  # noqa: SIM118
+            ratios = {
+                float(file.get_tensor(name))
+                for name, state in states.items()
+                if state.get_shape() == [] and state.get_dtype() == "F64"
+            }
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise DamagedError(f"weights={path}: not a whole safetensors file ({error})") from error
+    ratio = ratios.pop() if len(ratios) == 1 else 0.0
+    return ratio if 0 < ratio <= 1 else None
+
+
+def is_extra_state(name: str) -> bool:
+    """Whether a state dict's key holds what ``nn.Module.get_extra_state`` returned."""
+    return name.rpartition(".")[2] == "_extra_state"
 
 
 def sha256_of_file(path: Path) -> str:

@@ -5,7 +5,7 @@ Xiao, Zhong and Zheng, "Enhancing Adversarial Defense by k-Winners-Take-All", IC
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import PositiveInt, validate_call
@@ -30,10 +30,10 @@ def kwta(
 
     Args:
         x: floating point ``(N, ...)`` of 2 to 5 dimensions, in any memory format.
-        ratio: sparsity ratio gamma in (0, 1]; ``k = max(1, floor(ratio * size))`` of the values that
-            compete. The published code floors too, but fails where k comes out 0.
-        k: the number of winners instead of a ratio; more than there are keeps everything.
-        over: who competes. ``"volume"``: all C*H*W values of a sample. ``"channel"``: the H*W values
+        ratio: sparsity ratio gamma in (0, 1]; ``k = max(1, floor(ratio * size))`` of the ``size`` values
+            that compete. The published code floors too, but fails where k is 0.
+        k: the number of winners, instead of a ratio; a k larger than the number of values keeps them all.
+        over: which values compete. ``"volume"``: all C*H*W values of a sample. ``"channel"``: the H*W values
             of each channel. On ``(N, C)`` both mean all C values.
         by: rank by ``"value"`` (the paper) or by ``"magnitude"``, the absolute value.
 
@@ -41,13 +41,13 @@ def kwta(
         A tensor like ``x``: same shape, dtype and memory format.
 
     Ties with the k-th largest value are all kept, as in the published code, so a constant input
-    passes unchanged. Negative winners keep their sign. A NaN stays where it is and ranks as the
-    largest value; where k or more are NaN, nothing finite wins. The gradient passes through the
-    winners alone; the choice of winners has none. Backward keeps one bit a value.
+    passes unchanged. Negative winners keep their sign. NaN ranks as the largest value and is passed on;
+    if k or more values are NaN, no finite value wins. The gradient passes through the winners alone; the
+    selection has no gradient. One bit per value is saved for the backward pass.
 
     Raises:
         ValueError: unless exactly one of ``ratio`` and ``k`` is given and in its range, or if ``x``
-            has no dimension left to compete over.
+            has fewer than two dimensions.
         TypeError: unless ``x`` is in float16, bfloat16, float32 or float64.
     """
     if (ratio is None) == (k is None):
@@ -73,7 +73,7 @@ def kwta_threshold(
 ) -> Tensor:
     """The k-th largest value of each row of competitors, shaped to broadcast against ``x``.
 
-    Arguments as for :func:`kwta`. ``inf`` where k or more values are NaN: nothing finite wins there.
+    Arguments as for :func:`kwta`. ``inf`` where k or more values are NaN: no finite value wins there.
     """
     per_channel = over == "channel" and x.dim() > 2
     if x.numel() == 0:
@@ -87,7 +87,7 @@ def kwta_threshold(
 
 
 def _winners(x: Tensor, ratio: float | None, k: int | None, per_channel: bool) -> int:
-    """How many win of each row."""
+    """The number of winners in each row."""
     size = x.shape[2:].numel() if per_channel else x.shape[1:].numel()
     return max(1, math.floor(ratio * size)) if ratio is not None else min(k or size, size)
 
@@ -97,7 +97,7 @@ def _rows(x: Tensor, per_channel: bool) -> Tensor:
     if per_channel:
         return x.reshape(x.shape[0] * x.shape[1], -1)
     if not x.is_contiguous():
-        # Order within a row is irrelevant to selection, so channels-last is read as it lies.
+        # Selection does not depend on the order within a row, so channels-last needs no copy.
         x = x.movedim(1, -1)
     return x.reshape(x.shape[0], -1)
 
@@ -105,9 +105,12 @@ def _rows(x: Tensor, per_channel: bool) -> Tensor:
 class KWTA(nn.Module):
     """k-Winners-Take-All as a layer; see :func:`kwta` for the arguments and the treatment of ties.
 
+    The ratio is part of the layer's state: ``state_dict()`` holds it, and ``load_state_dict`` restores it. A
+    checkpoint without it (of a ReLU network, or of other code) loads too, and the layer keeps its own ratio.
+
     Args:
         ratio: sparsity ratio in (0, 1].
-        k: a fixed number of winners instead.
+        k: a fixed number of winners, instead of a ratio.
         over: ``"volume"`` or ``"channel"``.
         by: ``"value"`` or ``"magnitude"``.
         relu: apply a ReLU first, so that negative values never win. Off in the paper.
@@ -133,13 +136,37 @@ class KWTA(nn.Module):
 
     @property
     def density(self) -> float | None:
-        """The share of values that win, where it does not depend on how many there are."""
+        """The share of values that win; ``None`` where ``k`` is fixed."""
         return self.ratio
 
     def forward(self, x: Tensor) -> Tensor:
         if self.relu:
             x = x.relu()
         return kwta(x, self.ratio, k=self.k, over=self.over, by=self.by)
+
+    def get_extra_state(self) -> Tensor:
+        """The ratio as a float64 scalar; an empty tensor where ``k`` is fixed."""
+        return torch.tensor([] if self.ratio is None else self.ratio, dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore what :meth:`get_extra_state` returned; a layer with a fixed ``k`` keeps it.
+
+        Raises:
+            ValueError: unless ``state`` is empty or a ratio.
+        """
+        if state.shape == (0,):
+            return
+        is_scalar = state.shape == () and state.dtype == torch.float64 and not state.is_meta
+        if not is_scalar or not 0 < state.item() <= 1:
+            found = state.item() if is_scalar else f"{state.dtype} of shape {tuple(state.shape)}"
+            raise ValueError(f"a k-WTA layer's ratio is {found}; expected a float64 scalar in (0, 1]")
+        if self.k is None:
+            self.ratio = state.item()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """As torch does, but with the layer's own ratio if the checkpoint has none."""
+        state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def extra_repr(self) -> str:
         amount = f"ratio={self.ratio}" if self.k is None else f"k={self.k}"

@@ -1,6 +1,4 @@
-"""Training: what is minimised (:mod:`.objectives`), on what sparsity (:mod:`.sparsity`), and how it is
-run (:mod:`.fit`).
-"""
+"""Training: losses (:mod:`.objectives`), sparsity schedules (:mod:`.sparsity`), the loop (:mod:`.trainer`)."""
 
 from kwta_exp.training.objectives import (
     AdversarialTraining,

@@ -21,12 +21,12 @@ class Sparsity(ABC):
 
     @abstractmethod
     def ratio(self, epoch: int, epochs: int) -> float | None:
-        """The ratio that epoch ``epoch`` (from 0) of ``epochs`` trains with; ``None`` leaves it alone."""
+        """The ratio of epoch ``epoch`` (from 0) of ``epochs``; ``None`` leaves each layer its own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class Constant(Sparsity):
-    """The activation's own ratio throughout (which may differ between layers)."""
+    """Each layer keeps its own ratio throughout."""
 
     def ratio(self, epoch: int, epochs: int) -> None:
         return None
@@ -34,15 +34,14 @@ class Constant(Sparsity):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class Incremental(Sparsity):
-    """Lowered by ``step`` after every ``every`` epochs, until ``final``.
+    """Lower the ratio by ``step`` every ``every`` epochs, down to ``final``.
 
     Args:
         start: the ratio of the first epochs.
-        final: where it stops.
-        step: taken off each time; 0.005 in the study (0.001 on MNIST).
+        final: the last ratio.
+        step: how much each step lowers it; 0.005 in the study (0.001 on MNIST).
         every: epochs between two steps; 2 in the study (1 on MNIST).
-        hold: epochs at ``start`` before the first step, beside the ``every`` there always are; for a
-            training from scratch.
+        hold: additional epochs at ``start`` before the first step, for a training from scratch.
     """
 
     start: Ratio
@@ -65,7 +64,7 @@ class _Smooth(Sparsity):
 
     Args:
         start: the ratio of the first epoch.
-        final: the ratio from the end of the descent on.
+        final: the ratio after the descent.
         over: the share of the epochs that the descent takes, in (0, 1].
     """
 
@@ -78,10 +77,10 @@ class _Smooth(Sparsity):
 
     def ratio(self, epoch: int, epochs: int) -> float:
         steps = max(1, math.ceil(self.over * epochs) - 1)
-        return self.final + (self.start - self.final) * self._left(min(1.0, epoch / steps))
+        return self.final + (self.start - self.final) * self._remaining(min(1.0, epoch / steps))
 
-    def _left(self, progress: float) -> float:
-        """The share of the way still to go after ``progress`` of the descent, both in [0, 1]."""
+    def _remaining(self, progress: float) -> float:
+        """The remaining share of the descent at ``progress``, both in [0, 1]."""
         raise NotImplementedError
 
 
@@ -89,35 +88,35 @@ class _Smooth(Sparsity):
 class Linear(_Smooth):
     """In equal steps."""
 
-    def _left(self, progress: float) -> float:
+    def _remaining(self, progress: float) -> float:
         return 1 - progress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class Cosine(_Smooth):
-    """Along half a cosine: slowly at first and at the end."""
+    """Along half a cosine: slow at the beginning and at the end."""
 
-    def _left(self, progress: float) -> float:
+    def _remaining(self, progress: float) -> float:
         return (1 + math.cos(math.pi * progress)) / 2
 
 
 def _check_order(start: float, final: float) -> None:
     if final > start:
-        raise ValueError(f"final={final} is above start={start}; expected a ratio that falls")
+        raise ValueError(f"final={final} is above start={start}; expected final <= start")
 
 
-def scheduled(network: nn.Module) -> list[Any]:
-    """The layers whose ratio a schedule moves: k-WTA with a ratio (not a fixed k)."""
+def layers_with_ratio(network: nn.Module) -> list[Any]:
+    """The k-WTA layers that have a ratio and not a fixed ``k``: those that a schedule sets."""
     return [module for module in network.modules() if isinstance(module, KWTA) and module.ratio is not None]
 
 
 def set_ratio(network: nn.Module, ratio: float) -> None:
-    """Give every k-WTA layer of ``network`` this sparsity ratio.
+    """Set the sparsity ratio of every k-WTA layer of ``network``.
 
     Raises:
-        ValueError: if it has none with a ratio.
+        ValueError: if no layer has a ratio.
     """
-    layers = scheduled(network)
+    layers = layers_with_ratio(network)
     if not layers:
         raise ValueError("the network has no k-WTA layer with a ratio; expected activation=kwta")
     for layer in layers:

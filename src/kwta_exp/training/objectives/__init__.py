@@ -1,4 +1,4 @@
-"""Training methods, one a file: each says what a batch's loss is."""
+"""Training methods, one per file. Each defines the loss of a batch."""
 
 from kwta_exp.training.objectives.alp import ALPTraining
 from kwta_exp.training.objectives.base import AdversarialTraining, Training

@@ -1,4 +1,4 @@
-"""Adversarial logit pairing: attacked images, whose logits are drawn to those of the clean ones.
+"""Adversarial logit pairing: the logits of attacked images are pulled towards those of clean images.
 
 Kannan, Kurakin and Goodfellow, "Adversarial Logit Pairing", arXiv 1803.06373, section 4.2:
 min_theta E[L(theta, x', y) + lambda * |f(x) - f(x')|^2 / K].

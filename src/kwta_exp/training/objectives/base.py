@@ -1,4 +1,4 @@
-"""What every training method has in common."""
+"""The base classes of the training methods."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,11 +20,11 @@ Search = Literal["exact", "fast"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class Training(ABC):
-    """A training method and its length.
+    """A training method, and how long it trains.
 
     Args:
         epochs: passes over the training images.
-        batch_size: images of a step.
+        batch_size: images in a step.
         label_smoothing: share of the target spread over all classes in the cross-entropies of the method,
             in [0, 1) (Szegedy et al. 2016, section 7).
         clip_norm: gradients of all parameters together are scaled down to this L2 norm at most; ``None``
@@ -50,24 +50,25 @@ class Training(ABC):
     def losses(
         self, model: nn.Module, batch: Batch, memory: dict[str, Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One :meth:`loss` for each step to take on this batch; after each, the gradients are there.
+        """The :meth:`loss` of each optimizer step on this batch. The caller computes the gradients of each and
+        takes the step before it asks for the next.
 
         Args:
             model: in train mode.
             batch: images, labels and keys.
-            memory: tensors that the method carries from batch to batch; they are saved with the training.
+            memory: tensors that the method carries from batch to batch; they are part of the training state.
         """
         yield self.loss(model, batch)
 
     def robustly_correct(self, model: nn.Module, batch: Batch) -> Tensor | None:
-        """Which images ``(N,)`` survive this method's own attack; ``None`` if it has none.
+        """Which images ``(N,)`` are classified correctly under the method's attack; ``None`` if it has none.
 
-        Called with ``model`` in eval mode. The best epoch is chosen by it where it exists.
+        Called with ``model`` in eval mode. The best epoch is the one where this is highest.
         """
         return None
 
     def warning(self, history: Sequence[Mapping[str, float]]) -> str | None:
-        """What went wrong in the last epoch, if it is of a kind that the method is known for."""
+        """A warning about the last epoch, if it shows a failure that this method is known for."""
         return None
 
     def cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
@@ -77,37 +78,36 @@ class Training(ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class AdversarialTraining(Training):
-    """A method that attacks its training images, and is judged on attacked validation images.
+    """A method that attacks its training images and is validated on attacked images.
 
     Args:
-        attack: the inner maximiser, with its own norm, eps and steps. Any object of this project's attack
-            interface will do.
-        search: ``"fast"`` lets it see a proxy of the network as it is at that moment
-            (:class:`~kwta_exp.models.proxy.Proxy`), the same up to rounding; ``"exact"`` the network. What
-            is learned from, and judged, is the network's answer either way.
+        attack: the inner maximisation, with its own norm, eps and steps.
+        search: ``"fast"`` runs the attack on a proxy of the network with its current weights
+            (:class:`~kwta_exp.models.proxy.Proxy`), equal up to rounding; ``"exact"`` runs it on the network.
+            The loss and the validation use the network itself in both cases.
     """
 
     attack: SkipValidation[Attack]
     search: Search = "exact"
 
     def attacked(self, model: nn.Module, batch: Batch) -> Tensor:
-        """What ``attack`` makes of the images, seeing the network in eval mode as in the k-WTA study."""
+        """The adversarial images; as in the k-WTA study, the attack sees the network in eval mode."""
         return search(self.attack, model, batch, self.search)
 
     def robustly_correct(self, model: nn.Module, batch: Batch) -> Tensor:
-        return withstands(self.attack, model, batch, self.search)
+        return correct_under_attack(self.attack, model, batch, self.search)
 
 
 def search(attack: Attack, model: nn.Module, batch: Batch, how: Search) -> Tensor:
-    """What ``attack`` makes of the images, on the network in eval mode or on its proxy."""
+    """Adversarial images made on the network in eval mode, or on its proxy."""
     network = unwrapped(model)
     with eval_mode(network):
-        searched = following(network, batch.x[:2]) if how == "fast" else network
-        return attack(searched, batch.x, batch.y, batch.keys)
+        attacked = following(network, batch.x[:2]) if how == "fast" else network
+        return attack(attacked, batch.x, batch.y, batch.keys)
 
 
-def withstands(attack: Attack, model: nn.Module, batch: Batch, how: Search = "exact") -> Tensor:
-    """Which images ``(N,)`` are classified correctly after ``attack``, the network in eval mode."""
+def correct_under_attack(attack: Attack, model: nn.Module, batch: Batch, how: Search = "exact") -> Tensor:
+    """Which images ``(N,)`` the network classifies correctly in eval mode after ``attack``."""
     x_adv = search(attack, model, batch, how)
     network = unwrapped(model)
     with eval_mode(network):
@@ -116,7 +116,7 @@ def withstands(attack: Attack, model: nn.Module, batch: Batch, how: Search = "ex
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """BatchNorm frozen at its running statistics, dropout off; every module's mode is put back."""
+    """BatchNorm uses its running statistics and dropout is off; each module's mode is restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -127,12 +127,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network itself, without Fabric's wrapper, whose forward also synchronises processes."""
+    """The network without Fabric's wrapper, whose forward also synchronises processes."""
     from lightning_fabric.wrappers import is_wrapped
 
     return model.module if is_wrapped(model) else model  # type: ignore[return-value]
 
 
 def correct(logits_NK: Tensor, y_N: Tensor) -> Tensor:
-    """Which predictions are right, bool ``(N,)``; a NaN logit is never right."""
+    """Which predictions are correct, bool ``(N,)``; never where a logit is NaN."""
     return (logits_NK.argmax(1) == y_N) & ~torch.isnan(logits_NK).any(1)

@@ -1,4 +1,4 @@
-"""Free adversarial training: one backward pass feeds both the network and the perturbation.
+"""Free adversarial training: one backward pass updates both the network and the perturbation.
 
 Shafahi, Najibi, Ghiasi, Xu, Dickerson, Studer, Davis, Taylor and Goldstein, "Adversarial Training for
 Free!", NeurIPS 2019, algorithm 1.
@@ -13,24 +13,24 @@ from torch import Tensor, nn
 from kwta_exp.attacks import Attack, Threat
 from kwta_exp.data.batches import Batch
 from kwta_exp.fields import STRICT, Eps, Norm
-from kwta_exp.training.objectives.base import Training, withstands
+from kwta_exp.training.objectives.base import Training, correct_under_attack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class FreeTraining(Training):
-    """Replays each batch ``replays`` times; each step's backward pass also moves the perturbation.
+    """Replays each batch ``replays`` times; each step's backward pass also updates the perturbation.
 
     The perturbation is carried from one batch to the next, as published (the k-WTA study's code starts
-    each batch at zero), and survives a kill. Everything runs in train mode, perturbation included:
-    BatchNorm sees attacked images.
+    each batch at zero), and is part of the training state. Everything runs in train mode, the attack
+    included: BatchNorm sees attacked images.
 
     Args:
-        epochs: passes over the images; each costs ``replays`` optimizer steps a batch, so the paper divides
-            the usual number by it.
+        epochs: passes over the images; each takes ``replays`` optimizer steps a batch, so the paper divides
+            the usual number of epochs by it.
         replays: m; 8 in the paper's CIFAR-10 runs.
-        norm: of the perturbation.
-        eps: its radius, and the length of its steps.
-        probe: the attack that validation images are judged under.
+        norm: the norm of the perturbation.
+        eps: its radius and its step size.
+        probe: the attack on validation images.
     """
 
     replays: PositiveInt = 8
@@ -39,7 +39,7 @@ class FreeTraining(Training):
     probe: SkipValidation[Attack]
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """That of the first replay from no perturbation; :meth:`losses` is the method."""
+        """The loss of clean images; training calls :meth:`losses`."""
         logits = model(batch.x)
         return self.cross_entropy(logits, batch.y), logits
 
@@ -59,4 +59,4 @@ class FreeTraining(Training):
         memory["delta"] = torch.cat([delta, memory["delta"][len(x) :]]) if "delta" in memory else delta
 
     def robustly_correct(self, model: nn.Module, batch: Batch) -> Tensor:
-        return withstands(self.probe, model, batch)
+        return correct_under_attack(self.probe, model, batch)

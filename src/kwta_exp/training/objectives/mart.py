@@ -1,4 +1,4 @@
-"""MART: attacked images, weighted by how sure the network is of the clean ones.
+"""MART: a margin loss on attacked images, and a KL term weighted towards misclassified images.
 
 Wang, Zou, Yi, Bailey, Ma and Gu, "Improving Adversarial Robustness Requires Revisiting Misclassified
 Examples", ICLR 2020, equations 11 to 13:
@@ -21,7 +21,7 @@ _HEADROOM = 1e-4
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class MARTTraining(AdversarialTraining):
-    """Trains on attacked images with a margin term, and pairs them with clean ones where these are unsure.
+    """Trains on attacked images with a margin term, and a KL term where the clean prediction is unsure.
 
     The attack sees the network in eval mode. The two forward passes run in train mode, clean images
     first, each with its own batch statistics; BatchNorm's running ones see both. Gradients pass through

@@ -1,4 +1,4 @@
-"""NonNegativeInt training: the cross-entropy of clean images."""
+"""Natural training: the cross-entropy of clean images."""
 
 from pydantic import dataclasses
 from torch import Tensor, nn

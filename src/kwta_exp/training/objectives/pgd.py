@@ -14,7 +14,7 @@ from kwta_exp.training.objectives.base import AdversarialTraining
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class PGDTraining(AdversarialTraining):
-    """Trains on the images that ``attack`` makes of each batch, and on those alone.
+    """Trains on the adversarial images of each batch alone.
 
     The attack sees the network in eval mode; the step that follows runs in train mode, so BatchNorm's
     statistics are those of attacked images.
