@@ -18,7 +18,7 @@ LAYERS = [
     {"training", "evaluation"},
     {"report"},
     {"config", "suggest", "shell"},
-    {"scale"},
+    {"adjust"},
     {"plan"},
     {"parts"},
     {"audit"},
@@ -27,7 +27,7 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-HYDRA_ALLOWED = {"command.py", "config.py", "scale.py", "suggest.py", "shell.py"}
+HYDRA_ALLOWED = {"command.py", "adjust.py", "config.py", "suggest.py", "shell.py"}
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 

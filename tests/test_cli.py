@@ -109,14 +109,16 @@ WRONG = [
     (["activation.ratios=0.2"], "unknown key activation.ratios; did you mean activation.ratio?"),
     (["activation=kwtaa"], "activation=kwtaa: no option of the group activation; did you mean kwta?"),
     (["~model"], "model: a run needs one option; expected model=OPTION"),
-    (["~threat"], "threat: a run needs one option; expected threat=OPTION"),
+    (["~sparsity"], "sparsity: a run needs one option; expected sparsity=OPTION"),
+    (["threat=digits"], "threat=digits: no option of the group threat; expected one of l2, linf"),
+    (["recipe=cifar10"], "recipe='cifar10': expected recipe.epochs=N, recipe.batch_size=N and recipe.lr=X"),
     (["~seed"], "seed"),
     (["~nothing"], "~nothing: unknown key nothing"),
     (["scale=[]"], "scale: a run needs one option; expected scale=OPTION"),
     (["scale=null"], "scale=null: no option of the group scale; expected one of full, tiny"),
     (["activation._partial_=3"], "activation._partial_=3: expected true or false"),
     (["activation._partial_=false"], "activation._partial_=False: expected true"),
-    (["activation._target_=os.remove"], "activation._target_=os.remove: Python's own library"),
+    (["activation._target_=os.remove"], "activation._target_=os.remove: nothing in Python's standard library"),
     (
         ["sparsity._target_=torch.nn.ReLU"],
         "sparsity._target_=torch.nn.ReLU: makes a ReLU; expected a kwta_exp.",
@@ -257,6 +259,8 @@ def test_a_run_leaves_its_folder(finished: Path) -> None:
         "accelerator": "cpu",
         "devices": 1,
         "precision": "32-true",
+        "channels_last": False,
+        "compile": False,
         "threads": 1,
     }
     assert environment["packages"]["torch"] == torch.__version__.split("+")[0]
@@ -336,7 +340,7 @@ def test_a_received_run_folder_builds_nothing_of_its_own(finished: Path, tmp_pat
     forge(folder)
     done = run_py_forked(f"paths.outputs={tmp_path / 'out'}", "training=none", f"weights={folder}")
     assert done.returncode == 1
-    assert "pathlib.Path.mkdir, which is not this project's" in done.stderr
+    assert "pathlib.Path.mkdir, which is not a class of this project" in done.stderr
     assert "Traceback" not in done.stderr
     assert not proof.exists()
 

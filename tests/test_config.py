@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from kwta_exp.config import adopt_run, build, call, read_fractions, run_name, settings
+from kwta_exp.adjust import adopted, read_fractions
+from kwta_exp.checkpoint import save_weights
+from kwta_exp.config import CommandLine, build, call, require_threat_and_recipe, settings
+from kwta_exp.config import composed as composed_command
 from kwta_exp.errors import UserError
 from kwta_exp.fields import fraction
 from kwta_exp.models.factory import with_facts
+from kwta_exp.plan import Plan, run_name
 from kwta_exp.recorded import RecordedRun
 from kwta_exp.run_folder import RunFolder
 from kwta_exp.suggest import complaint
@@ -53,9 +58,7 @@ def nodes() -> dict[tuple[str, str], DictConfig]:
         others = {group: [o for g, o in OURS if g == group] for group in GROUPS if group != "attack"}
         for chosen in zip_longest(*others.values()):
             groups = {group: option for group, option in zip(others, chosen, strict=True) if option}
-            cfg = compose(
-                "config", ["recipe=arrays", *(f"{g}={o}" for g, o in ({"threat": "linf"} | groups).items())]
-            )
+            cfg = compose("config", [f"{group}={option}" for group, option in groups.items()])
             found |= {(group, option): cfg[group] for group, option in groups.items()}
     return found
 
@@ -74,16 +77,63 @@ def test_yaml_lists_every_tunable(group: str, option: str) -> None:
         assert listed <= parameters
 
 
-def test_every_dataset_names_its_threat_and_recipe() -> None:
-    for dataset in options("dataset"):
-        assert dataset in options("threat")
-        assert dataset in options("recipe")
+@pytest.mark.parametrize("dataset", options("dataset"))
+def test_every_dataset_has_a_threat_and_a_recipe(composed: Callable[..., DictConfig], dataset: str) -> None:
+    require_threat_and_recipe(composed(f"dataset={dataset}"), dataset, trains=True)
+
+
+OWN_DATA = """# @package _global_
+dataset: {_target_: kwta_exp.data.datasets.Synthetic, channels: 1, image_size: 8}
+"""
+
+
+def own_dataset(folder: Path, text: str) -> None:
+    (folder / "dataset").mkdir()
+    (folder / "dataset" / "mine.yaml").write_text(text)
+
+
+def test_one_yaml_holds_a_dataset_with_its_threat_and_recipe(tmp_path: Path) -> None:
+    own_dataset(
+        tmp_path, OWN_DATA + "threat: {norm: l2, eps: 0.7}\nrecipe: {epochs: 4, batch_size: 9, lr: 0.2}\n"
+    )
+    cfg = Plan.of(*composed_command(["dataset=mine", "recipe.batch_size=8"], tmp_path)).cfg
+    assert (cfg.threat.norm, cfg.threat.eps, cfg.attack.pgd.eps) == ("l2", 0.7, 0.7)
+    assert (cfg.training.epochs, cfg.training.batch_size, cfg.optimizer.lr) == (4, 8, 0.2)
+    other = Plan.of(*composed_command(["dataset=mine", "threat=linf", "threat.eps=3/255"], tmp_path)).cfg
+    assert (other.threat.norm, other.threat.eps) == ("linf", 3 / 255)
+
+
+@pytest.mark.parametrize(("text", "given", "message"), [
+    (OWN_DATA, ["threat=l2"], "^recipe.batch_size, recipe.epochs, recipe.lr: not set by dataset=mine; expected"),
+    (OWN_DATA, ["recipe.epochs=1", "recipe.batch_size=8", "recipe.lr=0.1"],
+     "^threat.eps, threat.norm: not set by dataset=mine; expected threat=linf or threat=l2, or"),
+    (OWN_DATA + "threat: {norm: linf}\n", ["scale=tiny"], "^threat.eps: not set by dataset=mine; expected"),
+])  # fmt: skip
+def test_a_dataset_without_a_threat_or_a_recipe_is_refused(
+    text: str, given: list[str], message: str, tmp_path: Path
+) -> None:
+    own_dataset(tmp_path, text)
+    with pytest.raises(UserError, match=message):
+        Plan.of(*composed_command(["dataset=mine", *given], tmp_path))
+
+
+def test_a_dataset_without_a_recipe_can_be_judged_on(tmp_path: Path) -> None:
+    own_dataset(tmp_path, OWN_DATA)
+    save_weights(tmp_path / "net.safetensors", {"weight": torch.zeros(1)}, {})
+    given = ["dataset=mine", "threat=linf", "training=none", f"weights={tmp_path / 'net.safetensors'}"]
+    assert Plan.of(*composed_command(given, tmp_path)).chosen["dataset"] == "mine"
+
+
+def test_a_plan_leaves_its_configuration_as_it_is() -> None:
+    cfg, line = composed_command(["scale=tiny", "dataset=cifar10"])
+    before = OmegaConf.to_yaml(cfg)
+    plan = Plan.of(cfg, line)
+    assert OmegaConf.to_yaml(cfg) == before
+    assert plan.cfg.training.epochs == 2
 
 
 @pytest.mark.parametrize("group", ["optimizer", "lr_schedule", "point", "suite", "scale"])
 def test_every_option_composes(composed: Callable[..., DictConfig], group: str) -> None:
-    import torch
-
     for option in options(group):
         cfg = composed(f"+{group}={option}" if group == "point" else f"{group}={option}")
         if group in ("optimizer", "lr_schedule"):
@@ -123,7 +173,6 @@ def test_files_are_shorter_than_a_screen() -> None:
 def test_an_error_names_key_value_and_what_was_expected(
     composed: Callable[..., DictConfig], overrides: list[str], key: str, message: str
 ) -> None:
-    import torch
     from omegaconf.errors import OmegaConfBaseException
 
     def make() -> None:
@@ -153,8 +202,9 @@ def test_top_level_keys_are_checked(composed: Callable[..., DictConfig], overrid
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
-    (["+weigths=net.pth"], r"^weigths: unknown key; did you mean weights\?; expected one of seed, weights"),
-    (["~threat"], r"^threat=None: a run needs its threat; expected threat=OPTION"),
+    (["+weigths=net.pth"], r"^weigths: unknown key; did you mean weights\?; expected one of weights,"),
+    (["~optimizer"], r"^optimizer=None: expected optimizer=OPTION"),
+    (["recipe=cifar10"], r"^recipe='cifar10': expected recipe\.epochs=N, recipe\.batch_size=N and"),
 ])  # fmt: skip
 def test_keys_that_a_run_needs_or_does_not_know(
     composed: Callable[..., DictConfig], overrides: list[str], message: str
@@ -173,16 +223,17 @@ def test_fractions_are_numbers_and_nothing_else_is(written: object, number: obje
 
 
 def test_fractions_become_numbers_before_anything_refers_to_them(composed: Callable[..., DictConfig]) -> None:
-    cfg = composed("threat.eps=8/255", "+attack.own={radii: [1/2, {a: 3/4}], eps: '${threat.eps}'}")
-    read_fractions(cfg)
+    cfg = read_fractions(
+        composed("threat.eps=8/255", "+attack.own={radii: [1/2, {a: 3/4}], eps: '${threat.eps}'}")
+    )
     assert cfg.threat.eps == cfg.attack.own.eps == cfg.attack.pgd.eps == 8 / 255
     assert cfg.attack.own.radii == [0.5, {"a": 0.75}]
 
 
 @pytest.mark.parametrize(("content", "message"), [
     ({"_target_": 3}, r"^it\._target_=3: expected the dotted path"),
-    ({"_target_": "os.remove"}, r"^it\._target_=os\.remove: Python's own library"),
-    ({"a": [{"b": {"_target_": "shutil.rmtree"}}]}, r"^it\.a\.0\.b\._target_=shutil\.rmtree: Python's own"),
+    ({"_target_": "os.remove"}, r"^it\._target_=os\.remove: nothing in Python's standard library"),
+    ({"a": [{"b": {"_target_": "shutil.rmtree"}}]}, r"^it\.a\.0\.b\._target_=shutil\.rmtree: nothing in"),
     ({"_partial_": 1}, r"^it\._partial_=1: expected true or false"),
     ({"_convert_": "much"}, r"^it\._convert_='much': expected none, partial, object or all"),
     ({"_args_": "x"}, r"^it\._args_='x': expected a list"),
@@ -287,15 +338,13 @@ def test_a_judged_run_lends_its_groups(composed: Callable[..., DictConfig], tmp_
     )
     forge(tmp_path)
     given = ["training=none", "weights=x", "threat.norm=l2"]
-    cfg, chosen = composed(*given), {"activation": "kwta", "model": "cnn"}
+    run = RecordedRun.read(tmp_path, "weights")
+    assert (run.choices["activation"], run.choices["model"]) == ("lwta", "mlp")
 
-    adopt_run(cfg, chosen, RecordedRun.read(tmp_path, "weights"), given)
-
-    assert (chosen["activation"], chosen["model"]) == ("lwta", "mlp")
+    cfg = adopted(composed(*given), CommandLine({}, given, False), run, None)
     assert cfg.model.activation._target_ == "kwta_exp.activations.LWTA"
     assert (cfg.threat.eps, cfg.threat.norm) == (0.3, "l2")
 
-    cfg, chosen = composed("model=cnn", *given), {"activation": "kwta", "model": "cnn"}
-    adopt_run(cfg, chosen, RecordedRun.read(tmp_path, "weights"), ["model=cnn", *given])
-    assert chosen["model"] == "cnn"
+    given = ["model=cnn", *given]
+    cfg = adopted(composed(*given), CommandLine({}, given, False), run, None)
     assert "CNN" in cfg.model._target_

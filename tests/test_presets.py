@@ -15,12 +15,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from safetensors.numpy import load_file, save_file
 
+from kwta_exp.adjust import scaled
 from kwta_exp.config import ConfigError, build, plain, settings
 from kwta_exp.errors import UserError
 from kwta_exp.experiment import run
 from kwta_exp.plan import plan_to_judge
 from kwta_exp.report.compare import Outcomes, compare
-from kwta_exp.scale import apply_scale
 from kwta_exp.sealed import write_arrays
 from kwta_exp.verify import verify
 from tests.conftest import ROOT
@@ -278,21 +278,19 @@ def test_attacks_transfer_from_a_run(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_caps_reach_every_number_of_that_name(composed: Callable[..., DictConfig]) -> None:
-    cfg = composed("scale=tiny", "training=pgd", "model=densenet", "dataset.train_n=7", "attack.pgd.restarts=9")
-    assert apply_scale(cfg) == "tiny"
+    cfg = scaled(
+        composed("scale=tiny", "training=pgd", "model=densenet", "dataset.train_n=7", "attack.pgd.restarts=9")
+    )
     assert cfg.training.epochs == cfg.lr_schedule.T_max == 2
     assert plain(cfg, "training.attack.steps") == plain(cfg, "attack.fgsm.steps") + 2 == 3
     assert cfg.attack.pgd.restarts == 1
     assert cfg.model.growth == 4  # null is more
     assert (cfg.dataset.train_n, cfg.evaluation.n) == (7, 64)
-    assert composed("scale=tiny").model.channels == [32, 32, 64, 64]
     cnn = composed("scale=tiny")
-    apply_scale(cnn)
-    assert cnn.model.channels == [4, 4, 4, 4]
+    assert scaled(cnn).model.channels == [4, 4, 4, 4]
+    assert cnn.model.channels == [32, 32, 64, 64]
     full = composed("model=densenet")
-    before = plain(full, "model")
-    assert apply_scale(full) == "full"
-    assert plain(full, "model") == before
+    assert scaled(full) == full
 
 
 def test_a_real_dataset_is_used_at_scale_tiny_where_it_is(tiny: Tiny, arrays_file: Path) -> None:
@@ -389,9 +387,13 @@ def test_a_received_folder_resolves_nothing_of_its_own(tiny: Tiny, tmp_path: Pat
         audit,
         ["+attack@attack.transfer=transfer", f"attack.transfer.source={folder}", "model=cnn"],
     ):
-        with pytest.raises(ConfigError, match=r"not resolved on a folder's word|not one that a run of this"):
+        with pytest.raises(
+            ConfigError, match=r"interpolations of a run folder are not resolved|not one that a run of this"
+        ):
             tiny(*overrides)
-    with pytest.raises(UserError, match=r"not resolved on a folder's word|not one that a run of this"):
+    with pytest.raises(
+        UserError, match=r"interpolations of a run folder are not resolved|not one that a run of this"
+    ):
         verify_again(folder)
     assert not proof.exists()
 

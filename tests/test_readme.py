@@ -131,7 +131,7 @@ def other_run(place: Path) -> list[str]:
 
 def test_every_kind_of_own_part_has_a_recipe() -> None:
     groups = {Path(name).parent.name for name in FILES if name.endswith(".yaml")}
-    assert groups == {"activation", "model", "dataset", "threat", "recipe", "attack"}
+    assert groups == {"activation", "model", "dataset", "attack"}
     assert len(COMMANDS) > 40
     assert len(PYTHON) == 2
 

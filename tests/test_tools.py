@@ -97,8 +97,8 @@ def test_a_run_of_own_parts_is_verified_with_the_same_overrides_or_trust(say: Sa
     folder = own_run(mine)
     parts = ["activation=squash", "activation.slope=0.2"]
     data = ["dataset=arrays", f"dataset.path={mine / 'images.npz'}"]
-    assert "squashes.Squash, which is not this project's" in say("verify", folder, "--with", *data)
-    lay = f"its data lay at dataset.path={mine / 'images.npz'}; a path is not taken from a run folder"
+    assert "squashes.Squash, which is not a class of this project" in say("verify", folder, "--with", *data)
+    lay = f"its data is at dataset.path={mine / 'images.npz'}, and a run folder may not choose a path"
     assert lay in say("verify", folder, "--config-dir", mine, "--with", *parts)
     for words in (["--config-dir", mine, "--with", *parts, *data], ["--trust"]):
         assert "as results.json says" in say("verify", folder, *words)
@@ -114,7 +114,9 @@ def test_own_runs_are_transferred_from_and_compared(say: Say, mine: Path, tmp_pa
         None, tmp_path / "relu", "activation=relu", "dataset=arrays", f"dataset.path={mine / 'images.npz'}"
     )
     work = ["--work", tmp_path / "work", "--n", 20]
-    assert "which is not this project's" in say("transfer", relu, folder, *work, "--with", "dataset=digits")
+    assert "which is not a class of this project" in say(
+        "transfer", relu, folder, *work, "--with", "dataset=digits"
+    )
     said = say("transfer", relu, folder, *work, "--eps", "8/255", "--trust")
     assert "accuracy left, linf eps 0.03137, pgd, n = 20" in said
     assert "n = 40" in say("compare", relu, folder)
@@ -131,7 +133,7 @@ def test_a_transferred_attack_of_an_own_run_asks_for_trust(
     from kwta_exp.config import ConfigError
 
     with pytest.raises(
-        ConfigError, match=r"attack\.transfer\.source=.*which is not this project's.*trust=true"
+        ConfigError, match=r"attack\.transfer\.source=.*which is not a class of this project.*trust=true"
     ):
         launch(None, tmp_path / "out", *attack)
     folder = launch(None, tmp_path / "out", *attack, "trust=true")
@@ -179,7 +181,7 @@ def test_no_path_and_no_environment_variable_comes_from_a_received_folder(
     }
     (sent / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
     forge(sent)
-    assert "a path is not taken from a run folder" in say("verify", sent)
+    assert "a run folder may not choose a path" in say("verify", sent)
 
     config["dataset"] = {"_target_": "kwta_exp.data.datasets.MNIST", "root": "${paths.data}", "download": True}
     (sent / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))

@@ -9,7 +9,7 @@ from kwta_exp import environment
 from kwta_exp.config import CommandLine, Config, ConfigError, plain, user_errors, yaml_of
 from kwta_exp.errors import UserError, shortened
 from kwta_exp.plan import Plan
-from kwta_exp.results_file import vouched_for
+from kwta_exp.results_file import evaluation_info
 from kwta_exp.run_folder import opened, set_changed_aside
 from kwta_exp.storage import trained_ratio, write_json, write_lines
 
@@ -38,7 +38,7 @@ def run(cfg: Config) -> float:
             if results is None:
                 results = _carry_out(plan)
             else:
-                plan.finish_again(results)
+                plan.report_finished(results)
     except Exception as error:
         if line.multirun:
             log.error("FAILED %s: %s", shortened(" ".join(line.overrides)), error)  # noqa: TRY400
@@ -93,8 +93,8 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
         evaluation = Evaluation(
             network, images, parts.suite, parts.threat, options.evaluation, options.seed, folder
         )
-        results = evaluation.results(plan.identity_card(weights))
-        results["evaluation"] = vouched_for(folder)
+        results = evaluation.results(plan.run_info(weights))
+        results["evaluation"] = evaluation_info(folder)
         write_json(plan.folder.results, results)
         write_json(folder / "results.json", results)  # the last: it says that all is done
         log.info("%s\n\nEverything is in %s", results_table(results), folder)

@@ -80,20 +80,17 @@ class Runtime:
     def resolved_threads(self) -> int:
         return self.threads or hardware.usable_cores()
 
-    def identity(self) -> dict[str, str | int]:
+    def identity(self) -> dict[str, str | int | None]:
         """What of the runtime decides bits; on a GPU the number of CPU threads does not."""
-        decides: dict[str, str | int] = {
+        on_cpu = self.resolved_accelerator == "cpu"
+        return {
             "accelerator": self.resolved_accelerator,
             "devices": self.devices,
             "precision": self.precision,
+            "channels_last": self.channels_last,
+            "compile": self.compile,
+            "threads": self.resolved_threads if on_cpu else None,
         }
-        if self.channels_last:
-            decides["memory_format"] = "channels_last"
-        if self.compile:
-            decides["compile"] = "true"
-        if self.resolved_accelerator == "cpu":
-            decides["threads"] = self.resolved_threads
-        return decides
 
     def launch(self) -> "Fabric":
         """Load torch, set its threads and start Fabric.
