@@ -110,6 +110,7 @@ WRONG = [
     (["activation=kwtaa"], "activation=kwtaa: no option of the group activation; did you mean kwta?"),
     (["~model"], "model: a run needs one option; expected model=OPTION"),
     (["~sparsity"], "sparsity: a run needs one option; expected sparsity=OPTION"),
+    (["+threat=l2"], "+threat=l2: threat is chosen by default; expected threat=l2"),
     (["threat=digits"], "threat=digits: no option of the group threat; expected one of l2, linf"),
     (["recipe=cifar10"], "recipe='cifar10': expected recipe.epochs=N, recipe.batch_size=N and recipe.lr=X"),
     (["~seed"], "seed"),
@@ -131,8 +132,8 @@ WRONG = [
     (["seed=1,2"], "seed=1,2: several values; expected one, or -m first for a grid"),
     (["seed"], "seed: not an override; expected KEY=VALUE"),
     (["seed=[1"], "seed=[1: the value cannot be read"),
-    (["+seed=3"], "+seed=3: seed is there already; expected seed=3"),
-    (["point=relu"], "point=relu: nothing of the group point is chosen so far; expected +point=relu"),
+    (["+seed=3"], "+seed=3: seed exists already; expected seed=3"),
+    (["point=relu"], "point=relu: point is not chosen by default; expected +point=relu"),
     (["activation.ratio=${nothing}"], "activation.ratio: Interpolation key 'nothing' not found"),
     (["hydra.foo=1"], "Could not override 'hydra.foo'"),
 ] + ([] if torch.cuda.is_available() else [(["runtime=gpu"], "runtime.accelerator='cuda'")])
@@ -156,7 +157,7 @@ def wrong_files(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("overrides", "named"), WRONG, ids=[" ".join(each)[:60] for each, _ in WRONG])
-def test_a_wrong_override_gets_one_message_and_leaves_nothing(
+def test_wrong_override_gives_one_message_and_writes_no_file(
     overrides: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong_files(tmp_path)
@@ -171,7 +172,7 @@ def test_a_wrong_override_gets_one_message_and_leaves_nothing(
 
 
 @pytest.mark.parametrize(("overrides", "named"), SOME, ids=[" ".join(each)[:60] for each, _ in SOME])
-def test_a_wrong_override_ends_a_run_with_status_1(overrides: list[str], named: str, tmp_path: Path) -> None:
+def test_wrong_override_exits_with_status_1(overrides: list[str], named: str, tmp_path: Path) -> None:
     """The same from the command line, for some of them."""
     wrong_files(tmp_path)
     before = sorted(tmp_path.iterdir())
@@ -185,7 +186,7 @@ def test_a_wrong_override_ends_a_run_with_status_1(overrides: list[str], named: 
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_the_traceback_is_there_for_those_who_want_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_error_variable_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     for override in ("traning=pgd", "seed=x"):
         done = subprocess.run(
@@ -231,7 +232,7 @@ def only_folder(outputs: Path) -> Path:
     return folder
 
 
-def test_a_run_leaves_its_folder(finished: Path) -> None:
+def test_run_folder_has_the_documented_files(finished: Path) -> None:
     folder = only_folder(finished)
     assert folder.parent.name == "digits-mlp-kwta0.1-natural"
     assert folder.name.startswith("s0-")
@@ -267,7 +268,7 @@ def test_a_run_leaves_its_folder(finished: Path) -> None:
     assert "worst case" in (folder / "run.log").read_text()
 
 
-def test_results_keep_the_contract(finished: Path) -> None:
+def test_results_json_has_the_documented_keys(finished: Path) -> None:
     folder = only_folder(finished)
     results = json.loads((folder / "results.json").read_text())
     assert list(results) == [
@@ -291,7 +292,7 @@ def test_results_keep_the_contract(finished: Path) -> None:
     assert results["worst_case"]["robust_accuracy"] <= results["attacks"]["pgd"]["robust_accuracy"]
 
 
-def test_the_same_command_again_does_nothing_and_loads_no_torch(finished: Path) -> None:
+def test_repeated_command_changes_nothing_and_does_not_load_torch(finished: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in only_folder(finished).rglob("*")}
     said, modules = loaded_modules(f"paths.outputs={finished}", *TINY, cwd=ROOT)
     assert "already finished" in said
@@ -300,7 +301,7 @@ def test_the_same_command_again_does_nothing_and_loads_no_torch(finished: Path) 
     assert {p: p.stat().st_mtime_ns for p in only_folder(finished).rglob("*")} == before
 
 
-def test_another_suite_adds_an_evaluation_without_training_again(finished: Path) -> None:
+def test_another_suite_adds_an_evaluation_without_training(finished: Path) -> None:
     folder = only_folder(finished)
     weights = (folder / "checkpoints" / "last.safetensors").stat().st_mtime_ns
     done = run_py_forked(f"paths.outputs={finished}", *UNATTACKED, "+attack@attack.deepfool=deepfool")
@@ -313,7 +314,7 @@ def test_another_suite_adds_an_evaluation_without_training_again(finished: Path)
 
 
 @pytest.mark.parametrize("file", ["", "checkpoints/best.safetensors"])
-def test_a_run_can_be_judged_without_training(finished: Path, tmp_path: Path, file: str) -> None:
+def test_training_none_evaluates_a_run(finished: Path, tmp_path: Path, file: str) -> None:
     source = only_folder(finished)
     done = run_py_forked(f"paths.outputs={tmp_path}", "training=none", f"weights={source / file}", *TINY[3:])
     assert done.returncode == 0, done.stderr
@@ -326,7 +327,7 @@ def test_a_run_can_be_judged_without_training(finished: Path, tmp_path: Path, fi
         assert judged["attacks"][name]["robust_accuracy"] == original["attacks"][name]["robust_accuracy"]
 
 
-def test_a_received_run_folder_builds_nothing_of_its_own(finished: Path, tmp_path: Path) -> None:
+def test_untrusted_run_folder_cannot_build_foreign_classes(finished: Path, tmp_path: Path) -> None:
     """config.yaml of a run that somebody sent may name any function."""
     folder = tmp_path / "sent"
     shutil.copytree(only_folder(finished), folder)
@@ -345,7 +346,7 @@ def test_a_received_run_folder_builds_nothing_of_its_own(finished: Path, tmp_pat
     assert not proof.exists()
 
 
-def test_a_killed_writers_leftovers_are_removed(finished: Path) -> None:
+def test_temporary_files_of_a_killed_run_are_removed(finished: Path) -> None:
     folder = only_folder(finished)
     leftover = folder / "checkpoints" / ".state.pt.x1y2.partial"
     leftover.write_bytes(b"half")
@@ -359,7 +360,7 @@ def test_a_killed_writers_leftovers_are_removed(finished: Path) -> None:
     assert again["attacks"] == json.loads(results)["attacks"]
 
 
-def test_rerun_sets_the_old_folder_aside(tmp_path: Path) -> None:
+def test_rerun_renames_the_old_folder(tmp_path: Path) -> None:
     command = [f"paths.outputs={tmp_path}", *UNATTACKED, "training.epochs=1"]
     assert run_py_forked(*command).returncode == 0
     folder = only_folder(tmp_path)
@@ -371,7 +372,7 @@ def test_rerun_sets_the_old_folder_aside(tmp_path: Path) -> None:
         assert (place / "checkpoints" / "last.safetensors").read_bytes() == weights
 
 
-def test_a_grid_with_one_failing_job_completes_the_others(tmp_path: Path) -> None:
+def test_grid_with_a_failing_job_completes_the_others(tmp_path: Path) -> None:
     command = [
         "-m",
         f"paths.outputs={tmp_path}",
@@ -390,7 +391,7 @@ def test_a_grid_with_one_failing_job_completes_the_others(tmp_path: Path) -> Non
     assert again.stdout.count("already finished") == 2
 
 
-def test_users_plug_in_without_touching_the_project(
+def test_config_dir_adds_user_activation_and_attack(
     tmp_path: Path, arrays_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = tmp_path / "mine"
@@ -416,7 +417,7 @@ def test_users_plug_in_without_touching_the_project(
     assert "bpda" in json.loads((folder / "results.json").read_text())["inapplicable"]
 
 
-def test_a_second_process_is_turned_away(finished: Path) -> None:
+def test_second_process_on_the_same_run_is_refused(finished: Path) -> None:
     from filelock import FileLock
 
     folder = only_folder(finished)
@@ -446,7 +447,7 @@ def outcome(outputs: Path) -> dict[str, bytes | list[object]]:
 
 
 @pytest.mark.slow
-def test_ten_kills_change_nothing(tmp_path: Path) -> None:
+def test_ten_kills_do_not_change_weights_or_records(tmp_path: Path) -> None:
     """Kill -9 at ten moments spread over the work of one run, at least three of them in the evaluation."""
     epochs, chunk = 12, 20
     command = ["training=pgd", f"training.epochs={epochs}", "training.batch_size=64",
@@ -507,7 +508,7 @@ def rows_judged(outputs: Path) -> int:
 
 
 @pytest.mark.slow
-def test_five_kills_and_two_processes_change_no_outcome(tmp_path: Path) -> None:
+def test_five_kills_and_two_processes_do_not_change_records(tmp_path: Path) -> None:
     """Kill -9 at five moments spread over one audit: attacks, checks and planted examples."""
     trained = tmp_path / "trained"
     assert run_py(f"paths.outputs={trained}", "suite=none", "training.epochs=15").returncode == 0
@@ -552,7 +553,7 @@ def test_five_kills_and_two_processes_change_no_outcome(tmp_path: Path) -> None:
     assert told(calm) == told(killed) == told(parallel)
 
 
-def test_the_transfer_matrix_tries_each_on_all(tmp_path: Path, finished: Path) -> None:
+def test_transfer_matrix_has_every_pair_of_runs(tmp_path: Path, finished: Path) -> None:
     from kwta_exp.plan import plan_to_judge
     from kwta_exp.transfer_matrix import Question, matrix, names, text
 

@@ -83,7 +83,7 @@ def test_the_least_of_all_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert hardware.usable_cores() == 1
 
 
-def test_a_run_takes_one_thread_a_usable_core_and_is_named_by_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_threads_are_the_usable_cores_and_part_of_the_identity(monkeypatch: pytest.MonkeyPatch) -> None:
     for cores in (3, 5):
         monkeypatch.setattr(hardware, "usable_cores", lambda cores=cores: cores)
         assert Runtime(accelerator="cpu").resolved_threads == cores
@@ -107,7 +107,7 @@ def test_idle_threads_sleep_soon_unless_the_user_says_otherwise(
 
 
 @pytest.mark.parametrize("command", ["command", "cli"])
-def test_every_command_sets_it_before_torch_is_loaded(command: str) -> None:
+def test_every_command_sets_the_spin_count_before_torch_is_loaded(command: str) -> None:
     """OpenMP reads it once, as torch is loaded."""
     code = f"""if True:
         import sys
@@ -119,7 +119,7 @@ def test_every_command_sets_it_before_torch_is_loaded(command: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerator_auto_uses_a_gpu_if_present(monkeypatch: pytest.MonkeyPatch) -> None:
     for gpus, expected in ((0, "cpu"), (2, "cuda")):
         monkeypatch.setattr(hardware, "nvidia_gpus", lambda gpus=gpus: gpus)
         assert Runtime().resolved_accelerator == expected
