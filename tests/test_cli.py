@@ -1,4 +1,4 @@
-"""run.py as its users meet it: in a process of its own."""
+"""run.py as a command: messages, exit status, the run folder, kills."""
 
 import json
 import shutil
@@ -71,7 +71,7 @@ WRONG = [
     (["model=resnet18", "model.depth=20"], "model.depth=20"),
     (["model=wrn", "model.depth=21"], "model: depth=21 is not"),
     (["model=torchvision", "model.name=resnet19"], "model.name='resnet19'"),
-    (["model=vgg"], "model: "),  # the digits are too small for it
+    (["model=vgg"], "model: "),  # the digits are too small for VGG
     (["sparsity=incremental", "sparsity.final=0.3"], "sparsity: final=0.3 is above start=0.1"),
     (["activation=relu", "sparsity=linear"], "sparsity.start"),
     (["training.label_smoothing=1"], "training.label_smoothing=1"),
@@ -173,7 +173,7 @@ def test_wrong_override_gives_one_message_and_writes_no_file(
 
 @pytest.mark.parametrize(("overrides", "named"), SOME, ids=[" ".join(each)[:60] for each, _ in SOME])
 def test_wrong_override_exits_with_status_1(overrides: list[str], named: str, tmp_path: Path) -> None:
-    """The same from the command line, for some of them."""
+    """The same in a process of its own, for some of them."""
     wrong_files(tmp_path)
     before = sorted(tmp_path.iterdir())
     done = run_py_forked("paths.outputs=outputs", *overrides, cwd=tmp_path)
@@ -223,7 +223,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     assert "worst case" in done.stdout
     assert "Can this be believed?" in done.stdout
-    assert done.stderr == ""  # no bar where nobody watches, and no warning
+    assert done.stderr == ""  # no progress bar without a terminal, and no warning
     return outputs
 
 
@@ -283,7 +283,7 @@ def test_results_json_has_the_documented_keys(finished: Path) -> None:
     assert results["attacks"]["bpda"]["activations_replaced"] == 1
     assert results["worst_case"]["n"] == 40
     assert results["run"]["command"].startswith("python run.py")
-    # The numbers follow from the rows.
+    # The accuracies follow from the records.
     (evaluation,) = (folder / "evaluation").iterdir()
     with np.load(evaluation / "pgd.npz") as pgd, np.load(evaluation / "clean.npz") as clean:
         right = clean["prediction"] == clean["label"]
@@ -319,7 +319,7 @@ def test_training_none_evaluates_a_run(finished: Path, tmp_path: Path, file: str
     done = run_py_forked(f"paths.outputs={tmp_path}", "training=none", f"weights={source / file}", *TINY[3:])
     assert done.returncode == 0, done.stderr
     folder = only_folder(tmp_path)
-    assert folder.parent.name == "digits-mlp-kwta0.1-none"  # the model is the run's own
+    assert folder.parent.name == "digits-mlp-kwta0.1-none"  # the recorded model
     judged = json.loads((folder / "results.json").read_text())
     (evaluation,) = (source / "evaluation").glob("quick-*")
     original = json.loads((evaluation / "results.json").read_text())
@@ -328,7 +328,7 @@ def test_training_none_evaluates_a_run(finished: Path, tmp_path: Path, file: str
 
 
 def test_untrusted_run_folder_cannot_build_foreign_classes(finished: Path, tmp_path: Path) -> None:
-    """config.yaml of a run that somebody sent may name any function."""
+    """config.yaml of a run folder may name any function."""
     folder = tmp_path / "sent"
     shutil.copytree(only_folder(finished), folder)
     proof = tmp_path / "code-ran"
@@ -430,7 +430,7 @@ def test_second_process_on_the_same_run_is_refused(finished: Path) -> None:
 
 
 def outcome(outputs: Path) -> dict[str, bytes | list[object]]:
-    """All that must not depend on kills: weights, and each image's row."""
+    """What must not depend on kills: the weights, and the record of each image."""
     folder = only_folder(outputs)
     weights = {
         f"{name}/{key}": value.tobytes()
@@ -463,7 +463,7 @@ def test_ten_kills_do_not_change_weights_or_records(tmp_path: Path) -> None:
     with np.load(record) as file:
         rows = len(file["index"])
 
-    # Moments of the calm run's wall time, told by what is then on disk: epochs done, images judged.
+    # Moments of the calm run, identified by what is on disk then: epochs trained, images attacked.
     outputs = tmp_path / "killed"
     in_evaluation = 0
     for number in range(10):
@@ -509,7 +509,7 @@ def rows_judged(outputs: Path) -> int:
 
 @pytest.mark.slow
 def test_five_kills_and_two_processes_do_not_change_records(tmp_path: Path) -> None:
-    """Kill -9 at five moments spread over one audit: attacks, checks and planted examples."""
+    """Kill -9 at five moments spread over one evaluation: attacks and checks."""
     trained = tmp_path / "trained"
     assert run_py(f"paths.outputs={trained}", "suite=none", "training.epochs=15").returncode == 0
     command = ["training=none", f"weights={only_folder(trained)}", "suite=strong", "evaluation.n=16",
@@ -576,7 +576,7 @@ def test_transfer_matrix_has_every_pair_of_runs(tmp_path: Path, finished: Path) 
     assert matrix(dict(reversed(plans.items())), asked, work)["left"] == found["left"]
     assert len(text(found).splitlines()) == 7
     soft = matrix(plans, Question("bpda", 30, 0.1), work)
-    assert relu not in soft["left"][kwta]  # nothing to soften there
+    assert relu not in soft["left"][kwta]  # BPDA does not apply to ReLU
     assert "n/a" in text(soft)
     with pytest.raises(UserError, match="given twice"):
         names([folders[0], folders[0]])

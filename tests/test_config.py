@@ -1,4 +1,4 @@
-"""Configuration: every YAML lists what its target takes, everything composes, errors name the key."""
+"""Configuration: every YAML lists its target's parameters, every option composes, errors name the key."""
 
 import inspect
 from collections.abc import Callable
@@ -44,12 +44,12 @@ OURS = [(g, o) for g in GROUPS
 
 
 QUICK = ("fgsm", "pgd", "bpda")
-"""The attacks that are there unless others are asked for."""
+"""The attacks of the default suite."""
 
 
 @cache
 def nodes() -> dict[tuple[str, str], DictConfig]:
-    """The node of every option in :data:`OURS`, from as few compositions as there are options in a group."""
+    """The node of every option in :data:`OURS`, in few compositions: each has one option of every group."""
     found = {}
     with initialize_config_dir(str(CONF), version_base="1.3"):
         attacks = [f"+attack@attack.{option}={option}" for option in options("attack") if option not in QUICK]

@@ -1,4 +1,4 @@
-"""What is shown: no name and no exception commands the terminal."""
+"""No name and no exception can send control characters to the terminal."""
 
 import logging
 import logging.config

@@ -1,4 +1,4 @@
-"""What the hardware can do is looked up in one place; a process takes no more cores than it was given."""
+"""One module queries the hardware; a process uses no more cores than it may."""
 
 import os
 import re
@@ -47,9 +47,9 @@ def test_without_a_limit_every_core_it_may_run_on_is_used() -> None:
         ("0::/\n", {"cpu.max": "1000 100000\n"}, 1),
         ("0::/\n", {"cpu.max": "1600000 100000\n"}, 8),
         ("0::/\n", {"cpu.max": "nonsense\n"}, 8),
-        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "300000 100000\n"}, 3),  # a parent's binds
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "300000 100000\n"}, 3),  # the parent's limit
         ("0::/a/b\n", {"a/b/cpu.max": "100000 50000\n", "a/cpu.max": "300000 100000\n"}, 2),
-        ("0::/a\n", {"b/cpu.max": "100000 100000\n"}, 8),  # a neighbour's does not
+        ("0::/a\n", {"b/cpu.max": "100000 100000\n"}, 8),  # not a sibling's
         ("0::/../../host/job\n", {"cpu.max": "400000 100000\n"}, 4),  # seen from a container
         ("4:cpu,cpuacct:/job\n", {"cpu,cpuacct/job/cpu.cfs_quota_us": "300000\n",
                                   "cpu,cpuacct/job/cpu.cfs_period_us": "100000\n"}, 3),

@@ -1,4 +1,4 @@
-"""Names that become file names: nothing is written outside the folder it belongs to."""
+"""Names that become file names: nothing is written outside its folder."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Presets and scale=tiny: each composes and builds; each family and objective runs end to end in seconds."""
+"""Presets build; each network family and objective runs end to end at scale=tiny."""
 
 import json
 import re
@@ -75,7 +75,7 @@ def test_every_preset_builds_and_has_a_complete_header(
 
 
 def commands(preset: str) -> list[list[str]]:
-    """The overrides of every command line in a preset's header, with something in place of its placeholders."""
+    """The overrides of every command line in a preset's header, with placeholders filled in."""
     header = re.sub(r"^#", "", (EXPERIMENTS / f"{preset}.yaml").read_text().split("defaults:")[0], flags=re.M)
     written = header.split("Command:")[1].split("Cost:")[0].replace("\\\n", " ")
     lines = re.findall(r"python run\.py (.*)", re.sub(r"\([^)]*(\)|$)", "", written))
@@ -84,7 +84,7 @@ def commands(preset: str) -> list[list[str]]:
 
 
 def with_every_value(jobs: list[list[str]]) -> list[list[str]]:
-    """So many of a grid's jobs that no override is left out."""
+    """Jobs of a grid that together contain every override."""
     seen: set[str] = set()
     found = []
     for job in jobs:
@@ -130,7 +130,9 @@ def test_each_network_family_runs_end_to_end(tiny: Tiny, overrides: list[str]) -
     assert ("synthetic" in results["run"]) == any("dataset=" in override for override in overrides)
     assert results["attacks"]["bpda"]["activations_replaced"] >= 2
     assert results["worst_case"]["n"] == 64
-    assert results["attacks"]["pgd"]["forwards"] > 0  # some image was right, and was attacked
+    assert (
+        results["attacks"]["pgd"]["forwards"] > 0
+    )  # at least one image was classified correctly, and attacked
 
 
 @pytest.mark.parametrize("training", ["natural", "pgd", "trades", "free", "fast", "mart", "alp"])
@@ -180,10 +182,8 @@ def test_evaluation_uses_the_ratio_reached_in_training(tiny: Tiny, tmp_path: Pat
             found: list[float] = file["margin"].tolist()
             return found
 
-    assert (
-        margins("kwta0.3-none") == margins("kwta0.5to0.3-natural") != margins("kwta0.9-none")
-    )  # and 0.9 it was
-    # And fine-tuning starts at the schedule's own ratio.
+    assert margins("kwta0.3-none") == margins("kwta0.5to0.3-natural") != margins("kwta0.9-none")
+    # Fine-tuning starts at the schedule's own ratio.
     tuned = tiny("sparsity=incremental", "activation.ratio=0.3", f"weights={folder}")
     assert tuned["run"]["name"] == "tiny-digits-cnn-kwta0.3to0.08-natural"
 
@@ -203,7 +203,7 @@ def test_evaluating_weights_with_another_activation_is_refused(
     tiny("training=none", f"weights={folder}", "activation=kwta_channel", "suite=none")
     assert "trained with another activation than this network has: over=volume, here channel" in caplog.text
     caplog.clear()
-    tiny(f"weights={folder}", "activation=relu", "suite=none")  # training on with another is a method
+    tiny(f"weights={folder}", "activation=relu", "suite=none")  # to train on with another one is allowed
     assert "_target_=kwta_exp.activations.KWTA, here torch.nn.ReLU" in caplog.text
 
 
@@ -226,7 +226,7 @@ def test_scale_logs_its_changes(tiny: Tiny, caplog: pytest.LogCaptureFixture) ->
     (line,) = [message for message in caplog.messages if message.startswith("scale=tiny: ")]
     assert "training.epochs 30 -> 2" in line
     assert "evaluation.n null -> 64" in line
-    assert "training.batch_size" not in line  # is small enough
+    assert "training.batch_size" not in line  # below its cap
 
 
 def test_user_attack_gets_eps_as_a_number(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +241,7 @@ def test_user_attack_gets_eps_as_a_number(tiny: Tiny, tmp_path: Path, monkeypatc
         results = tiny("suite=none", own, f"threat.eps={eps}")
         assert results["threat"]["eps"] == 8 / 255
         assert results["attacks"]["up"]["eps"] == 8 / 255
-    assert len(list((tmp_path / "out").glob("*/*/evaluation/*"))) == 1  # one evaluation, whichever way
+    assert len(list((tmp_path / "out").glob("*/*/evaluation/*"))) == 1  # all three are the same evaluation
 
 
 def test_dataset_of_another_class_is_refused(
@@ -265,7 +265,7 @@ def test_transfer_attack_uses_the_source_run(tiny: Tiny, tmp_path: Path) -> None
     results = tiny(*overrides)
     assert results["attacks"]["transfer"]["source"] == str(source)
     assert results["attacks"]["transfer"]["forwards"] == 0
-    # The source counts by its weights, not by its place.
+    # The weights of the source identify it, not its path.
     moved = source.rename(source.with_name("moved"))
     again = tiny(overrides[0], f"attack.transfer.source={moved}")
     assert again["attacks"]["transfer"] == results["attacks"]["transfer"]
@@ -282,7 +282,7 @@ def test_caps_apply_at_any_depth(composed: Callable[..., DictConfig]) -> None:
     assert cfg.training.epochs == cfg.lr_schedule.T_max == 2
     assert plain(cfg, "training.attack.steps") == plain(cfg, "attack.fgsm.steps") + 2 == 3
     assert cfg.attack.pgd.restarts == 1
-    assert cfg.model.growth == 4  # null is more
+    assert cfg.model.growth == 4  # null counts as larger
     assert (cfg.dataset.train_n, cfg.evaluation.n) == (7, 64)
     cnn = composed("scale=tiny")
     assert scaled(cnn).model.channels == [4, 4, 4, 4]
@@ -359,7 +359,7 @@ EVIL = "{_target_: pathlib.Path.touch, _args_: [{_target_: pathlib.Path, _args_:
 
 @pytest.mark.parametrize("how", ["resolver", "elsewhere", "group", "data"])
 def test_interpolations_of_an_untrusted_folder_are_not_resolved(tiny: Tiny, tmp_path: Path, how: str) -> None:
-    """An interpolation may make a target out of a text, after the targets were looked at."""
+    """An interpolation can turn a text into a target, after the targets were checked."""
     tiny("model=mlp", "evaluation.save_images=true")
     (folder,) = (tmp_path / "out").glob("*/s0-*")
     proof = tmp_path / "code-ran"
@@ -378,7 +378,7 @@ def test_interpolations_of_an_untrusted_folder_are_not_resolved(tiny: Tiny, tmp_
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
     forge(folder)
     audit = ["training=none", f"weights={folder}"]
-    if how == "data":  # where data lies is never taken from a folder
+    if how == "data":  # a path of the folder is never used
         tiny(*audit, "suite=none")
         verify_again(folder)
         assert not proof.exists()

@@ -1,4 +1,4 @@
-"""What the shell sees: Ctrl-C, pipes that close, devices that are full, terminals of few characters."""
+"""Commands at the shell: Ctrl-C, closed pipes, full devices, ASCII terminals."""
 
 import logging
 import os
@@ -51,7 +51,7 @@ def test_ctrl_c_is_one_line(line: str, command: list[str], tmp_path: Path) -> No
     assert status == INTERRUPTED
     assert errors.splitlines() == ["interrupted; the same command continues"]
     assert "Traceback" not in rest
-    assert "#1" not in rest  # a grid ends, too
+    assert "#1" not in rest  # a grid ends as well
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""kwta-exp: each command on runs of the user's own parts, with the same overrides as run.py, or trust."""
+"""kwta-exp: every command on runs of user classes, with the overrides of run.py, or with trust."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ Say = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder: an activation with its YAML, images, and a run made with both."""
+    """A user's folder: an activation with its YAML, images, and a run with both."""
     folder = tmp_path_factory.mktemp("mine")
     (folder / "squashes.py").write_text(SQUASH)
     (folder / "activation").mkdir()
@@ -65,7 +65,7 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launch(config_dir: Path | None, outputs: Path, *overrides: str) -> Path:
-    """Run one experiment in this process, images kept; its folder."""
+    """Run one experiment in this process with save_images; returns its folder."""
     given = [*TINY, "suite=quick", "evaluation.save_images=true", *overrides]
     launched.launch(outputs, *given, config_dir=config_dir)
     (folder,) = outputs.glob("*/s0-*")
@@ -105,7 +105,7 @@ def test_verify_needs_overrides_or_trust_for_user_classes(say: Say, mine: Path) 
     other = say(
         "verify", folder, "--config-dir", mine, "--with", "activation=squash", "activation.slope=5", *data
     )
-    assert "but results.json says" in other  # the override is what is judged, not the folder's value
+    assert "but results.json says" in other  # the network has the override's slope, not the recorded one
 
 
 def test_transfer_and_compare_accept_runs_of_user_classes(say: Say, mine: Path, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_transfer_attack_from_user_classes_needs_trust(
 
 @pytest.fixture(scope="module")
 def audited(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an audit of a plain checkpoint file."""
+    """The run folder of an evaluation of a plain checkpoint file."""
     import torch
 
     from tests.test_audit import network

@@ -76,7 +76,7 @@ def scaled(cfg: Config, nodes: Sequence[str] = SCALED) -> Config:
     cfg, changes = copy.deepcopy(cfg), list[str]()
     for name, attack in plain(cfg, "attack").items():
         if isinstance(attack, dict) and (other := scale.instead.get(str(attack.get("_target_")))):
-            OmegaConf.update(cfg, f"attack.{name}", {**attack, **other})
+            OmegaConf.update(cfg, f"attack.{name}", {**attack, **other}, force_add=True)
             changes.append(f"attack.{name} is {str(other.get('_target_', 'changed')).rpartition('.')[2]}")
     for node in nodes:
         changes += _cap(OmegaConf.select(cfg, node), node, scale.caps)
