@@ -54,7 +54,7 @@ def adopted(cfg: Config, line: CommandLine, run: RecordedRun | None, ratio: floa
 
 
 def updated(cfg: Config, values: Mapping[str, Any]) -> Config:
-    """A copy of ``cfg`` with each of ``values`` in place of what stands at its dotted key."""
+    """A copy of ``cfg`` with the value at each dotted key replaced."""
     cfg = copy.deepcopy(cfg)
     for key, value in values.items():
         OmegaConf.update(cfg, key, value, merge=False, force_add=True)
@@ -86,7 +86,7 @@ def scaled(cfg: Config, nodes: Sequence[str] = SCALED) -> Config:
 
 
 def _cap(node: Any, key: str, caps: Mapping[str, int]) -> Iterator[str]:
-    """Reduce the numbers of ``node``, which stands at ``key``, and describe each change."""
+    """Reduce the numbers in the node at ``key``, and describe each change."""
     for name in node if OmegaConf.is_dict(node) else ():
         if OmegaConf.is_missing(node, name):
             continue

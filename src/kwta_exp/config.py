@@ -111,7 +111,7 @@ def _read(kind: type[M], cfg: DictConfig) -> M:
 
 
 def validated(kind: type[M], content: Mapping[str, Any], key: str = "") -> M:
-    """A pydantic model of ``content``, which stands at ``key``; raises a :class:`UserError`."""
+    """A pydantic model of the content of ``key``; raises a :class:`UserError`."""
     try:
         return kind(**content)
     except ValidationError as error:
@@ -143,7 +143,7 @@ def build(cfg: DictConfig, key: str, kind: type[T] | None = None) -> Any:
 
     Args:
         cfg: the configuration.
-        key: where the node stands.
+        key: the node's dotted key.
         kind: what it must be an instance of.
 
     Raises:

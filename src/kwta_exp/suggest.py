@@ -189,7 +189,7 @@ def _wrong_key(override: Override, cfg: DictConfig, tree: Tree) -> str | None:
 
 
 def _unknown(override: Override, path: Sequence[str], part: str, node: Any, tree: Tree) -> str:
-    """The message for a key that is not in ``node``, which stands at ``path``."""
+    """The message for a key ``part`` that is not in ``node``, the node at ``path``."""
     at, where, text = ".".join([*path, part]), ".".join(path), str(override.input_line)
     if not path:
         names = [*tree.groups, *map(str, node)]
