@@ -49,7 +49,7 @@ def message_of(overrides: list[str]) -> str | None:
         with read_write(cfg), open_dict(cfg):
             del cfg["hydra"]
     except Exception as error:
-        message = better_message(error, overrides, CONF)
+        message = better_message(error, overrides)
         assert message, overrides
         return shortened(message)
     try:

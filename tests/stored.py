@@ -16,8 +16,8 @@ from kwta_exp.data.batches import Split
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation import Evaluation, Outcome, summarise
 from kwta_exp.evaluation.records import ATTACK_COLUMNS, Record
-from kwta_exp.results_file import vouched_for
-from kwta_exp.run_folder import DESCRIBED
+from kwta_exp.results_file import evaluation_info
+from kwta_exp.run_folder import CONFIG_FILES
 from kwta_exp.storage import CHECKSUM, sha256_of_json, write_json
 
 RUN = {
@@ -78,7 +78,7 @@ def evaluation(
     results["masking"]["verdict"] = verdict or results["masking"]["verdict"]
     identity = {"attacks": [[attack, {"steps": 5}] for attack in fooled], "batch_size": 10}
     write_json(folder / "evaluation.json", {"identity": identity})
-    results["evaluation"] = vouched_for(folder)
+    results["evaluation"] = evaluation_info(folder)
     for place in (folder, run):
         write_json(place / "results.json", results)
     return results
@@ -88,7 +88,7 @@ def forge(run: Path) -> None:
     """Make every checksum in a run folder fit what is there, wherever that can be read at all."""
     described = _json(run / "environment.json")
     if described is not None or not (run / "environment.json").exists():
-        texts = {name: run / name for name in DESCRIBED if _is_readable(run / name)}
+        texts = {name: run / name for name in CONFIG_FILES if _is_readable(run / name)}
         files = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in texts.items()}
         _seal(run / "environment.json", {**(described or {}), "files": files})
     for path in sorted(run.glob("evaluation/*/evaluation.json")):
@@ -100,7 +100,7 @@ def forge(run: Path) -> None:
             continue
         if isinstance(results.get("evaluation"), dict) and not _is_endless(path.parent / "evaluation.json"):
             with suppress(UserError):  # something in it is no file
-                results["evaluation"] = vouched_for(path.parent)
+                results["evaluation"] = evaluation_info(path.parent)
         _seal(path, results)
         if latest is not None and isinstance(latest.get("evaluation"), dict):
             latest["evaluation"] = results.get("evaluation")

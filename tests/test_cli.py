@@ -1,4 +1,4 @@
-"""run.py as its users meet it: in a process of its own."""
+"""run.py as a command: messages, exit status, the run folder, kills."""
 
 import json
 import shutil
@@ -71,7 +71,7 @@ WRONG = [
     (["model=resnet18", "model.depth=20"], "model.depth=20"),
     (["model=wrn", "model.depth=21"], "model: depth=21 is not"),
     (["model=torchvision", "model.name=resnet19"], "model.name='resnet19'"),
-    (["model=vgg"], "model: "),  # the digits are too small for it
+    (["model=vgg"], "model: "),  # the digits are too small for VGG
     (["sparsity=incremental", "sparsity.final=0.3"], "sparsity: final=0.3 is above start=0.1"),
     (["activation=relu", "sparsity=linear"], "sparsity.start"),
     (["training.label_smoothing=1"], "training.label_smoothing=1"),
@@ -109,14 +109,17 @@ WRONG = [
     (["activation.ratios=0.2"], "unknown key activation.ratios; did you mean activation.ratio?"),
     (["activation=kwtaa"], "activation=kwtaa: no option of the group activation; did you mean kwta?"),
     (["~model"], "model: a run needs one option; expected model=OPTION"),
-    (["~threat"], "threat: a run needs one option; expected threat=OPTION"),
+    (["~sparsity"], "sparsity: a run needs one option; expected sparsity=OPTION"),
+    (["+threat=l2"], "+threat=l2: threat is chosen by default; expected threat=l2"),
+    (["threat=digits"], "threat=digits: no option of the group threat; expected one of l2, linf"),
+    (["recipe=cifar10"], "recipe='cifar10': expected recipe.epochs=N, recipe.batch_size=N and recipe.lr=X"),
     (["~seed"], "seed"),
     (["~nothing"], "~nothing: unknown key nothing"),
     (["scale=[]"], "scale: a run needs one option; expected scale=OPTION"),
     (["scale=null"], "scale=null: no option of the group scale; expected one of full, tiny"),
     (["activation._partial_=3"], "activation._partial_=3: expected true or false"),
     (["activation._partial_=false"], "activation._partial_=False: expected true"),
-    (["activation._target_=os.remove"], "activation._target_=os.remove: Python's own library"),
+    (["activation._target_=os.remove"], "activation._target_=os.remove: nothing in Python's standard library"),
     (
         ["sparsity._target_=torch.nn.ReLU"],
         "sparsity._target_=torch.nn.ReLU: makes a ReLU; expected a kwta_exp.",
@@ -129,8 +132,8 @@ WRONG = [
     (["seed=1,2"], "seed=1,2: several values; expected one, or -m first for a grid"),
     (["seed"], "seed: not an override; expected KEY=VALUE"),
     (["seed=[1"], "seed=[1: the value cannot be read"),
-    (["+seed=3"], "+seed=3: seed is there already; expected seed=3"),
-    (["point=relu"], "point=relu: nothing of the group point is chosen so far; expected +point=relu"),
+    (["+seed=3"], "+seed=3: seed exists already; expected seed=3"),
+    (["point=relu"], "point=relu: point is not chosen by default; expected +point=relu"),
     (["activation.ratio=${nothing}"], "activation.ratio: Interpolation key 'nothing' not found"),
     (["hydra.foo=1"], "Could not override 'hydra.foo'"),
 ] + ([] if torch.cuda.is_available() else [(["runtime=gpu"], "runtime.accelerator='cuda'")])
@@ -154,7 +157,7 @@ def wrong_files(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("overrides", "named"), WRONG, ids=[" ".join(each)[:60] for each, _ in WRONG])
-def test_a_wrong_override_gets_one_message_and_leaves_nothing(
+def test_wrong_override_gives_one_message_and_writes_no_file(
     overrides: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong_files(tmp_path)
@@ -169,8 +172,8 @@ def test_a_wrong_override_gets_one_message_and_leaves_nothing(
 
 
 @pytest.mark.parametrize(("overrides", "named"), SOME, ids=[" ".join(each)[:60] for each, _ in SOME])
-def test_a_wrong_override_ends_a_run_with_status_1(overrides: list[str], named: str, tmp_path: Path) -> None:
-    """The same from the command line, for some of them."""
+def test_wrong_override_exits_with_status_1(overrides: list[str], named: str, tmp_path: Path) -> None:
+    """The same in a process of its own, for some of them."""
     wrong_files(tmp_path)
     before = sorted(tmp_path.iterdir())
     done = run_py_forked("paths.outputs=outputs", *overrides, cwd=tmp_path)
@@ -183,7 +186,7 @@ def test_a_wrong_override_ends_a_run_with_status_1(overrides: list[str], named: 
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_the_traceback_is_there_for_those_who_want_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_error_variable_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     for override in ("traning=pgd", "seed=x"):
         done = subprocess.run(
@@ -220,7 +223,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     assert "worst case" in done.stdout
     assert "Verdict: " in done.stdout
-    assert done.stderr == ""  # no bar where nobody watches, and no warning
+    assert done.stderr == ""  # no progress bar without a terminal, and no warning
     return outputs
 
 
@@ -229,7 +232,7 @@ def only_folder(outputs: Path) -> Path:
     return folder
 
 
-def test_a_run_leaves_its_folder(finished: Path) -> None:
+def test_run_folder_has_the_documented_files(finished: Path) -> None:
     folder = only_folder(finished)
     assert folder.parent.name == "digits-mlp-kwta0.1-natural"
     assert folder.name.startswith("s0-")
@@ -257,13 +260,15 @@ def test_a_run_leaves_its_folder(finished: Path) -> None:
         "accelerator": "cpu",
         "devices": 1,
         "precision": "32-true",
+        "channels_last": False,
+        "compile": False,
         "threads": 1,
     }
     assert environment["packages"]["torch"] == torch.__version__.split("+")[0]
     assert "worst case" in (folder / "run.log").read_text()
 
 
-def test_results_keep_the_contract(finished: Path) -> None:
+def test_results_json_has_the_documented_keys(finished: Path) -> None:
     folder = only_folder(finished)
     results = json.loads((folder / "results.json").read_text())
     assert list(results) == [
@@ -278,7 +283,7 @@ def test_results_keep_the_contract(finished: Path) -> None:
     assert results["attacks"]["bpda"]["activations_replaced"] == 1
     assert results["worst_case"]["n"] == 40
     assert results["run"]["command"].startswith("python run.py")
-    # The numbers follow from the rows.
+    # The accuracies follow from the records.
     (evaluation,) = (folder / "evaluation").iterdir()
     with np.load(evaluation / "pgd.npz") as pgd, np.load(evaluation / "clean.npz") as clean:
         right = clean["prediction"] == clean["label"]
@@ -287,7 +292,7 @@ def test_results_keep_the_contract(finished: Path) -> None:
     assert results["worst_case"]["robust_accuracy"] <= results["attacks"]["pgd"]["robust_accuracy"]
 
 
-def test_the_same_command_again_does_nothing_and_loads_no_torch(finished: Path) -> None:
+def test_repeated_command_changes_nothing_and_does_not_load_torch(finished: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in only_folder(finished).rglob("*")}
     said, modules = loaded_modules(f"paths.outputs={finished}", *TINY, cwd=ROOT)
     assert "already finished" in said
@@ -296,7 +301,7 @@ def test_the_same_command_again_does_nothing_and_loads_no_torch(finished: Path) 
     assert {p: p.stat().st_mtime_ns for p in only_folder(finished).rglob("*")} == before
 
 
-def test_another_suite_adds_an_evaluation_without_training_again(finished: Path) -> None:
+def test_another_suite_adds_an_evaluation_without_training(finished: Path) -> None:
     folder = only_folder(finished)
     weights = (folder / "checkpoints" / "last.safetensors").stat().st_mtime_ns
     done = run_py_forked(f"paths.outputs={finished}", *UNATTACKED, "+attack@attack.deepfool=deepfool")
@@ -309,12 +314,12 @@ def test_another_suite_adds_an_evaluation_without_training_again(finished: Path)
 
 
 @pytest.mark.parametrize("file", ["", "checkpoints/best.safetensors"])
-def test_a_run_can_be_judged_without_training(finished: Path, tmp_path: Path, file: str) -> None:
+def test_training_none_evaluates_a_run(finished: Path, tmp_path: Path, file: str) -> None:
     source = only_folder(finished)
     done = run_py_forked(f"paths.outputs={tmp_path}", "training=none", f"weights={source / file}", *TINY[3:])
     assert done.returncode == 0, done.stderr
     folder = only_folder(tmp_path)
-    assert folder.parent.name == "digits-mlp-kwta0.1-none"  # the model is the run's own
+    assert folder.parent.name == "digits-mlp-kwta0.1-none"  # the recorded model
     judged = json.loads((folder / "results.json").read_text())
     (evaluation,) = (source / "evaluation").glob("quick-*")
     original = json.loads((evaluation / "results.json").read_text())
@@ -322,8 +327,8 @@ def test_a_run_can_be_judged_without_training(finished: Path, tmp_path: Path, fi
         assert judged["attacks"][name]["robust_accuracy"] == original["attacks"][name]["robust_accuracy"]
 
 
-def test_a_received_run_folder_builds_nothing_of_its_own(finished: Path, tmp_path: Path) -> None:
-    """config.yaml of a run that somebody sent may name any function."""
+def test_untrusted_run_folder_cannot_build_foreign_classes(finished: Path, tmp_path: Path) -> None:
+    """config.yaml of a run folder may name any function."""
     folder = tmp_path / "sent"
     shutil.copytree(only_folder(finished), folder)
     proof = tmp_path / "code-ran"
@@ -336,12 +341,12 @@ def test_a_received_run_folder_builds_nothing_of_its_own(finished: Path, tmp_pat
     forge(folder)
     done = run_py_forked(f"paths.outputs={tmp_path / 'out'}", "training=none", f"weights={folder}")
     assert done.returncode == 1
-    assert "pathlib.Path.mkdir, which is not this project's" in done.stderr
+    assert "pathlib.Path.mkdir, which is not a class of this project" in done.stderr
     assert "Traceback" not in done.stderr
     assert not proof.exists()
 
 
-def test_a_killed_writers_leftovers_are_removed(finished: Path) -> None:
+def test_temporary_files_of_a_killed_run_are_removed(finished: Path) -> None:
     folder = only_folder(finished)
     leftover = folder / "checkpoints" / ".state.pt.x1y2.partial"
     leftover.write_bytes(b"half")
@@ -355,7 +360,7 @@ def test_a_killed_writers_leftovers_are_removed(finished: Path) -> None:
     assert again["attacks"] == json.loads(results)["attacks"]
 
 
-def test_rerun_sets_the_old_folder_aside(tmp_path: Path) -> None:
+def test_rerun_renames_the_old_folder(tmp_path: Path) -> None:
     command = [f"paths.outputs={tmp_path}", *UNATTACKED, "training.epochs=1"]
     assert run_py_forked(*command).returncode == 0
     folder = only_folder(tmp_path)
@@ -367,7 +372,7 @@ def test_rerun_sets_the_old_folder_aside(tmp_path: Path) -> None:
         assert (place / "checkpoints" / "last.safetensors").read_bytes() == weights
 
 
-def test_a_grid_with_one_failing_job_completes_the_others(tmp_path: Path) -> None:
+def test_grid_with_a_failing_job_completes_the_others(tmp_path: Path) -> None:
     command = [
         "-m",
         f"paths.outputs={tmp_path}",
@@ -386,7 +391,7 @@ def test_a_grid_with_one_failing_job_completes_the_others(tmp_path: Path) -> Non
     assert again.stdout.count("already finished") == 2
 
 
-def test_users_plug_in_without_touching_the_project(
+def test_config_dir_adds_user_activation_and_attack(
     tmp_path: Path, arrays_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = tmp_path / "mine"
@@ -412,7 +417,7 @@ def test_users_plug_in_without_touching_the_project(
     assert "bpda" in json.loads((folder / "results.json").read_text())["inapplicable"]
 
 
-def test_a_second_process_is_turned_away(finished: Path) -> None:
+def test_second_process_on_the_same_run_is_refused(finished: Path) -> None:
     from filelock import FileLock
 
     folder = only_folder(finished)
@@ -425,7 +430,7 @@ def test_a_second_process_is_turned_away(finished: Path) -> None:
 
 
 def outcome(outputs: Path) -> dict[str, bytes | list[object]]:
-    """All that must not depend on kills: weights, and each image's row."""
+    """What must not depend on kills: the weights, and the record of each image."""
     folder = only_folder(outputs)
     weights = {
         f"{name}/{key}": value.tobytes()
@@ -442,7 +447,7 @@ def outcome(outputs: Path) -> dict[str, bytes | list[object]]:
 
 
 @pytest.mark.slow
-def test_ten_kills_change_nothing(tmp_path: Path) -> None:
+def test_ten_kills_do_not_change_weights_or_records(tmp_path: Path) -> None:
     """Kill -9 at ten moments spread over the work of one run, at least three of them in the evaluation."""
     epochs, chunk = 12, 20
     command = ["training=pgd", f"training.epochs={epochs}", "training.batch_size=64",
@@ -458,7 +463,7 @@ def test_ten_kills_change_nothing(tmp_path: Path) -> None:
     with np.load(record) as file:
         rows = len(file["index"])
 
-    # Moments of the calm run's wall time, told by what is then on disk: epochs done, images judged.
+    # Moments of the calm run, identified by what is on disk then: epochs trained, images attacked.
     outputs = tmp_path / "killed"
     in_evaluation = 0
     for number in range(10):
@@ -503,8 +508,8 @@ def rows_judged(outputs: Path) -> int:
 
 
 @pytest.mark.slow
-def test_five_kills_and_two_processes_change_no_outcome(tmp_path: Path) -> None:
-    """Kill -9 at five moments spread over one audit: attacks, checks and planted examples."""
+def test_five_kills_and_two_processes_do_not_change_records(tmp_path: Path) -> None:
+    """Kill -9 at five moments spread over one evaluation: attacks and checks."""
     trained = tmp_path / "trained"
     assert run_py(f"paths.outputs={trained}", "suite=none", "training.epochs=15").returncode == 0
     command = ["training=none", f"weights={only_folder(trained)}", "suite=strong", "evaluation.n=16",
@@ -548,7 +553,7 @@ def test_five_kills_and_two_processes_change_no_outcome(tmp_path: Path) -> None:
     assert told(calm) == told(killed) == told(parallel)
 
 
-def test_the_transfer_matrix_tries_each_on_all(tmp_path: Path, finished: Path) -> None:
+def test_transfer_matrix_has_every_pair_of_runs(tmp_path: Path, finished: Path) -> None:
     from kwta_exp.plan import plan_to_judge
     from kwta_exp.transfer_matrix import Question, matrix, names, text
 
@@ -571,7 +576,7 @@ def test_the_transfer_matrix_tries_each_on_all(tmp_path: Path, finished: Path) -
     assert matrix(dict(reversed(plans.items())), asked, work)["left"] == found["left"]
     assert len(text(found).splitlines()) == 7
     soft = matrix(plans, Question("bpda", 30, 0.1), work)
-    assert relu not in soft["left"][kwta]  # nothing to soften there
+    assert relu not in soft["left"][kwta]  # BPDA does not apply to ReLU
     assert "n/a" in text(soft)
     with pytest.raises(UserError, match="given twice"):
         names([folders[0], folders[0]])

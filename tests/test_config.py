@@ -1,4 +1,4 @@
-"""Configuration: every YAML lists what its target takes, everything composes, errors name the key."""
+"""Configuration: every YAML lists its target's parameters, every option composes, errors name the key."""
 
 import inspect
 from collections.abc import Callable
@@ -8,18 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from kwta_exp.config import adopt_run, build, call, read_fractions, run_name, settings
+from kwta_exp.adjust import adopted, read_fractions
+from kwta_exp.checkpoint import save_weights
+from kwta_exp.config import CommandLine, build, call, require_threat_and_recipe, settings
+from kwta_exp.config import composed as composed_command
 from kwta_exp.errors import UserError
 from kwta_exp.fields import fraction
 from kwta_exp.models.factory import with_facts
+from kwta_exp.plan import Plan, run_name
 from kwta_exp.recorded import RecordedRun
 from kwta_exp.run_folder import RunFolder
-from kwta_exp.suggest import complaint
+from kwta_exp.suggest import mistake
 from kwta_exp.trust import TRUSTED, local_code, require_buildable, targets
 from tests.conftest import ROOT
 from tests.stored import forge
@@ -39,12 +44,12 @@ OURS = [(g, o) for g in GROUPS
 
 
 QUICK = ("fgsm", "pgd", "bpda")
-"""The attacks that are there unless others are asked for."""
+"""The attacks of the default suite."""
 
 
 @cache
 def nodes() -> dict[tuple[str, str], DictConfig]:
-    """The node of every option in :data:`OURS`, from as few compositions as there are options in a group."""
+    """The node of every option in :data:`OURS`, in few compositions: each has one option of every group."""
     found = {}
     with initialize_config_dir(str(CONF), version_base="1.3"):
         attacks = [f"+attack@attack.{option}={option}" for option in options("attack") if option not in QUICK]
@@ -53,9 +58,7 @@ def nodes() -> dict[tuple[str, str], DictConfig]:
         others = {group: [o for g, o in OURS if g == group] for group in GROUPS if group != "attack"}
         for chosen in zip_longest(*others.values()):
             groups = {group: option for group, option in zip(others, chosen, strict=True) if option}
-            cfg = compose(
-                "config", ["recipe=arrays", *(f"{g}={o}" for g, o in ({"threat": "linf"} | groups).items())]
-            )
+            cfg = compose("config", [f"{group}={option}" for group, option in groups.items()])
             found |= {(group, option): cfg[group] for group, option in groups.items()}
     return found
 
@@ -74,16 +77,63 @@ def test_yaml_lists_every_tunable(group: str, option: str) -> None:
         assert listed <= parameters
 
 
-def test_every_dataset_names_its_threat_and_recipe() -> None:
-    for dataset in options("dataset"):
-        assert dataset in options("threat")
-        assert dataset in options("recipe")
+@pytest.mark.parametrize("dataset", options("dataset"))
+def test_every_dataset_has_a_threat_and_a_recipe(composed: Callable[..., DictConfig], dataset: str) -> None:
+    require_threat_and_recipe(composed(f"dataset={dataset}"), dataset, trains=True)
+
+
+OWN_DATA = """# @package _global_
+dataset: {_target_: kwta_exp.data.datasets.Synthetic, channels: 1, image_size: 8}
+"""
+
+
+def own_dataset(folder: Path, text: str) -> None:
+    (folder / "dataset").mkdir()
+    (folder / "dataset" / "mine.yaml").write_text(text)
+
+
+def test_one_yaml_holds_a_dataset_with_its_threat_and_recipe(tmp_path: Path) -> None:
+    own_dataset(
+        tmp_path, OWN_DATA + "threat: {norm: l2, eps: 0.7}\nrecipe: {epochs: 4, batch_size: 9, lr: 0.2}\n"
+    )
+    cfg = Plan.of(*composed_command(["dataset=mine", "recipe.batch_size=8"], tmp_path)).cfg
+    assert (cfg.threat.norm, cfg.threat.eps, cfg.attack.pgd.eps) == ("l2", 0.7, 0.7)
+    assert (cfg.training.epochs, cfg.training.batch_size, cfg.optimizer.lr) == (4, 8, 0.2)
+    other = Plan.of(*composed_command(["dataset=mine", "threat=linf", "threat.eps=3/255"], tmp_path)).cfg
+    assert (other.threat.norm, other.threat.eps) == ("linf", 3 / 255)
+
+
+@pytest.mark.parametrize(("text", "given", "message"), [
+    (OWN_DATA, ["threat=l2"], "^recipe.batch_size, recipe.epochs, recipe.lr: not set by dataset=mine;"),
+    (OWN_DATA, ["recipe.epochs=1", "recipe.batch_size=8", "recipe.lr=0.1"],
+     "^threat.eps, threat.norm: not set by dataset=mine; expected threat=linf or threat=l2, or"),
+    (OWN_DATA + "threat: {norm: linf}\n", ["scale=tiny"], "^threat.eps: not set by dataset=mine; expected"),
+])  # fmt: skip
+def test_a_dataset_without_a_threat_or_a_recipe_is_refused(
+    text: str, given: list[str], message: str, tmp_path: Path
+) -> None:
+    own_dataset(tmp_path, text)
+    with pytest.raises(UserError, match=message):
+        Plan.of(*composed_command(["dataset=mine", *given], tmp_path))
+
+
+def test_evaluating_needs_no_recipe(tmp_path: Path) -> None:
+    own_dataset(tmp_path, OWN_DATA)
+    save_weights(tmp_path / "net.safetensors", {"weight": torch.zeros(1)}, {})
+    given = ["dataset=mine", "threat=linf", "training=none", f"weights={tmp_path / 'net.safetensors'}"]
+    assert Plan.of(*composed_command(given, tmp_path)).chosen["dataset"] == "mine"
+
+
+def test_planning_does_not_change_the_composed_configuration() -> None:
+    cfg, line = composed_command(["scale=tiny", "dataset=cifar10"])
+    before = OmegaConf.to_yaml(cfg)
+    plan = Plan.of(cfg, line)
+    assert OmegaConf.to_yaml(cfg) == before
+    assert plan.cfg.training.epochs == 2
 
 
 @pytest.mark.parametrize("group", ["optimizer", "lr_schedule", "point", "suite", "scale"])
 def test_every_option_composes(composed: Callable[..., DictConfig], group: str) -> None:
-    import torch
-
     for option in options(group):
         cfg = composed(f"+{group}={option}" if group == "point" else f"{group}={option}")
         if group in ("optimizer", "lr_schedule"):
@@ -120,10 +170,9 @@ def test_files_are_shorter_than_a_screen() -> None:
     (["runtime.threads=0"], "runtime", r"runtime\.threads=0"),
     (["dataset=arrays"], "dataset", r"dataset\.path"),
 ])  # fmt: skip
-def test_an_error_names_key_value_and_what_was_expected(
+def test_error_names_key_value_and_expectation(
     composed: Callable[..., DictConfig], overrides: list[str], key: str, message: str
 ) -> None:
-    import torch
     from omegaconf.errors import OmegaConfBaseException
 
     def make() -> None:
@@ -153,10 +202,11 @@ def test_top_level_keys_are_checked(composed: Callable[..., DictConfig], overrid
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
-    (["+weigths=net.pth"], r"^weigths: unknown key; did you mean weights\?; expected one of seed, weights"),
-    (["~threat"], r"^threat=None: a run needs its threat; expected threat=OPTION"),
+    (["+weigths=net.pth"], r"^weigths: unknown key; did you mean weights\?; expected one of weights,"),
+    (["~optimizer"], r"^optimizer=None: expected optimizer=OPTION"),
+    (["recipe=cifar10"], r"^recipe='cifar10': expected recipe\.epochs=N, recipe\.batch_size=N and"),
 ])  # fmt: skip
-def test_keys_that_a_run_needs_or_does_not_know(
+def test_missing_nodes_and_unknown_keys_are_refused(
     composed: Callable[..., DictConfig], overrides: list[str], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -168,26 +218,27 @@ def test_keys_that_a_run_needs_or_does_not_know(
     ("8/255/2", "8/255/2"),
     ("-8/255", "-8/255"), ("runs/8", "runs/8"), (3, 3), (None, None), ("1./.", "1./."),
 ])  # fmt: skip
-def test_fractions_are_numbers_and_nothing_else_is(written: object, number: object) -> None:
+def test_only_fractions_are_converted_to_numbers(written: object, number: object) -> None:
     assert fraction(written) == number
 
 
-def test_fractions_become_numbers_before_anything_refers_to_them(composed: Callable[..., DictConfig]) -> None:
-    cfg = composed("threat.eps=8/255", "+attack.own={radii: [1/2, {a: 3/4}], eps: '${threat.eps}'}")
-    read_fractions(cfg)
+def test_interpolations_of_fractions_give_numbers(composed: Callable[..., DictConfig]) -> None:
+    cfg = read_fractions(
+        composed("threat.eps=8/255", "+attack.own={radii: [1/2, {a: 3/4}], eps: '${threat.eps}'}")
+    )
     assert cfg.threat.eps == cfg.attack.own.eps == cfg.attack.pgd.eps == 8 / 255
     assert cfg.attack.own.radii == [0.5, {"a": 0.75}]
 
 
 @pytest.mark.parametrize(("content", "message"), [
     ({"_target_": 3}, r"^it\._target_=3: expected the dotted path"),
-    ({"_target_": "os.remove"}, r"^it\._target_=os\.remove: Python's own library"),
-    ({"a": [{"b": {"_target_": "shutil.rmtree"}}]}, r"^it\.a\.0\.b\._target_=shutil\.rmtree: Python's own"),
+    ({"_target_": "os.remove"}, r"^it\._target_=os\.remove: nothing in Python's standard library"),
+    ({"a": [{"b": {"_target_": "shutil.rmtree"}}]}, r"^it\.a\.0\.b\._target_=shutil\.rmtree: nothing in"),
     ({"_partial_": 1}, r"^it\._partial_=1: expected true or false"),
     ({"_convert_": "much"}, r"^it\._convert_='much': expected none, partial, object or all"),
     ({"_args_": "x"}, r"^it\._args_='x': expected a list"),
 ])  # fmt: skip
-def test_what_cannot_be_a_part_is_refused_before_it_is_imported(content: Any, message: str) -> None:
+def test_invalid_targets_are_refused_before_import(content: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         require_buildable(content, "it")
     require_buildable({"_target_": "torch.nn.ReLU", "_partial_": True, "_convert_": "all", "_args_": [1]}, "it")
@@ -199,7 +250,7 @@ def test_what_cannot_be_a_part_is_refused_before_it_is_imported(content: Any, me
     (["training=pgd", "training.atack.steps=3"], "unknown key training.atack; did you mean training.attack?"),
     (["attack.pgd={step: 3}"], "unknown key attack.pgd.step; did you mean attack.pgd.steps?"),
     (["attak@attack.x=pgd"], "there is no group attak; did you mean attack?"),
-    (["activation@model=kwta"], "activation stands in one place alone; expected activation=kwta"),
+    (["activation@model=kwta"], "the package of activation is fixed; expected activation=kwta"),
     (["~model=mlp"], "~model=mlp: a run needs its model; expected model=OPTION"),
     (["experiment=paper/cifar11"], "no option of the group experiment; did you mean paper/cifar10?"),
     (["seed=é"], "seed=é: the value cannot be read; as text it is written 'seed=\"é\"'"),
@@ -207,8 +258,8 @@ def test_what_cannot_be_a_part_is_refused_before_it_is_imported(content: Any, me
     (["seed=int(x)"], "invalid literal for int()"),
     (["+x=1", "x.y=2"], "x has no keys of its own"),
 ])  # fmt: skip
-def test_a_command_line_that_does_not_compose_gets_the_nearest_name(overrides: list[str], message: str) -> None:
-    found = complaint(overrides, CONF, [], multirun=False)
+def test_wrong_override_message_suggests_the_nearest_name(overrides: list[str], message: str) -> None:
+    found = mistake(overrides, None, multirun=False)
     assert found is not None
     assert message in found
 
@@ -219,44 +270,44 @@ def test_a_command_line_that_does_not_compose_gets_the_nearest_name(overrides: l
     ["++x.y=1", "x.y=2"],
     ["hydra.foo=1", "experiment=paper/cifar10", "dataset=${threat}"],
 ])  # fmt: skip
-def test_nothing_is_said_against_what_composes(overrides: list[str]) -> None:
-    assert complaint(overrides, CONF, [], multirun=False) is None
+def test_valid_overrides_give_no_message(overrides: list[str]) -> None:
+    assert mistake(overrides, None, multirun=False) is None
 
 
-def test_options_of_a_users_folder_and_of_a_grid_are_known(tmp_path: Path) -> None:
+def test_user_options_and_grids_are_checked_too(tmp_path: Path) -> None:
     (tmp_path / "activation").mkdir()
     (tmp_path / "activation" / "squash.yaml").write_text("_target_: a.Squash\n_partial_: true\nslope: 1\n")
     own = ["activation=squash", "activation.slope=2"]
-    assert complaint(own, CONF, [tmp_path], multirun=False) is None
-    assert "activation=squash: no option" in (complaint(own, CONF, [], multirun=False) or "")
-    found = complaint(["activation.slop=2", "activation=squash"], CONF, [tmp_path], multirun=False)
+    assert mistake(own, tmp_path, multirun=False) is None
+    assert "activation=squash: no option" in (mistake(own, None, multirun=False) or "")
+    found = mistake(["activation.slop=2", "activation=squash"], tmp_path, multirun=False)
     assert found is not None
     assert "did you mean activation.slope?" in found
     grid = ["activation=relu,kwtaa", "seed=1,2"]
-    assert "activation=kwtaa: no option" in (complaint(grid, CONF, [], multirun=True) or "")
-    assert complaint(["activation=relu,kwta", "seed=1,2"], CONF, [], multirun=True) is None
+    assert "activation=kwtaa: no option" in (mistake(grid, None, multirun=True) or "")
+    assert mistake(["activation=relu,kwta", "seed=1,2"], None, multirun=True) is None
 
 
-def test_names_are_readable(composed: Callable[..., DictConfig]) -> None:
+def test_run_name_holds_the_options_and_the_ratio(composed: Callable[..., DictConfig]) -> None:
     chosen = {"dataset": "digits", "model": "cnn", "training": "natural"}
     for option, name in (("kwta", "kwta0.1"), ("lwta", "lwta2"), ("relu", "relu"), ("kwta_k", "kwta_k64")):
         cfg = composed(f"activation={option}")
         assert run_name(cfg, {**chosen, "activation": option}, "full") == f"digits-cnn-{name}-natural"
 
 
-def test_the_folder_follows_the_identity(tmp_path: Path) -> None:
+def test_run_folder_depends_on_the_identity(tmp_path: Path) -> None:
     folders = [RunFolder.of(tmp_path, "n", seed, {"a": a, "b": 1}).path for seed, a in ((0, 1), (0, 2), (1, 1))]
     assert len(set(folders)) == 3
     assert RunFolder.of(tmp_path, "n", 0, {"b": 1, "a": 1}).path == folders[0]
 
 
-def test_networks_get_the_facts_they_ask_for() -> None:
+def test_network_factory_gets_the_data_facts_in_its_signature() -> None:
     facts = {"num_classes": 2, "in_channels": 3, "image_size": (4, 5)}
     assert with_facts(lambda num_classes: None, facts) == {"num_classes": 2}
     assert with_facts(lambda **anything: None, facts) == facts
 
 
-def test_run_folders_are_trusted_with_exactly_what_conf_builds() -> None:
+def test_trusted_classes_are_those_that_conf_names() -> None:
     found = set()
     for (group, _), node in nodes().items():
         if group in ("dataset", "threat", "activation", "model"):
@@ -264,7 +315,7 @@ def test_run_folders_are_trusted_with_exactly_what_conf_builds() -> None:
     assert found == TRUSTED
 
 
-def test_a_users_own_code_is_part_of_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_code_is_part_of_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "own_layers.py").write_text("class A: pass\n")
     node = {"_target_": "kwta_exp.models.MLP", "activation": [{"_target_": "own_layers.A"}]}
@@ -277,7 +328,7 @@ def test_a_users_own_code_is_part_of_the_identity(tmp_path: Path, monkeypatch: p
     assert local_code({"training": {"attack": attack}}).keys() == {"own_layers"}
 
 
-def test_a_judged_run_lends_its_groups(composed: Callable[..., DictConfig], tmp_path: Path) -> None:
+def test_evaluating_a_run_uses_its_recorded_groups(composed: Callable[..., DictConfig], tmp_path: Path) -> None:
     source = composed("activation=lwta", "model=mlp", "threat.eps=0.3")
     (tmp_path / "config.yaml").write_text(
         OmegaConf.to_yaml(OmegaConf.masked_copy(source, ["activation", "model", "threat", "dataset"]))
@@ -287,15 +338,13 @@ def test_a_judged_run_lends_its_groups(composed: Callable[..., DictConfig], tmp_
     )
     forge(tmp_path)
     given = ["training=none", "weights=x", "threat.norm=l2"]
-    cfg, chosen = composed(*given), {"activation": "kwta", "model": "cnn"}
+    run = RecordedRun.read(tmp_path, "weights")
+    assert (run.choices["activation"], run.choices["model"]) == ("lwta", "mlp")
 
-    adopt_run(cfg, chosen, RecordedRun.read(tmp_path, "weights"), given)
-
-    assert (chosen["activation"], chosen["model"]) == ("lwta", "mlp")
+    cfg = adopted(composed(*given), CommandLine({}, given, False), run, None)
     assert cfg.model.activation._target_ == "kwta_exp.activations.LWTA"
     assert (cfg.threat.eps, cfg.threat.norm) == (0.3, "l2")
 
-    cfg, chosen = composed("model=cnn", *given), {"activation": "kwta", "model": "cnn"}
-    adopt_run(cfg, chosen, RecordedRun.read(tmp_path, "weights"), ["model=cnn", *given])
-    assert chosen["model"] == "cnn"
+    given = ["model=cnn", *given]
+    cfg = adopted(composed(*given), CommandLine({}, given, False), run, None)
     assert "CNN" in cfg.model._target_

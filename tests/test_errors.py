@@ -1,4 +1,4 @@
-"""What is shown: no name and no exception commands the terminal."""
+"""No name and no exception can send control characters to the terminal."""
 
 import logging
 import logging.config
@@ -27,20 +27,20 @@ SHOWN = [
 
 
 @pytest.mark.parametrize(("text", "shown"), SHOWN, ids=ascii)
-def test_what_could_command_a_terminal_is_shown_escaped(text: str, shown: str) -> None:
+def test_control_characters_are_escaped(text: str, shown: str) -> None:
     assert printable(text) == shown
     assert printable(shown) == shown
     assert str(UserError(text)) == str(ConfigError(text)) == shown
     shown.encode()
 
 
-def test_a_mistake_keeps_its_message_on_the_way_to_hydra() -> None:
+def test_user_error_keeps_the_message_of_a_config_error() -> None:
     with pytest.raises(UserError) as caught, user_errors():
         raise ConfigError("weights=\x1b[2J: no such file")
     assert str(caught.value) == r"weights=\x1b[2J: no such file"
 
 
-def test_log_lines_and_tracebacks_are_escaped_on_the_terminal_and_in_the_file(
+def test_log_lines_and_tracebacks_are_escaped(
     composed: Callable[..., DictConfig], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -67,7 +67,7 @@ def test_log_lines_and_tracebacks_are_escaped_on_the_terminal_and_in_the_file(
     assert not {"\x07", "\x1b", "\x9b"} & {*written}
 
 
-def test_the_table_shows_names_as_they_are_but_for_what_commands_a_terminal() -> None:
+def test_results_table_escapes_control_characters_only() -> None:
     accuracy = {"accuracy": 0.5, "robust_accuracy": 0.5, "n": 2, "ci95": [0.1, 0.9]}
     attack = {**accuracy, "cumulative": 0.5, "forwards": 1, "backwards": 1, "seconds": 1.0}
     shown = results_table({

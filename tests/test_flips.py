@@ -17,7 +17,7 @@ from kwta_exp import experiment
 from kwta_exp.checkpoint import read_state, read_weights
 from kwta_exp.errors import UserError
 from kwta_exp.results_file import read_results
-from kwta_exp.run_folder import read_described
+from kwta_exp.run_folder import read_config_file
 from kwta_exp.sealed import read_arrays
 from kwta_exp.storage import read_json, read_lines
 from tests.launched import launch, time_limit
@@ -39,8 +39,8 @@ FILES: dict[str, Callable[[Path], Any]] = {
     "evaluation/*/pgd.npz": read_arrays,
     "evaluation/*/bpda.npz": read_arrays,
     "evaluation/*/images/*.npz": read_arrays,
-    "config.yaml": lambda path: read_described(path.parent, path.name),
-    "overrides.yaml": lambda path: read_described(path.parent, path.name),
+    "config.yaml": lambda path: read_config_file(path.parent, path.name),
+    "overrides.yaml": lambda path: read_config_file(path.parent, path.name),
     "environment.json": read_json,
     "metrics.jsonl": read_lines,
 }

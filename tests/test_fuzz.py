@@ -1,4 +1,4 @@
-"""Command lines that nobody would write: each makes a plan or one message, and leaves nothing behind."""
+"""Random command lines: each gives a plan or one message, and writes no file."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -58,7 +58,7 @@ def keys_of(node: Any, at: str = "") -> Iterator[str]:
 
 
 class CommandLines:
-    """Seeded random overrides, made of the groups, options and keys that there are."""
+    """Seeded random overrides, from the existing groups, options and keys."""
 
     def __init__(self, composed: Callable[..., DictConfig]) -> None:
         self.groups = Tree.of([CONF]).groups
@@ -105,7 +105,7 @@ class CommandLines:
 
 
 class ReachedError(Exception):
-    """The run's folder would be made now."""
+    """Raised where the run's folder would be made."""
 
 
 def outcome(overrides: list[str]) -> str | None:
@@ -146,7 +146,7 @@ def check(numbers: range, tmp_path: Path) -> None:
                 assert "Traceback" not in message
                 assert max(map(len, message.splitlines())) <= 750, overrides
             assert list(tmp_path.iterdir()) == [], overrides
-    assert messages > len(numbers) / 3  # they are wrong enough to be a test
+    assert messages > len(numbers) / 3  # enough of them are wrong for a useful test
 
 
 @pytest.mark.usefixtures("nothing_is_run")

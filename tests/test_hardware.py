@@ -1,4 +1,4 @@
-"""What the hardware can do is looked up in one place; a process takes no more cores than it was given."""
+"""One module queries the hardware; a process uses no more cores than it may."""
 
 import os
 import re
@@ -47,9 +47,9 @@ def test_without_a_limit_every_core_it_may_run_on_is_used() -> None:
         ("0::/\n", {"cpu.max": "1000 100000\n"}, 1),
         ("0::/\n", {"cpu.max": "1600000 100000\n"}, 8),
         ("0::/\n", {"cpu.max": "nonsense\n"}, 8),
-        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "300000 100000\n"}, 3),  # a parent's binds
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "300000 100000\n"}, 3),  # the parent's limit
         ("0::/a/b\n", {"a/b/cpu.max": "100000 50000\n", "a/cpu.max": "300000 100000\n"}, 2),
-        ("0::/a\n", {"b/cpu.max": "100000 100000\n"}, 8),  # a neighbour's does not
+        ("0::/a\n", {"b/cpu.max": "100000 100000\n"}, 8),  # not a sibling's
         ("0::/../../host/job\n", {"cpu.max": "400000 100000\n"}, 4),  # seen from a container
         ("4:cpu,cpuacct:/job\n", {"cpu,cpuacct/job/cpu.cfs_quota_us": "300000\n",
                                   "cpu,cpuacct/job/cpu.cfs_period_us": "100000\n"}, 3),
@@ -83,7 +83,7 @@ def test_the_least_of_all_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert hardware.usable_cores() == 1
 
 
-def test_a_run_takes_one_thread_a_usable_core_and_is_named_by_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_threads_are_the_usable_cores_and_part_of_the_identity(monkeypatch: pytest.MonkeyPatch) -> None:
     for cores in (3, 5):
         monkeypatch.setattr(hardware, "usable_cores", lambda cores=cores: cores)
         assert Runtime(accelerator="cpu").resolved_threads == cores
@@ -107,7 +107,7 @@ def test_idle_threads_sleep_soon_unless_the_user_says_otherwise(
 
 
 @pytest.mark.parametrize("command", ["command", "cli"])
-def test_every_command_sets_it_before_torch_is_loaded(command: str) -> None:
+def test_every_command_sets_the_spin_count_before_torch_is_loaded(command: str) -> None:
     """OpenMP reads it once, as torch is loaded."""
     code = f"""if True:
         import sys
@@ -119,7 +119,7 @@ def test_every_command_sets_it_before_torch_is_loaded(command: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerator_auto_uses_a_gpu_if_present(monkeypatch: pytest.MonkeyPatch) -> None:
     for gpus, expected in ((0, "cpu"), (2, "cuda")):
         monkeypatch.setattr(hardware, "nvidia_gpus", lambda gpus=gpus: gpus)
         assert Runtime().resolved_accelerator == expected

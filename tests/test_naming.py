@@ -1,4 +1,4 @@
-"""Names that become file names: nothing is written outside the folder it belongs to."""
+"""Names that become file names: nothing is written outside its folder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +40,7 @@ TAKEN = [
 
 
 @pytest.mark.parametrize("name", CANNOT, ids=ascii)
-def test_a_name_that_is_no_plain_file_name_is_refused(name: str) -> None:
+def test_unsafe_name_is_refused(name: str) -> None:
     with pytest.raises(
         UserError, match=r"^attack: name .* cannot name a file; expected letters, digits"
     ) as caught:
@@ -50,32 +50,32 @@ def test_a_name_that_is_no_plain_file_name_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TAKEN)
-def test_a_name_of_the_evaluation_s_own_files_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match=rf"^attack: name '{name}' is taken"):
+def test_reserved_name_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=rf"^attack: name '{name}' is reserved"):
         safe_name(name)
 
 
 @pytest.mark.parametrize("name", [3, 1.5, True, None, ("a", "b"), b"pgd"], ids=repr)
-def test_a_name_that_is_no_text_is_refused(name: object) -> None:
-    with pytest.raises(UserError, match=r"^attack: name .* is a \w+; expected text"):
+def test_name_that_is_not_a_string_is_refused(name: object) -> None:
+    with pytest.raises(UserError, match=r"^attack: name .* is a \w+; expected a string"):
         safe_name(name)
 
 
 @pytest.mark.parametrize(
     "name", ["pgd", "pgd-20", "PGD_l2+0.5", "3", "_x", "+x", "a" * LONGEST, "binarized", "cleaned"]
 )
-def test_plain_names_stay_as_they_are(name: str) -> None:
+def test_safe_name_is_unchanged(name: str) -> None:
     assert safe_name(name) == name
 
 
-def test_names_that_differ_in_case_alone_are_refused() -> None:
+def test_names_that_differ_only_in_case_are_refused() -> None:
     assert safe_names(["pgd", "fgsm"]) == ["pgd", "fgsm"]
-    with pytest.raises(UserError, match="attack: names pgd and PGD differ in case alone"):
+    with pytest.raises(UserError, match="attack: names pgd and PGD differ only in case"):
         safe_names(["pgd", "fgsm", "PGD"])
 
 
 @pytest.mark.parametrize("text", [*CANNOT, *TAKEN, "x" * 5000], ids=lambda text: ascii(text)[:40])
-def test_any_text_is_made_into_one_harmless_path_component(text: str) -> None:
+def test_as_name_gives_one_safe_path_component(text: str) -> None:
     made = as_name(text)
     assert Path("folder", f"0-{made}").parent == Path("folder")
     assert made.isascii()
@@ -92,14 +92,14 @@ ATTACK = "{_target_: foolbox.attacks.LinfPGD, steps: 1}"
     [
         (f"+attack={{3: {ATTACK}}}", "attack: name 3 is a int"),
         (f"+attack={{true: {ATTACK}}}", "attack: name True is a bool"),
-        (f"+attack.clean={ATTACK}", "attack: name 'clean' is taken"),
-        (f"+attack.PGD={ATTACK}", "attack: names pgd and PGD differ in case alone"),
+        (f"+attack.clean={ATTACK}", "attack: name 'clean' is reserved"),
+        (f"+attack.PGD={ATTACK}", "attack: names pgd and PGD differ only in case"),
         (f"+attack={{../../outside: {ATTACK}}}", r"attack: name '\.\./\.\./outside' cannot name a file"),
         (f"+attack={{/tmp/outside: {ATTACK}}}", "attack: name '/tmp/outside' cannot name a file"),
         (f"+attack={{.hidden: {ATTACK}}}", r"attack: name '\.hidden' cannot name a file"),
     ],
 )
-def test_an_attack_s_bad_name_is_one_message_and_nothing_is_written(
+def test_unsafe_attack_name_gives_one_message_and_writes_no_file(
     override: str, message: str, composed: Callable[..., DictConfig], tmp_path: Path
 ) -> None:
     cfg = composed(f"paths.outputs={tmp_path / 'out'}", "runtime=cpu", "runtime.threads=1", override)
@@ -109,14 +109,14 @@ def test_an_attack_s_bad_name_is_one_message_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_was_chosen_names_a_folder_of_limited_length_and_no_other_one() -> None:
+def test_readable_gives_one_short_path_component() -> None:
     for text in (*CANNOT, "x" * 5000):
         assert Path("outputs", f"digits-{readable(text)}").parent == Path("outputs")
         assert len(readable(text)) <= 48
 
 
 @pytest.mark.parametrize("outputs", ["a" * 300, "a\0b"], ids=ascii)
-def test_outputs_that_cannot_be_are_one_message(outputs: str, tmp_path: Path) -> None:
+def test_impossible_outputs_path_gives_one_message(outputs: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^paths\.outputs=.*: no folder can be made there"):
         RunFolder.of(tmp_path / outputs, "digits-cnn", 0, {})
 
@@ -136,7 +136,7 @@ class AlwaysFirst(torch.nn.Module):
         return torch.stack([x.sum((1, 2, 3)) * 0 + 1, x.sum((1, 2, 3)) * 0], 1)
 
 
-def test_the_library_refuses_an_attack_s_bad_name_too(tmp_path: Path) -> None:
+def test_evaluate_refuses_an_unsafe_attack_name(tmp_path: Path) -> None:
     attack = CallableAttack(lambda model, x, y, keys: x, THREAT)
     folder = tmp_path / "evaluation"
     with pytest.raises(UserError, match=r"attack: name '\.\./x'"):
@@ -145,7 +145,7 @@ def test_the_library_refuses_an_attack_s_bad_name_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/x", "clean", "\x1b[31m"], ids=ascii)
-def test_a_received_folder_s_attack_leads_no_reader_out_of_it(name: str, tmp_path: Path) -> None:
+def test_attack_name_in_results_cannot_lead_outside_the_folder(name: str, tmp_path: Path) -> None:
     results = evaluation(tmp_path, "quick-a", [True, True, False], {"pgd": [0]})
     results["attacks"] = {name: results["attacks"]["pgd"]}
     for folder in (tmp_path, tmp_path / "evaluation" / "quick-a"):

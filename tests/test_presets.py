@@ -1,4 +1,4 @@
-"""Presets and scale=tiny: each composes and builds; each family and objective runs end to end in seconds."""
+"""Presets build; each network family and objective runs end to end at scale=tiny."""
 
 import json
 import re
@@ -15,13 +15,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from safetensors.numpy import load_file, save_file
 
+from kwta_exp.adjust import scaled
 from kwta_exp.config import ConfigError, build, plain, settings
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.stored import Stored
 from kwta_exp.experiment import run
 from kwta_exp.plan import plan_to_judge
 from kwta_exp.report.compare import compare
-from kwta_exp.scale import apply_scale
 from kwta_exp.sealed import write_arrays
 from kwta_exp.verify import verify
 from tests.conftest import ROOT
@@ -52,7 +52,7 @@ def tiny(composed: Callable[..., DictConfig], tmp_path: Path) -> Tiny:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_composes_and_builds_and_says_what_it_claims(
+def test_every_preset_builds_and_has_a_complete_header(
     composed: Callable[..., DictConfig], preset: str
 ) -> None:
     header = "".join(
@@ -76,7 +76,7 @@ def test_every_preset_composes_and_builds_and_says_what_it_claims(
 
 
 def commands(preset: str) -> list[list[str]]:
-    """The overrides of every command line in a preset's header, with something in place of its placeholders."""
+    """The overrides of every command line in a preset's header, with placeholders filled in."""
     header = re.sub(r"^#", "", (EXPERIMENTS / f"{preset}.yaml").read_text().split("defaults:")[0], flags=re.M)
     written = header.split("Command:")[1].split("Cost:")[0].replace("\\\n", " ")
     lines = re.findall(r"python run\.py (.*)", re.sub(r"\([^)]*(\)|$)", "", written))
@@ -85,7 +85,7 @@ def commands(preset: str) -> list[list[str]]:
 
 
 def with_every_value(jobs: list[list[str]]) -> list[list[str]]:
-    """So many of a grid's jobs that no override is left out."""
+    """Jobs of a grid that together contain every override."""
     seen: set[str] = set()
     found = []
     for job in jobs:
@@ -96,7 +96,7 @@ def with_every_value(jobs: list[list[str]]) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_command_of_a_header_composes(composed: Callable[..., DictConfig], preset: str) -> None:
+def test_every_command_in_a_header_composes(composed: Callable[..., DictConfig], preset: str) -> None:
     found = commands(preset)
     assert any(f"experiment={preset}" in overrides for overrides in found)
     for overrides in found:
@@ -124,18 +124,20 @@ FAMILIES = [
 
 
 @pytest.mark.parametrize("overrides", FAMILIES, ids=" ".join)
-def test_one_of_each_network_family_trains_attacks_and_reports(tiny: Tiny, overrides: list[str]) -> None:
+def test_each_network_family_runs_end_to_end(tiny: Tiny, overrides: list[str]) -> None:
     results = tiny(*overrides)
     assert results["run"]["scale"] == "tiny"
     assert results["run"]["name"].startswith("tiny-")
     assert ("synthetic" in results["run"]) == any("dataset=" in override for override in overrides)
     assert results["attacks"]["bpda"]["activations_replaced"] >= 2
     assert results["worst_case"]["n"] == 64
-    assert results["attacks"]["pgd"]["forwards"] > 0  # some image was right, and was attacked
+    assert (
+        results["attacks"]["pgd"]["forwards"] > 0
+    )  # at least one image was classified correctly, and attacked
 
 
 @pytest.mark.parametrize("training", ["natural", "pgd", "trades", "free", "fast", "mart", "alp"])
-def test_each_objective_trains_attacks_and_reports(tiny: Tiny, training: str, tmp_path: Path) -> None:
+def test_each_objective_runs_end_to_end(tiny: Tiny, training: str, tmp_path: Path) -> None:
     results = tiny(f"training={training}", "training.ema_decay=0.5", "training.clip_norm=1.0",
                    "training.label_smoothing=0.1", "runtime.channels_last=true",
                    "runtime.precision=bf16-mixed")  # fmt: skip
@@ -156,7 +158,7 @@ def test_every_preset_runs_end_to_end_at_scale_tiny(tiny: Tiny, preset: str) -> 
     assert not results["attacks"] or results["attacks"]["pgd"]["forwards"] > 0
 
 
-def test_training_against_the_adaptive_attack(tiny: Tiny) -> None:
+def test_adversarial_training_accepts_bpda(tiny: Tiny) -> None:
     adaptive = ["training=pgd", "attack@training.attack=bpda_inner"]
     results = tiny(*adaptive)
     assert results["attacks"]["bpda"]["activations_replaced"] >= 2
@@ -164,7 +166,7 @@ def test_training_against_the_adaptive_attack(tiny: Tiny) -> None:
         tiny(*adaptive, "activation=relu")
 
 
-def test_weights_are_judged_at_the_ratio_they_were_trained_to(tiny: Tiny, tmp_path: Path) -> None:
+def test_evaluation_uses_the_ratio_reached_in_training(tiny: Tiny, tmp_path: Path) -> None:
     schedule = ["sparsity=linear", "sparsity.final=0.3", "sparsity.over=1.0", "activation.ratio=0.5"]
     trained = tiny(*schedule)
     assert trained["run"]["name"] == "tiny-digits-cnn-kwta0.5to0.3-natural"
@@ -181,15 +183,13 @@ def test_weights_are_judged_at_the_ratio_they_were_trained_to(tiny: Tiny, tmp_pa
             found: list[float] = file["margin"].tolist()
             return found
 
-    assert (
-        margins("kwta0.3-none") == margins("kwta0.5to0.3-natural") != margins("kwta0.9-none")
-    )  # and 0.9 it was
-    # And fine-tuning starts at the schedule's own ratio.
+    assert margins("kwta0.3-none") == margins("kwta0.5to0.3-natural") != margins("kwta0.9-none")
+    # Fine-tuning starts at the schedule's own ratio.
     tuned = tiny("sparsity=incremental", "activation.ratio=0.3", f"weights={folder}")
     assert tuned["run"]["name"] == "tiny-digits-cnn-kwta0.3to0.08-natural"
 
 
-def test_weights_are_not_judged_under_another_activation(
+def test_evaluating_weights_with_another_activation_is_refused(
     tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tiny("suite=none")
@@ -204,11 +204,11 @@ def test_weights_are_not_judged_under_another_activation(
     tiny("training=none", f"weights={folder}", "activation=kwta_channel", "suite=none")
     assert "trained with another activation than this network has: over=volume, here channel" in caplog.text
     caplog.clear()
-    tiny(f"weights={folder}", "activation=relu", "suite=none")  # training on with another is a method
+    tiny(f"weights={folder}", "activation=relu", "suite=none")  # to train on with another one is allowed
     assert "_target_=kwta_exp.activations.KWTA, here torch.nn.ReLU" in caplog.text
 
 
-def test_weights_of_unknown_origin_are_judged_under_any_activation(
+def test_foreign_weights_are_evaluated_with_any_activation(
     tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     network = ["model=mlp", "model.hidden=[4]", "suite=none"]
@@ -221,18 +221,16 @@ def test_weights_of_unknown_origin_are_judged_under_any_activation(
     assert "trained with" not in caplog.text
 
 
-def test_a_scale_says_what_it_changes(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
+def test_scale_logs_its_changes(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     tiny("training.epochs=30", "training.batch_size=8", "suite=none")
     (line,) = [message for message in caplog.messages if message.startswith("scale=tiny: ")]
     assert "training.epochs 30 -> 2" in line
     assert "evaluation.n null -> 64" in line
-    assert "training.batch_size" not in line  # is small enough
+    assert "training.batch_size" not in line  # below its cap
 
 
-def test_an_own_attack_gets_a_number_however_eps_is_written(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_user_attack_gets_eps_as_a_number(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_attack.py").write_text(
         "class Up:\n"
         "    def __init__(self, eps, step): self.change = eps + 0 * step\n"
@@ -244,10 +242,10 @@ def test_an_own_attack_gets_a_number_however_eps_is_written(
         results = tiny("suite=none", own, f"threat.eps={eps}")
         assert results["threat"]["eps"] == 8 / 255
         assert results["attacks"]["up"]["eps"] == 8 / 255
-    assert len(list((tmp_path / "out").glob("*/*/evaluation/*"))) == 1  # one evaluation, whichever way
+    assert len(list((tmp_path / "out").glob("*/*/evaluation/*"))) == 1  # all three are the same evaluation
 
 
-def test_a_class_that_is_no_dataset_is_refused(
+def test_dataset_of_another_class_is_refused(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "own_data.py").write_text("class Data:\n    def __init__(self, **anything): pass\n")
@@ -256,19 +254,19 @@ def test_a_class_that_is_no_dataset_is_refused(
         tiny("++dataset={_target_: own_data.Data}")
 
 
-def test_a_schedule_without_anything_to_schedule_is_refused(tiny: Tiny) -> None:
+def test_sparsity_schedule_without_kwta_is_refused(tiny: Tiny) -> None:
     with pytest.raises(ConfigError, match="sparsity=incremental: the network has no k-WTA layer with a ratio"):
         tiny("activation=relu", "sparsity=incremental", "sparsity.start=0.2")
 
 
-def test_attacks_transfer_from_a_run(tiny: Tiny, tmp_path: Path) -> None:
+def test_transfer_attack_uses_the_source_run(tiny: Tiny, tmp_path: Path) -> None:
     tiny("activation=relu")
     (source,) = (tmp_path / "out").glob("*relu*/s0-*")
     overrides = ["+attack@attack.transfer=transfer", f"attack.transfer.source={source}"]
     results = tiny(*overrides)
     assert results["attacks"]["transfer"]["source"] == str(source)
     assert results["attacks"]["transfer"]["forwards"] == 0
-    # The source counts by its weights, not by its place.
+    # The weights of the source identify it, not its path.
     moved = source.rename(source.with_name("moved"))
     again = tiny(overrides[0], f"attack.transfer.source={moved}")
     assert again["attacks"]["transfer"] == results["attacks"]["transfer"]
@@ -278,25 +276,23 @@ def test_attacks_transfer_from_a_run(tiny: Tiny, tmp_path: Path) -> None:
         tiny(overrides[0], "scale=full", "dataset=synthetic")
 
 
-def test_caps_reach_every_number_of_that_name(composed: Callable[..., DictConfig]) -> None:
-    cfg = composed("scale=tiny", "training=pgd", "model=densenet", "dataset.train_n=7", "attack.pgd.restarts=9")
-    assert apply_scale(cfg) == "tiny"
+def test_caps_apply_at_any_depth(composed: Callable[..., DictConfig]) -> None:
+    cfg = scaled(
+        composed("scale=tiny", "training=pgd", "model=densenet", "dataset.train_n=7", "attack.pgd.restarts=9")
+    )
     assert cfg.training.epochs == cfg.lr_schedule.T_max == 2
     assert plain(cfg, "training.attack.steps") == plain(cfg, "attack.fgsm.steps") + 2 == 3
     assert cfg.attack.pgd.restarts == 1
-    assert cfg.model.growth == 4  # null is more
+    assert cfg.model.growth == 4  # null counts as larger
     assert (cfg.dataset.train_n, cfg.evaluation.n) == (7, 64)
-    assert composed("scale=tiny").model.channels == [32, 32, 64, 64]
     cnn = composed("scale=tiny")
-    apply_scale(cnn)
-    assert cnn.model.channels == [4, 4, 4, 4]
+    assert scaled(cnn).model.channels == [4, 4, 4, 4]
+    assert cnn.model.channels == [32, 32, 64, 64]
     full = composed("model=densenet")
-    before = plain(full, "model")
-    assert apply_scale(full) == "full"
-    assert plain(full, "model") == before
+    assert scaled(full) == full
 
 
-def test_a_real_dataset_is_used_at_scale_tiny_where_it_is(tiny: Tiny, arrays_file: Path) -> None:
+def test_scale_tiny_uses_real_data_if_present(tiny: Tiny, arrays_file: Path) -> None:
     assert "synthetic" not in tiny("dataset=arrays", f"dataset.path={arrays_file}")["run"]
 
 
@@ -304,7 +300,9 @@ def test_a_real_dataset_is_used_at_scale_tiny_where_it_is(tiny: Tiny, arrays_fil
     (["dataset=arrays", "dataset.path=absent.npz"], r"dataset\.path=absent\.npz: no such file"),
     (["dataset=image_folder", "dataset.root=absent"], r"dataset\.root=absent: no folder absent"),
 ])  # fmt: skip
-def test_a_place_that_the_user_names_has_no_substitute(tiny: Tiny, overrides: list[str], message: str) -> None:
+def test_missing_data_at_a_given_path_is_an_error_at_scale_tiny(
+    tiny: Tiny, overrides: list[str], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         tiny(*overrides)
 
@@ -314,7 +312,7 @@ def verify_again(folder: Path) -> list[str]:
     return verify(plan_to_judge(folder, [], None, False), folder)
 
 
-def test_a_worst_case_is_verified_from_weights_and_images_alone(tiny: Tiny, tmp_path: Path) -> None:
+def test_verify_recomputes_the_worst_case_and_detects_changes(tiny: Tiny, tmp_path: Path) -> None:
     results = tiny("evaluation.save_images=true", "training.epochs=2", "dataset=synthetic", "model=mlp")
     (folder,) = (tmp_path / "out").glob("*/s0-*")
     (said,) = verify_again(folder)
@@ -347,7 +345,7 @@ def test_a_worst_case_is_verified_from_weights_and_images_alone(tiny: Tiny, tmp_
         verify_again(folder)
 
 
-def test_two_runs_are_compared_from_their_rows(tiny: Tiny, tmp_path: Path) -> None:
+def test_compare_reads_the_records_of_two_runs(tiny: Tiny, tmp_path: Path) -> None:
     for activation in ("kwta", "relu"):
         tiny(f"activation={activation}", "model=mlp")
     kwta, relu = (Stored.read(next((tmp_path / "out").glob(f"*{name}*/s0-*"))) for name in ("kwta", "relu"))
@@ -361,8 +359,8 @@ EVIL = "{_target_: pathlib.Path.touch, _args_: [{_target_: pathlib.Path, _args_:
 
 
 @pytest.mark.parametrize("how", ["resolver", "elsewhere", "group", "data"])
-def test_a_received_folder_resolves_nothing_of_its_own(tiny: Tiny, tmp_path: Path, how: str) -> None:
-    """An interpolation may make a target out of a text, after the targets were looked at."""
+def test_interpolations_of_an_untrusted_folder_are_not_resolved(tiny: Tiny, tmp_path: Path, how: str) -> None:
+    """An interpolation can turn a text into a target, after the targets were checked."""
     tiny("model=mlp", "evaluation.save_images=true")
     (folder,) = (tmp_path / "out").glob("*/s0-*")
     proof = tmp_path / "code-ran"
@@ -381,7 +379,7 @@ def test_a_received_folder_resolves_nothing_of_its_own(tiny: Tiny, tmp_path: Pat
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
     forge(folder)
     audit = ["training=none", f"weights={folder}"]
-    if how == "data":  # where data lies is never taken from a folder
+    if how == "data":  # a path of the folder is never used
         tiny(*audit, "suite=none")
         verify_again(folder)
         assert not proof.exists()
@@ -390,14 +388,18 @@ def test_a_received_folder_resolves_nothing_of_its_own(tiny: Tiny, tmp_path: Pat
         audit,
         ["+attack@attack.transfer=transfer", f"attack.transfer.source={folder}", "model=cnn"],
     ):
-        with pytest.raises(ConfigError, match=r"not resolved on a folder's word|not one that a run of this"):
+        with pytest.raises(
+            ConfigError, match=r"interpolations of a run folder are not resolved|not one that a run of this"
+        ):
             tiny(*overrides)
-    with pytest.raises(UserError, match=r"not resolved on a folder's word|not one that a run of this"):
+    with pytest.raises(
+        UserError, match=r"interpolations of a run folder are not resolved|not one that a run of this"
+    ):
         verify_again(folder)
     assert not proof.exists()
 
 
-def test_weights_of_a_full_run_keep_their_size_at_scale_tiny(tiny: Tiny, tmp_path: Path) -> None:
+def test_scale_tiny_keeps_the_network_size_of_full_weights(tiny: Tiny, tmp_path: Path) -> None:
     small = ["model=mlp", "model.hidden=[24]"]
     tiny(*small, "scale=full", "training.epochs=1", "suite=none", "evaluation.n=8")
     (folder,) = (tmp_path / "out").glob("digits*/s0-*")
@@ -405,16 +407,16 @@ def test_weights_of_a_full_run_keep_their_size_at_scale_tiny(tiny: Tiny, tmp_pat
     assert tiny(*small, f"weights={folder}")["run"]["scale"] == "tiny"
 
 
-def test_the_published_attack_gives_way_to_a_short_one_of_another_name(tiny: Tiny) -> None:
+def test_scale_tiny_replaces_nes(tiny: Tiny) -> None:
     found = tiny("suite=none", "+attack@attack.nes=nes", "model=mlp")["attacks"]["nes"]
     assert 0 < found["forwards"] <= 64 * (3 * 8 + 4)
 
 
-def test_synthetic_images_keep_their_shape(tiny: Tiny) -> None:
+def test_scale_tiny_runs_on_synthetic_images(tiny: Tiny) -> None:
     assert tiny("dataset=synthetic", "model=densenet", "suite=none")["clean"]["n"] == 64
 
 
-def test_the_inner_attack_is_any_attack(tiny: Tiny, tmp_path: Path) -> None:
+def test_inner_attack_can_be_any_attack(tiny: Tiny, tmp_path: Path) -> None:
     assert tiny("training=pgd", "attack@training.attack=mim", "model=mlp")["run"]["training"] == "pgd"
     deepfool = ["model=mlp", "training=fast", "attack@training.probe=hopskipjump", "training.epochs=1"]
     assert tiny(*deepfool)["run"]["training"] == "fast"
@@ -425,7 +427,7 @@ def test_the_inner_attack_is_any_attack(tiny: Tiny, tmp_path: Path) -> None:
         tiny("training=free", "attack@training.probe=bpda_inner", "activation=relu")
 
 
-def test_a_clipped_training_that_diverges_says_so(tiny: Tiny) -> None:
+def test_diverging_training_with_clipping_is_an_error(tiny: Tiny) -> None:
     with pytest.raises(ConfigError, match="training diverged in epoch 1"):
         tiny("model=mlp", "training.clip_norm=1", "optimizer.lr=1e20")
 
@@ -435,19 +437,21 @@ def test_a_clipped_training_that_diverges_says_so(tiny: Tiny) -> None:
     ("scale.caps=null", r"scale\.caps=None"),
     ("attack.pgd=null", r"attack\.pgd: nothing to build"),
 ])  # fmt: skip
-def test_odd_nulls_and_texts_are_one_message(tiny: Tiny, override: str, message: str) -> None:
+def test_null_and_text_in_odd_places_give_one_message(tiny: Tiny, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         tiny(override)
 
 
-def test_a_schedule_that_does_not_arrive_is_refused(composed: Callable[..., DictConfig], tiny: Tiny) -> None:
+def test_sparsity_schedule_that_misses_its_final_ratio_is_refused(
+    composed: Callable[..., DictConfig], tiny: Tiny
+) -> None:
     with pytest.raises(
         ConfigError, match=r"sparsity\.final=0\.1: is not reached, the last of 30 epochs has 0\.13"
     ):
         tiny("scale=full", "activation.ratio=0.2", "sparsity=incremental", "sparsity.final=0.1")
 
 
-def test_a_checksum_holds_for_a_run_folder_too(tiny: Tiny, tmp_path: Path) -> None:
+def test_weights_sha256_is_checked_for_a_run_folder(tiny: Tiny, tmp_path: Path) -> None:
     tiny("model=mlp")
     (folder,) = (tmp_path / "out").glob("*/s0-*")
     with pytest.raises(ConfigError, match=r"weights_sha256=0{64}"):

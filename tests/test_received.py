@@ -16,13 +16,20 @@ from kwta_exp.checkpoint import read_weights
 from kwta_exp.data.datasets import Arrays
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.records import CLEAN_COLUMNS, Record
-from kwta_exp.plan import _weights_file
+from kwta_exp.plan import find_weights
 from kwta_exp.received import MOST_EXPANDED, MOST_YAML, plain_yaml, regular_size, require_plain
+from kwta_exp.settings import Inputs, Paths
+
+
+def inputs_for(path: Path) -> Inputs:
+    paths = Paths(data=str(path.parent), outputs=str(path.parent))
+    return Inputs(weights=str(path), weights_sha256=None, trust=False, paths=paths)
+
 
 READERS: dict[str, Callable[[Path], object]] = {
     "dataset.path": lambda path: Arrays(path=str(path)).load(),
     "dataset.path, its fingerprint": lambda path: Arrays(path=str(path)).fingerprint(),
-    "weights": lambda path: _weights_file(str(path), None, path.parent),
+    "weights": lambda path: find_weights(inputs_for(path)),
     "weights, read": read_weights,
     "a record": lambda path: Record.read(path, CLEAN_COLUMNS),
 }

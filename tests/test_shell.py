@@ -1,4 +1,4 @@
-"""What the shell sees: Ctrl-C, pipes that close, devices that are full, terminals of few characters."""
+"""Commands at the shell: Ctrl-C, closed pipes, full devices, ASCII terminals."""
 
 import logging
 import os
@@ -51,11 +51,11 @@ def test_ctrl_c_is_one_line(line: str, command: list[str], tmp_path: Path) -> No
     assert status == INTERRUPTED
     assert errors.splitlines() == ["interrupted; the same command continues"]
     assert "Traceback" not in rest
-    assert "#1" not in rest  # a grid ends, too
+    assert "#1" not in rest  # a grid ends as well
 
 
 @pytest.mark.slow
-def test_a_reader_that_goes_away_stops_nothing(tmp_path: Path) -> None:
+def test_closed_pipe_does_not_stop_a_run(tmp_path: Path) -> None:
     with started(*TINY, tmp_path=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
         assert run.stdout
         assert run.stderr
@@ -68,7 +68,7 @@ def test_a_reader_that_goes_away_stops_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_full_device_gets_no_traceback(tmp_path: Path) -> None:
+def test_full_device_gives_no_traceback(tmp_path: Path) -> None:
     with Path("/dev/full").open("w") as full:
         run = started(*TINY, tmp_path=tmp_path, stdout=full, stderr=subprocess.PIPE)
         _, errors = run.communicate(timeout=120)
@@ -76,7 +76,7 @@ def test_a_full_device_gets_no_traceback(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--cfg", "job"]])
-def test_help_and_config_may_be_piped_into_head(flags: list[str], tmp_path: Path) -> None:
+def test_help_and_config_accept_a_closed_pipe(flags: list[str], tmp_path: Path) -> None:
     with started(*flags, tmp_path=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
         assert run.stdout
         assert run.stderr
@@ -86,7 +86,7 @@ def test_help_and_config_may_be_piped_into_head(flags: list[str], tmp_path: Path
 
 
 @pytest.mark.slow
-def test_an_ascii_terminal_shows_the_table(tmp_path: Path) -> None:
+def test_ascii_terminal_shows_the_table(tmp_path: Path) -> None:
     folder = tmp_path / "Gr\u00f6\u00dfe"
     folder.mkdir()
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
@@ -102,7 +102,7 @@ def test_an_ascii_terminal_shows_the_table(tmp_path: Path) -> None:
     assert "Gr\u00f6\u00dfe" in log.read_text(encoding="utf-8")
 
 
-def test_lines_of_a_grid_say_whose_they_are(tmp_path: Path) -> None:
+def test_log_lines_of_a_grid_begin_with_the_job_number(tmp_path: Path) -> None:
     command = [f"paths.outputs={tmp_path}", *TINY, "suite=none", "training.epochs=1"]
     command = [override for override in command if not override.startswith("attack.")]
     grid = run_py_forked("-m", *command, "seed=0,1")
@@ -113,7 +113,7 @@ def test_lines_of_a_grid_say_whose_they_are(tmp_path: Path) -> None:
     assert alone.stdout.startswith("training ")
 
 
-def test_the_number_of_a_job_stands_before_its_message() -> None:
+def test_job_formatter_puts_the_job_number_first() -> None:
     record = logging.LogRecord("n", logging.INFO, "f", 1, "epoch %d", (3,), None)
     assert JobFormatter(7).format(record) == "#7 epoch 3"
     assert JobFormatter().format(record) == "epoch 3"
@@ -125,7 +125,7 @@ def test_the_number_of_a_job_stands_before_its_message() -> None:
     (KeyboardInterrupt(), INTERRUPTED, "interrupted; the same command continues\n"),
     (UserError("name=\x1b[31m\x07"), 1, r"name=\x1b[31m\x07"),
 ])  # fmt: skip
-def test_a_command_ends_with_one_message(
+def test_user_error_and_interrupt_end_in_one_message(
     error: BaseException, status: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped, at_the_shell():
@@ -136,12 +136,12 @@ def test_a_command_ends_with_one_message(
     assert err.startswith(said)
 
 
-def test_a_bug_keeps_its_traceback() -> None:
+def test_other_errors_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError), at_the_shell():
         1 / 0  # noqa: B018
 
 
-def test_long_messages_keep_their_key_and_what_was_expected() -> None:
+def test_shortened_keeps_both_ends_of_a_message() -> None:
     message = shortened("key=" + "x" * 5000 + ": expected a number")
     assert message.startswith("key=xxx")
     assert message.endswith("xxx: expected a number")

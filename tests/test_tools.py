@@ -1,4 +1,4 @@
-"""kwta-exp: each command on runs of the user's own parts, with the same overrides as run.py, or trust."""
+"""kwta-exp: every command on runs of user classes, with the overrides of run.py, or with trust."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ Say = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder: an activation with its YAML, images, and a run made with both."""
+    """A user's folder: an activation with its YAML, images, and a run with both."""
     folder = tmp_path_factory.mktemp("mine")
     (folder / "squashes.py").write_text(SQUASH)
     (folder / "activation").mkdir()
@@ -65,7 +65,7 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launch(config_dir: Path | None, outputs: Path, *overrides: str) -> Path:
-    """Run one experiment in this process, images kept; its folder."""
+    """Run one experiment in this process with save_images; returns its folder."""
     given = [*TINY, "suite=quick", "evaluation.save_images=true", *overrides]
     launched.launch(outputs, *given, config_dir=config_dir)
     (folder,) = outputs.glob("*/s0-*")
@@ -93,35 +93,37 @@ def own_run(mine: Path) -> Path:
     return folder
 
 
-def test_a_run_of_own_parts_is_verified_with_the_same_overrides_or_trust(say: Say, mine: Path) -> None:
+def test_verify_needs_overrides_or_trust_for_user_classes(say: Say, mine: Path) -> None:
     folder = own_run(mine)
     parts = ["activation=squash", "activation.slope=0.2"]
     data = ["dataset=arrays", f"dataset.path={mine / 'images.npz'}"]
-    assert "squashes.Squash, which is not this project's" in say("verify", folder, "--with", *data)
-    lay = f"its data lay at dataset.path={mine / 'images.npz'}; a path is not taken from a run folder"
+    assert "squashes.Squash, which is not a class of this project" in say("verify", folder, "--with", *data)
+    lay = f"its data is at dataset.path={mine / 'images.npz'}, and a run folder may not choose a path"
     assert lay in say("verify", folder, "--config-dir", mine, "--with", *parts)
     for words in (["--config-dir", mine, "--with", *parts, *data], ["--trust"]):
         assert "as results.json says" in say("verify", folder, *words)
     other = say(
         "verify", folder, "--config-dir", mine, "--with", "activation=squash", "activation.slope=5", *data
     )
-    assert "but results.json says" in other  # the override is what is judged, not the folder's value
+    assert "but results.json says" in other  # the network has the override's slope, not the recorded one
 
 
-def test_own_runs_are_transferred_from_and_compared(say: Say, mine: Path, tmp_path: Path) -> None:
+def test_transfer_and_compare_accept_runs_of_user_classes(say: Say, mine: Path, tmp_path: Path) -> None:
     folder = own_run(mine)
     relu = launch(
         None, tmp_path / "relu", "activation=relu", "dataset=arrays", f"dataset.path={mine / 'images.npz'}"
     )
     work = ["--work", tmp_path / "work", "--n", 20]
-    assert "which is not this project's" in say("transfer", relu, folder, *work, "--with", "dataset=digits")
+    assert "which is not a class of this project" in say(
+        "transfer", relu, folder, *work, "--with", "dataset=digits"
+    )
     said = say("transfer", relu, folder, *work, "--eps", "8/255", "--trust")
     assert "robust accuracy, linf eps 0.03137, pgd, n = 20" in said
     assert "n = 40" in say("compare", relu, folder)
     assert "given twice" in say("transfer", relu, relu, *work)
 
 
-def test_a_transferred_attack_of_an_own_run_asks_for_trust(
+def test_transfer_attack_from_user_classes_needs_trust(
     mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(mine))
@@ -131,7 +133,7 @@ def test_a_transferred_attack_of_an_own_run_asks_for_trust(
     from kwta_exp.config import ConfigError
 
     with pytest.raises(
-        ConfigError, match=r"attack\.transfer\.source=.*which is not this project's.*trust=true"
+        ConfigError, match=r"attack\.transfer\.source=.*which is not a class of this project.*trust=true"
     ):
         launch(None, tmp_path / "out", *attack)
     folder = launch(None, tmp_path / "out", *attack, "trust=true")
@@ -140,7 +142,7 @@ def test_a_transferred_attack_of_an_own_run_asks_for_trust(
 
 @pytest.fixture(scope="module")
 def audited(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an audit of a plain checkpoint file."""
+    """The run folder of an evaluation of a plain checkpoint file."""
     import torch
 
     from tests.test_audit import network
@@ -150,7 +152,7 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return launch(None, place / "out", "training=none", f"weights={place / 'net.pth'}")
 
 
-def test_the_folder_of_an_audit_is_a_run_like_any_other(say: Say, audited: Path, tmp_path: Path) -> None:
+def test_run_that_only_evaluates_can_be_used_as_any_run(say: Say, audited: Path, tmp_path: Path) -> None:
     results = json.loads((audited / "results.json").read_text())
     assert "as results.json says" in say("verify", audited)
     assert "clean" in say(
@@ -164,7 +166,7 @@ def test_the_folder_of_an_audit_is_a_run_like_any_other(say: Say, audited: Path,
     assert results["run"]["source_sha256"] != results["run"]["weights_sha256"]
 
 
-def test_no_path_and_no_environment_variable_comes_from_a_received_folder(
+def test_untrusted_folder_cannot_choose_paths_or_read_the_environment(
     say: Say, audited: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SECRET", "hunter2")
@@ -179,7 +181,7 @@ def test_no_path_and_no_environment_variable_comes_from_a_received_folder(
     }
     (sent / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
     forge(sent)
-    assert "a path is not taken from a run folder" in say("verify", sent)
+    assert "a run folder may not choose a path" in say("verify", sent)
 
     config["dataset"] = {"_target_": "kwta_exp.data.datasets.MNIST", "root": "${paths.data}", "download": True}
     (sent / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
@@ -199,7 +201,7 @@ def test_no_path_and_no_environment_variable_comes_from_a_received_folder(
     assert "hunter2" not in str(folder)
 
 
-def test_plan_says_what_a_run_would_do(say: Say, audited: Path, tmp_path: Path) -> None:
+def test_plan_prints_configuration_and_folder(say: Say, audited: Path, tmp_path: Path) -> None:
     said = say("plan", "scale=tiny", f"paths.outputs={tmp_path}", "activation=relu")
     assert "epochs: 2\n" in said
     assert said.strip().endswith(": not started")
@@ -209,13 +211,13 @@ def test_plan_says_what_a_run_would_do(say: Say, audited: Path, tmp_path: Path) 
     assert "activation.rato" in say("plan", "activation.rato=0.1")
 
 
-def test_outputs_may_be_placed_by_an_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variable_sets_the_outputs_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert composed([])[0].paths.outputs == "outputs"
     monkeypatch.setenv("KWTA_EXP_OUTPUTS", "/elsewhere")
     assert composed([])[0].paths.outputs == "/elsewhere"
 
 
-def test_a_wheel_carries_the_configuration_and_both_commands(tmp_path: Path) -> None:
+def test_wheel_has_the_configuration_and_both_commands(tmp_path: Path) -> None:
     built = subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True, check=False,
@@ -246,7 +248,7 @@ def test_a_wheel_carries_the_configuration_and_both_commands(tmp_path: Path) -> 
         (["plan", "dataset=imagenet"], "dataset/imagenet"),
     ],
 )
-def test_a_mistake_is_one_message(say: Say, words: list[str], message: str) -> None:
+def test_mistake_gives_one_message(say: Say, words: list[str], message: str) -> None:
     said = say(*words)
     assert message in said
     assert "Traceback" not in said

@@ -1,4 +1,4 @@
-"""One experiment from the command line: what ``run.py`` and ``kwta-exp run`` do."""
+"""Run one experiment from the command line: ``run.py`` and ``kwta-exp run``."""
 
 import sys
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Compose the configuration that the command line asks for, and run it."""
+    """Compose the configuration of the command line, and run it."""
     let_idle_threads_sleep()
     with at_the_shell(_explained):
         job()
@@ -22,7 +22,7 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def job(cfg: "DictConfig") -> float:
-    """Run one experiment; returns the accuracy left in the worst case, for sweepers to optimise."""
+    """Run one experiment; returns the worst-case robust accuracy, for sweepers to optimise."""
     with in_a_job():
         from kwta_exp.experiment import run  # not for --help
 
@@ -30,6 +30,6 @@ def job(cfg: "DictConfig") -> float:
 
 
 def _explained(error: Exception) -> str | None:
-    from kwta_exp.suggest import better_message  # only now: most commands have no need of it
+    from kwta_exp.suggest import better_message  # only for an error
 
-    return better_message(error, sys.argv[1:], CONF)
+    return better_message(error, sys.argv[1:])

@@ -1,10 +1,11 @@
-"""From Hydra's configuration to objects and plain values: the one place that knows both."""
+"""From Hydra's configuration to objects and plain values."""
 
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,32 +17,39 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from kwta_exp.data.image_folder import DEATH_OF_WORKER, is_death_of_worker
 from kwta_exp.environment import CONF
 from kwta_exp.errors import UserError, printable
 from kwta_exp.explain import did_you_mean, explain_validation, explanation
-from kwta_exp.fields import fraction
-from kwta_exp.recorded import RecordedRun
-from kwta_exp.run_folder import readable
-from kwta_exp.settings import Settings
+from kwta_exp.settings import Inputs, Settings
 from kwta_exp.trust import require_buildable
 
 GROUPS = (
-    "dataset", "threat", "recipe", "activation", "model", "optimizer", "lr_schedule", "sparsity", "training",
-    "attack", "runtime", "scale",
+    "dataset", "activation", "model", "optimizer", "lr_schedule", "sparsity", "training", "suite", "runtime",
+    "scale",
 )  # fmt: skip
-"""The groups that leave a node of their own in the configuration."""
+"""The groups of which a run needs one option each."""
 
+NODES = (*(group for group in GROUPS if group != "suite"), "threat", "recipe", "attack")
+"""The mappings at the top level of a configuration, ``paths`` and ``evaluation`` apart."""
+
+EXPECTED = {
+    "threat": "threat=linf or threat=l2",
+    "recipe": "recipe.epochs=N, recipe.batch_size=N and recipe.lr=X",
+    "attack": "+attack@attack.NAME=OPTION",
+}
+"""How the nodes that are not chosen by ``GROUP=OPTION`` are given."""
 
 FACTORIES = ("activation", "model", "optimizer", "lr_schedule")
-"""The nodes that are built in part and completed later, with what only the data or the network tells."""
+"""The nodes that are built as partial objects; the data or the network completes them."""
 
 T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
 
 Config = DictConfig
-"""A composed configuration, for those who hand it on."""
+"""A composed configuration; modules that only pass it on import the type from here."""
 
 
 class ConfigError(CompactHydraException):
@@ -74,27 +82,54 @@ def user_errors() -> Iterator[None]:
         raise UserError(f"dataset.workers: {DEATH_OF_WORKER} ({error})") from error
 
 
+def inputs(cfg: DictConfig) -> Inputs:
+    """The keys that name files, validated; raises as :func:`settings`."""
+    return _read(Inputs, cfg)
+
+
 def settings(cfg: DictConfig) -> Settings:
-    """The top-level keys, checked.
+    """The plain top-level keys, validated.
 
     Raises:
-        UserError: naming an unknown key, a group that is missing, or a value and what was expected.
+        UserError: naming an unknown key, a missing node, or a value and what was expected.
     """
-    known = (*Settings.model_fields, *GROUPS)
+    return _read(Settings, cfg)
+
+
+def _read(kind: type[M], cfg: DictConfig) -> M:
+    known = (*Settings.model_fields, *NODES)
     for name in map(str, cfg):
         if name not in (*known, "hydra"):
             raise UserError(
                 f"{name}: unknown key{did_you_mean(name, known)}; expected one of"
                 f" {', '.join(Settings.model_fields)} or a group"
             )
-    for group in GROUPS:
-        if not isinstance(plain(cfg, group), dict):
-            raise UserError(f"{group}={plain(cfg, group)!r}: a run needs its {group}; expected {group}=OPTION")
-    content = {name: plain(cfg, name) for name in Settings.model_fields}
+    for node in NODES:
+        if not OmegaConf.is_dict(value := OmegaConf.select(cfg, node)):
+            raise UserError(f"{node}={value!r}: expected {EXPECTED.get(node, f'{node}=OPTION')}")
+    return validated(kind, {name: plain(cfg, name) for name in kind.model_fields})
+
+
+def validated(kind: type[M], content: Mapping[str, Any], key: str = "") -> M:
+    """A pydantic model of the content of ``key``; raises a :class:`UserError`."""
     try:
-        return Settings(**content)
+        return kind(**content)
     except ValidationError as error:
-        raise UserError(explain_validation(error, "", content)) from error
+        raise UserError(explain_validation(error, key, content)) from error
+
+
+def require_threat_and_recipe(cfg: DictConfig, dataset: str, trains: bool) -> None:
+    """Refuse a dataset of the user's that brings no threat or, where it is needed, no recipe.
+
+    Raises:
+        UserError: naming the dataset and what it lacks.
+    """
+    for node in ("threat", "recipe") if trains else ("threat",):
+        if missing := sorted(OmegaConf.missing_keys(cfg[node])):
+            raise UserError(
+                f"{', '.join(missing)}: not set by dataset={dataset}; expected {EXPECTED[node]}, or a {node} in"
+                " the YAML of the dataset"
+            )
 
 
 def plain(cfg: DictConfig, key: str) -> Any:
@@ -108,7 +143,7 @@ def build(cfg: DictConfig, key: str, kind: type[T] | None = None) -> Any:
 
     Args:
         cfg: the configuration.
-        key: where the node stands.
+        key: the node's dotted key.
         kind: what it must be an instance of.
 
     Raises:
@@ -135,33 +170,29 @@ def build(cfg: DictConfig, key: str, kind: type[T] | None = None) -> Any:
 
 
 def _check_numbers(built: Any, cfg: DictConfig, key: str) -> None:
-    """Hold partial objects of libraries, which check little themselves, to their signatures.
+    """Check the values of a partial object of a library, which may check little itself, by its signature.
 
-    A value must be a bool where the parameter's annotation or default is one, and a number where it is
-    a number.
+    A value must be a bool where the parameter's annotation or default is one, and a number where that is a
+    number.
     """
-    target = getattr(built, "func", None)
-    if target is None:
-        return
-    parameters = inspect.signature(target).parameters
+    parameters = inspect.signature(built.func).parameters if isinstance(built, partial) else {}
     for name, value in plain(cfg, key).items():
         if name not in parameters or value is None:
             continue
         kinds = (parameters[name].annotation, type(parameters[name].default))
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if any(kind in (bool, bool | None, "bool", "bool | None") for kind in kinds):
             if not isinstance(value, bool):
                 raise UserError(f"{key}.{name}={value!r}: expected true or false")
-        elif any(kind in (int, float, "int", "float") for kind in kinds) and (
-            isinstance(value, bool) or not isinstance(value, int | float)
-        ):
+        elif any(kind in (int, float, "int", "float") for kind in kinds) and not is_number:
             raise UserError(f"{key}.{name}={value!r}: expected a number")
 
 
 def call(cfg: DictConfig, key: str, factory: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Complete the partial object that :func:`build` made of ``key``, with the same care for errors."""
+    """Call the partial object that :func:`build` made of ``key``; any error becomes a :class:`UserError`."""
     try:
         return factory(*args, **kwargs)
-    except Exception as error:  # libraries refuse values in every way there is
+    except Exception as error:  # libraries refuse values with errors of any type
         raise UserError(explain(error, cfg, key)) from error
 
 
@@ -173,11 +204,11 @@ def explain(error: BaseException, cfg: DictConfig, key: str) -> str:
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What Hydra made of a command line (in a multirun, of this job's share of it).
+    """What Hydra made of a command line (in a multirun, of this job's part of it).
 
     Attributes:
         choices: the option chosen in each group, e.g. ``{"dataset": "digits", ...}``.
-        overrides: as they were given.
+        overrides: as the user wrote them.
         multirun: whether this is one job of a grid.
     """
 
@@ -187,7 +218,7 @@ class CommandLine:
 
     @classmethod
     def of(cls, hydra: Any) -> "CommandLine":
-        """From Hydra's own node of a composed configuration; a group without one option is left out."""
+        """From Hydra's own node of a composed configuration; a group without a single option is left out."""
         chosen = {
             group: option
             for group, option in hydra.runtime.choices.items()
@@ -196,38 +227,26 @@ class CommandLine:
         given: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # "${...}" in it is text
         return cls(chosen, list(map(str, given)), hydra.mode == RunMode.MULTIRUN)
 
-    def require_choices(self) -> None:
-        """Raise a :class:`UserError` where none or several options were chosen of a group that needs one."""
-        for group in (*(group for group in GROUPS if group != "attack"), "suite"):
-            if group not in self.choices:
-                raise UserError(f"{group}: a run needs one option; expected {group}=OPTION")
-
     @classmethod
     def current(cls) -> "CommandLine":
         """That of the job that Hydra is running."""
         return cls.of(HydraConfig.get())
 
+    @property
+    def keys(self) -> list[str]:
+        """The key or group of each override."""
+        return [override.lstrip("+~").partition("=")[0] for override in self.overrides]
 
-def read_fractions(cfg: DictConfig, groups: Sequence[str] = ("threat", "attack", "training")) -> None:
-    """Make numbers of values such as ``8/255``, wherever they stand in ``groups``.
+    @property
+    def trains(self) -> bool:
+        """Whether the network is trained before it is evaluated."""
+        return self.choices["training"] != "none"
 
-    So a class that knows nothing of fractions gets a float, be it by ``eps: ${threat.eps}`` or in its own
-    YAML, and the same number gives the same folder however it is written.
-    """
-    for group in groups:
-        node = OmegaConf.select(cfg, group)
-        if OmegaConf.is_config(node):
-            _read_fractions(node)
-
-
-def _read_fractions(node: Any) -> None:
-    for key in range(len(node)) if OmegaConf.is_list(node) else list(node):
-        value = node._get_node(key)
-        if OmegaConf.is_config(value):
-            if not (value._is_none() or value._is_missing() or value._is_interpolation()):
-                _read_fractions(value)
-        elif isinstance(number := fraction(value._value()), float):
-            node[key] = number
+    def require_choices(self) -> None:
+        """Raise a :class:`UserError` where no option, or several, were chosen of one of :data:`GROUPS`."""
+        for group in GROUPS:
+            if group not in self.choices:
+                raise UserError(f"{group}: a run needs one option; expected {group}=OPTION")
 
 
 def composed(overrides: Sequence[str], config_dir: Path | None = None) -> tuple[DictConfig, CommandLine]:
@@ -255,58 +274,3 @@ def composed(overrides: Sequence[str], config_dir: Path | None = None) -> tuple[
 def yaml_of(content: Any) -> str:
     """YAML of a configuration (interpolations as they are) or of plain values."""
     return OmegaConf.to_yaml(content if OmegaConf.is_config(content) else OmegaConf.create(content))
-
-
-def run_name(cfg: DictConfig, chosen: Mapping[str, str], scale: str) -> str:
-    """``<dataset>-<model>-<activation and its amount>-<training>``, after the scale if it is not full."""
-    activation = plain(cfg, "activation")
-    amount = "".join(
-        f"{prefix}{activation[name]}"
-        for name, prefix in (("ratio", ""), ("k", ""), ("group_size", ""))
-        if activation.get(name) is not None
-    )
-    if (final := OmegaConf.select(cfg, "sparsity.final")) is not None:
-        amount += f"to{final}"
-    parts = (
-        *([scale] if scale != "full" else []),
-        chosen["dataset"], chosen["model"], chosen["activation"] + amount, chosen["training"],
-    )  # fmt: skip
-    return "-".join(readable(part) for part in parts)
-
-
-def adopt_ratio(cfg: DictConfig, ratio: float, given: Sequence[str]) -> None:
-    """When weights are only evaluated: the ratio that they were trained to, unless the command line has one."""
-    keys = [override.lstrip("+~").split("=")[0] for override in given]
-    if "activation.ratio" not in keys and OmegaConf.select(cfg, "activation.ratio") is not None:
-        OmegaConf.update(cfg, "activation.ratio", ratio)
-
-
-def adopt_run(cfg: DictConfig, chosen: dict[str, str], run: RecordedRun, given: Sequence[str]) -> None:
-    """When a run is only evaluated, take from it what the command line leaves open.
-
-    Its dataset, threat, activation and model replace the defaults in ``cfg`` and ``chosen``, except
-    for groups chosen in the overrides ``given``; single values given there (``threat.eps=0.05``)
-    stay as given. With ``cfg.trust`` the folder is believed whole.
-
-    Raises:
-        UserError: if the folder names something that is not believed.
-    """
-    keys = [re.split("=", override.lstrip("+~"), maxsplit=1)[0] for override in given]
-    values = {key: OmegaConf.select(cfg, key) for key in keys if key.split(".")[0] in run.groups}
-    for group in run.groups:
-        if group in keys:
-            continue
-        OmegaConf.update(cfg, group, run.group(group, cfg.trust), merge=False, force_add=True)
-        chosen[group] = run.choices[group]
-    for key, value in values.items():
-        if "." in key:
-            OmegaConf.update(cfg, key, value, force_add=True)
-
-
-def recorded_network(run: RecordedRun, trust: bool) -> DictConfig:
-    """The configuration of a run's network, to be built: its activation and model.
-
-    Raises:
-        UserError: if the folder names something that is not believed.
-    """
-    return OmegaConf.create({group: run.group(group, trust) for group in ("activation", "model")})

@@ -51,8 +51,8 @@ def is_url(text: str) -> bool:
 def fetch(url: str, sha256: str | None, folder: Path) -> Path:
     """The file behind ``url``, kept in ``folder`` under its name and checksum.
 
-    Without a checksum the file is fetched and its checksum told, and that is all: nothing reads a file
-    that nobody vouched for. What is cut off, late or of another checksum leaves nothing behind.
+    Without a checksum the file is fetched but not read, and the error gives its checksum. A download that is
+    incomplete, too slow or has another checksum leaves no file behind.
 
     Raises:
         UserError: if the file cannot be had within :data:`MOST_BYTES` and :data:`MOST_SECONDS`, has another
@@ -72,7 +72,7 @@ def fetch(url: str, sha256: str | None, folder: Path) -> Path:
         if sha256 is None:
             fetched = temporary.replace(folder / f"unverified-{name}")
             raise UserError(
-                "weights_sha256=null: a checkpoint from the network is used on the word of its checksum alone."
+                "weights_sha256=null: a checkpoint from a URL is loaded only if its SHA-256 is given."
                 f" The file now at {fetched} has SHA-256 {found}; if that is the one you mean,"
                 f" add weights_sha256={found}"
             )

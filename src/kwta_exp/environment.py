@@ -1,4 +1,4 @@
-"""What a run ran on: versions, machine, threads, commit, command."""
+"""The environment of a run: versions, machine, threads, commit, command."""
 
 import contextlib
 import platform
@@ -21,7 +21,7 @@ CONF = next(
     for folder in (Path(__file__).parent / "conf", Path(__file__).parents[2] / "conf")
     if (folder / "config.yaml").is_file()
 )
-"""The configuration: inside an installed package, or beside ``src`` in a checkout."""
+"""The folder of the configuration: in the installed package, or beside ``src`` in a checkout."""
 
 
 def describe(command: str, device: str, runtime: dict[str, Any]) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def describe(command: str, device: str, runtime: dict[str, Any]) -> dict[str, An
 
     Args:
         command: the command line.
-        device: the device's own name, such as ``"cpu"`` or a GPU's.
+        device: the device's name, such as ``"cpu"`` or a GPU's.
         runtime: accelerator, devices, precision and threads as resolved.
     """
     return {
@@ -47,7 +47,7 @@ def describe(command: str, device: str, runtime: dict[str, Any]) -> dict[str, An
 
 
 def processor() -> str:
-    """The CPU's name: another one may round otherwise."""
+    """The CPU's name; another CPU may round differently."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -61,13 +61,13 @@ def command() -> str:
 
 
 def program() -> list[str]:
-    """How this process's command line begins: ``python run.py`` or ``kwta-exp run``."""
+    """The program in this process's command line: ``python run.py`` or ``kwta-exp run``."""
     name = Path(sys.argv[0]).name
     return ["python", name] if name.endswith(".py") else name.split()
 
 
 def commit() -> str | None:
-    """The commit of the source tree, ``+changes`` appended if it differs; ``None`` outside git."""
+    """The commit of the source tree, with ``+changes`` if files differ from it; ``None`` outside git."""
     tree = Path(__file__).parent
     try:
         head = _git(tree, "rev-parse", "HEAD")

@@ -9,7 +9,7 @@ from kwta_exp import environment
 from kwta_exp.config import CommandLine, Config, ConfigError, plain, user_errors, yaml_of
 from kwta_exp.errors import UserError, shortened
 from kwta_exp.plan import Plan
-from kwta_exp.results_file import vouched_for
+from kwta_exp.results_file import evaluation_info
 from kwta_exp.run_folder import opened, set_changed_aside
 from kwta_exp.storage import write_json, write_lines
 
@@ -39,7 +39,7 @@ def run(cfg: Config) -> float:
             if results is None:
                 results = _execute(plan)
             else:
-                plan.finish_again(results)
+                plan.report_finished(results)
     except Exception as error:
         if line.multirun:
             log.error("FAILED %s: %s", shortened(" ".join(line.overrides)), error)  # noqa: TRY400
@@ -89,8 +89,8 @@ def _execute(plan: Plan) -> dict[str, Any]:
             network, images, parts.suite, parts.threat, folder, options.seed,
             **options.evaluation.model_dump(exclude={"n", "checks_n"}),
         )  # fmt: skip
-        results = evaluate(evaluation, plan.identity_card(weights), options.evaluation.checks_n)
-        results["evaluation"] = vouched_for(folder)
+        results = evaluate(evaluation, plan.run_info(weights), options.evaluation.checks_n)
+        results["evaluation"] = evaluation_info(folder)
         write_json(plan.folder.results, results)
         write_json(folder / "results.json", results)  # last: its presence means that the run is finished
         log.info("%s\n\nEverything is in %s", results_table(results), folder)

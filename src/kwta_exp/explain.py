@@ -13,7 +13,7 @@ from kwta_exp.errors import UserError
 
 
 def explanation(error: BaseException, key: str, values: Mapping[str, Any]) -> str:
-    """One message for an ``error`` that came of building or using ``key`` with ``values``."""
+    """One message for an ``error`` raised while building or using ``key`` with ``values``."""
     cause = _root_cause(error)
     if isinstance(cause, ValidationError):
         return explain_validation(cause, key, values)
@@ -32,7 +32,7 @@ def explanation(error: BaseException, key: str, values: Mapping[str, Any]) -> st
 
 
 def did_you_mean(name: str, names: Iterable[str], value: object = None, prefix: str = "") -> str:
-    """``"; did you mean ...?"`` with the nearest of ``names``, or nothing where none is near."""
+    """``"; did you mean ...?"`` with the nearest of ``names``, or ``""`` if none is near."""
     near = get_close_matches(name, list(names), n=1, cutoff=0.6)
     if not near:
         return ""
@@ -40,7 +40,7 @@ def did_you_mean(name: str, names: Iterable[str], value: object = None, prefix: 
 
 
 def explain_validation(error: ValidationError, key: str, values: Mapping[str, Any]) -> str:
-    """A line for each value that pydantic refused."""
+    """One line for each value that pydantic refused."""
     return "\n".join(_explain_field(detail, key, values) for detail in error.errors(include_url=False))
 
 
@@ -53,7 +53,7 @@ def _explain_field(detail: Any, key: str, values: Any) -> str:
             path.append(str(part))
             around, values = values, values[part]
         elif len(path) <= 1 and isinstance(part, str):
-            path.append(part)  # an argument that is missing
+            path.append(part)  # a missing argument
             break
     where = ".".join(path)
     message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
@@ -75,7 +75,7 @@ def _unknown_key(path: list[str], values: Any) -> str:
 
 
 def _parameters(target: object) -> list[str]:
-    """The names of what a target takes, if it says so."""
+    """The names of a target's parameters, if it has a signature."""
     module, _, name = str(target).rpartition(".")
     try:
         return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
@@ -90,7 +90,7 @@ def _root_cause(error: BaseException) -> BaseException:
 
 
 def _culprit(values: Mapping[str, Any], message: str) -> str | None:
-    """The one key whose value a library's message quotes, or the one text where it wanted no ``str``."""
+    """The only key whose value the message quotes, or the only text value if the message is about ``str``."""
     scalars = {
         name: value
         for name, value in values.items()

@@ -1,4 +1,4 @@
-"""What will be run and where: settled without loading torch, so that a finished run is known at once."""
+"""What will be run and in which folder, decided without loading torch: a finished run is found at once."""
 
 import json
 import logging
@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from kwta_exp import environment
+from kwta_exp.adjust import SCALED, adopted, network_of, read_fractions, scaled, updated
 from kwta_exp.config import (
     CommandLine,
     Config,
-    adopt_ratio,
-    adopt_run,
     build,
     composed,
+    inputs,
     plain,
-    read_fractions,
-    recorded_network,
-    run_name,
+    require_threat_and_recipe,
     settings,
 )
 from kwta_exp.data.datasets import Dataset, Synthetic, synthetic_like
@@ -30,10 +28,9 @@ from kwta_exp.errors import UserError
 from kwta_exp.received import regular_size
 from kwta_exp.recorded import PLACES, RecordedRun
 from kwta_exp.results_file import read_results
-from kwta_exp.run_folder import RunFolder, compare_commits, finished_evaluation, is_described, readable
+from kwta_exp.run_folder import RunFolder, compare_commits, config_is_intact, finished_evaluation, readable
 from kwta_exp.runtime import Runtime
-from kwta_exp.scale import SCALED, apply_scale
-from kwta_exp.settings import Settings
+from kwta_exp.settings import Inputs, Settings
 from kwta_exp.storage import held, read_metadata, sha256_of_file, trained_ratio, write_json
 from kwta_exp.trust import local_code
 
@@ -42,7 +39,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be run and where, settled without loading torch."""
+    """What will be run and in which folder.
+
+    Attributes:
+        cfg: the configuration that everything is built from, scaled and with what a judged run lends.
+        line: the command line.
+        chosen: the option chosen in each group.
+        options: the plain values of ``cfg``.
+        scale: the name of the scale, ``"full"`` for a real run.
+        runtime: device, precision and threads.
+        dataset: the data, not loaded.
+        weights: the checkpoint to start from or to judge.
+        name: of the folder that holds the runs of this configuration.
+        folder: of this run.
+    """
 
     cfg: Config
     line: CommandLine
@@ -57,45 +67,50 @@ class Plan:
 
     @classmethod
     def of(cls, cfg: Config, line: CommandLine) -> "Plan":
+        """The plan of a composed configuration, which stays as it is.
+
+        Raises:
+            UserError: naming the key and value at fault.
+        """
         line.require_choices()
-        chosen, options = dict(line.choices), settings(cfg)
-        weights = _weights_file(options.weights, options.weights_sha256, Path(options.paths.data))
-        # A checkpoint decides the size of the network; only a tiny run's is a tiny one.
-        sized = [node for node in SCALED if node != "model" or weights is None or _is_tiny(weights)]
-        scale = apply_scale(cfg, sized)
-        options = settings(cfg)
-        trains = chosen["training"] != "none"
-        if not trains:
+        weights = find_weights(inputs(cfg))
+
+        chosen = line.choices
+        if not line.trains:
             if weights is None:
                 raise UserError(
-                    "weights=null: training=none needs something to judge;"
-                    " expected a checkpoint file or a run folder"
+                    "weights=null: training=none needs a network to evaluate; expected a checkpoint file or a"
+                    " run folder"
                 )
-            if source := _source_run(weights):
-                adopt_run(cfg, chosen, RecordedRun.read(source, "weights"), line.overrides)
-                apply_scale(cfg, sized)
-            if ratio := trained_ratio(weights):
-                adopt_ratio(cfg, ratio, line.overrides)
-
+            source = _run_folder_of(weights)
+            run = RecordedRun.read(source, "weights") if source else None
+            cfg = adopted(cfg, line, run, trained_ratio(weights))
+            if run:
+                chosen = chosen | {group: run.choices[group] for group in run.choices if group not in line.keys}
         if weights is not None:
-            _check_activation(weights, plain(cfg, "activation"), trains)
-        read_fractions(cfg)
+            _check_activation(weights, plain(cfg, "activation"), line.trains)
+        require_threat_and_recipe(cfg, chosen["dataset"], line.trains)
+
+        # Weights decide the size of the network, so it is scaled only where they are of a scaled run.
+        sized = weights is None or _is_tiny(weights)
+        cfg = read_fractions(scaled(cfg, [node for node in SCALED if node != "model" or sized]))
+
+        options, scale = settings(cfg), str(cfg.scale.name)
         runtime, dataset = build(cfg, "runtime", Runtime), build(cfg, "dataset", Dataset)
-        if scale != "full" and _replaceable(dataset, line.overrides):
+        if scale != "full" and _is_replaceable(dataset, line):
             dataset = synthetic_like(dataset)
             log.info("scale=%s: %s is absent; %s is used instead", scale, chosen["dataset"], dataset)
-        nodes = ("model", "training", "optimizer", "lr_schedule", "sparsity") if trains else ("model",)
-        decisive = {node: plain(cfg, node) for node in nodes}
-        if decisive.get("training", {}).get("search") == "exact":
-            del decisive["training"]["search"]  # runs older than the choice keep their names
+
+        nodes = ("model", "training", "optimizer", "lr_schedule", "sparsity") if line.trains else ("model",)
+        built = {node: plain(cfg, node) for node in nodes}
         identity = {
             "seed": options.seed,
             "dataset": {k: v for k, v in plain(cfg, "dataset").items() if k not in PLACES},
             "content": dataset.fingerprint(),
             "weights": weights and sha256_of_file(weights),
             "runtime": runtime.identity(),
-            "code": local_code(decisive),
-            **decisive,
+            "code": local_code(built),
+            **built,
         }
         name = run_name(cfg, chosen, scale)
         folder = RunFolder.of(Path(options.paths.outputs), name, options.seed, identity)
@@ -103,7 +118,7 @@ class Plan:
 
     @property
     def trains(self) -> bool:
-        return self.chosen["training"] != "none"
+        return self.line.trains
 
     @property
     def judged_weights(self) -> Path | None:
@@ -114,45 +129,37 @@ class Plan:
         """Everything that decides the outcome of each image, beside the run's own identity."""
         attacks = plain(self.cfg, "attack")
         for name, attack in attacks.items():
-            if (
-                isinstance(attack, dict) and attack.get("source") is not None
-            ):  # of a transferred attack: what counts is its weights
+            if isinstance(attack, dict) and attack.get("source") is not None:
+                # A transfer attack: the weights of its source count, not their path.
                 attack["source"] = sha256_of_file(source_weights(attack["source"], f"attack.{name}.source"))
-        search = self.options.evaluation.search
         return {
-            **({} if search == "exact" else {"search": search}),
+            **self.options.evaluation.model_dump(exclude={"processes"}),
             "attacks": list(attacks.items()),  # their order counts
             "code": local_code(attacks),
             "threat": plain(self.cfg, "threat"),
-            "n": self.options.evaluation.n,
-            "diagnostic_n": self.options.evaluation.diagnostic_n,
-            "save_images": self.options.evaluation.save_images,
-            "checks_n": self.options.evaluation.checks_n,
-            "budget": self.options.evaluation.budget,
-            "batch_size": self.options.evaluation.batch_size,
             "weights": sha256_of_file(weights),
         }
 
     def evaluation_folder(self, weights: Path) -> Path:
-        """Named by the evaluation's identity."""
+        """The folder of the planned evaluation, named by its identity."""
         return self.folder.evaluation(readable(self.chosen["suite"]), self.evaluation_identity(weights))
 
     @property
     def command(self) -> str:
-        """The command line that does this; in a multirun, this job's share of it."""
+        """The command line of this run; in a multirun, that of this job alone."""
         if self.line.multirun:
             return shlex.join([*environment.program(), *self.line.overrides])
         return environment.command()
 
     def finished_results(self) -> dict[str, Any] | None:
-        """What an earlier run of the same plan left, if it came to its end, is wanted, and is all there."""
+        """The results of an earlier run of the same plan, if its files are intact and ``rerun`` is false."""
         weights = None if self.options.rerun else self.judged_weights
-        if weights is None or not is_described(self.folder.path) or self.folder.metrics_damaged:
+        if weights is None or not config_is_intact(self.folder.path) or self.folder.metrics_damaged:
             return None
         return finished_evaluation(self.evaluation_folder(weights))
 
-    def finish_again(self, results: Mapping[str, Any]) -> None:
-        """Say what the finished ``results`` are, and make them the run's latest, whatever ran in between."""
+    def report_finished(self, results: Mapping[str, Any]) -> None:
+        """Log the finished ``results`` and make them the run's latest."""
         from kwta_exp.report.terminal import results_table
 
         if not _is_latest(results, self.folder.results):
@@ -162,8 +169,8 @@ class Plan:
         log.info("already finished\n%s\n\nEverything is in %s", results_table(results), evaluation)
         compare_commits(results["run"]["commit"])
 
-    def identity_card(self, weights: Path) -> dict[str, Any]:
-        """Who these results are of: the ``run`` part of ``results.json``."""
+    def run_info(self, weights: Path) -> dict[str, Any]:
+        """The ``run`` part of ``results.json``."""
         groups = ("dataset", "model", "activation", "training", "suite")
         return {
             "name": self.name,
@@ -179,32 +186,45 @@ class Plan:
         }
 
 
-def _replaceable(dataset: Dataset, given: Sequence[str]) -> bool:
-    """Whether images that are absent may be made up, to try a command out: not where the user says they are."""
-    named = any(override.lstrip("+").startswith("dataset.root=") for override in given)
-    usual_place = isinstance(dataset, ImageFolder) and not named
-    return (dataset.downloadable or usual_place) and not dataset.present()
+def plan_to_judge(run: Path, overrides: Sequence[str], config_dir: Path | None, trust: bool) -> Plan:
+    """The plan of ``training=none weights=RUN OVERRIDES``, for tools that judge a run again.
+
+    Args:
+        run: a finished run's folder.
+        overrides: as ``run.py`` takes them; a group chosen here is not taken from the folder.
+        config_dir: a folder of the user's own options.
+        trust: build any class and read any path that the folder names.
+
+    Raises:
+        UserError: for a folder without a finished training, or one that names what is not trusted.
+    """
+    cfg, line = composed(["training=none", *overrides], config_dir)
+    return Plan.of(updated(cfg, {"weights": str(run), "trust": trust}), line)
 
 
-def _is_latest(results: Mapping[str, Any], path: Path) -> bool:
-    try:
-        return read_results(path) == results
-    except UserError:  # damaged: it is a copy
-        return False
+def run_name(cfg: Config, chosen: Mapping[str, str], scale: str) -> str:
+    """``<dataset>-<model>-<activation and its amount>-<training>``, after the scale if it is not full."""
+    activation, final = plain(cfg, "activation"), plain(cfg, "sparsity.final")
+    amounts = [activation.get(name) for name in ("ratio", "k", "group_size")]
+    amount = "".join(str(amount) for amount in amounts if amount is not None)
+    if final is not None:
+        amount += f"to{final}"
+    parts = [chosen["dataset"], chosen["model"], chosen["activation"] + amount, chosen["training"]]
+    return "-".join(map(readable, parts if scale == "full" else [scale, *parts]))
 
 
-def _weights_file(weights: str | None, sha256: str | None, data: Path) -> Path | None:
-    """The checkpoint that ``weights=`` names: a file, a URL, or the best weights of a finished run."""
+def find_weights(given: Inputs) -> Path | None:
+    """The checkpoint that ``weights=`` names: a file, a URL, or the best weights of a finished run.
+
+    Raises:
+        UserError: if there is none, or it does not have the SHA-256 that is given.
+    """
+    weights, sha256 = given.weights, given.weights_sha256
     if weights is None:
         return None
-    path = fetch(weights, sha256, data / "weights") if is_url(weights) else Path(weights)
-    if os.path.isdir(path):  # unlike Path.is_dir, for names that are too long as well  # noqa: PTH112
-        folder = RunFolder(path)
-        if not folder.last.exists():
-            raise UserError(
-                f"weights={weights}: no finished training there; expected a run folder with {folder.last}"
-            )
-        path = folder.best
+    path = fetch(weights, sha256, Path(given.paths.data) / "weights") if is_url(weights) else Path(weights)
+    if os.path.isdir(path):  # unlike Path.is_dir, it also accepts names that are too long  # noqa: PTH112
+        path = _best_weights(RunFolder(path), f"weights={weights}")
     try:
         regular_size(path)
     except ValueError as error:
@@ -214,76 +234,78 @@ def _weights_file(weights: str | None, sha256: str | None, data: Path) -> Path |
     return path
 
 
-def plan_to_judge(run: Path, overrides: Sequence[str], config_dir: Path | None, trust: bool) -> Plan:
-    """The plan of ``training=none weights=RUN OVERRIDES``, for tools that judge a run again.
-
-    Args:
-        run: a finished run's folder.
-        overrides: as ``run.py`` takes them; a group chosen here is not taken from the folder.
-        config_dir: a folder of the user's own options.
-        trust: believe the folder whole, classes and paths included.
-
-    Raises:
-        UserError: for a folder without a finished training, or one that names what is not believed.
-    """
-    given = ["training=none", *overrides]
-    cfg, line = composed(given, config_dir)
-    cfg.weights, cfg.trust = str(run), trust
-    return Plan.of(cfg, line)
-
-
 def source_weights(run: str, key: str) -> Path:
-    """The best weights of a finished run."""
+    """The best weights of a finished run, which ``key`` names."""
     folder = RunFolder(Path(run))
-    if not folder.last.exists() or not folder.config.exists():
-        raise UserError(f"{key}={run}: no finished training there; expected a run folder with {folder.last}")
+    weights = _best_weights(folder, f"{key}={run}")
+    if not folder.config.exists():
+        raise UserError(f"{key}={run}: no config.yaml there; expected a run folder")
+    return weights
+
+
+def source_network(run: str, key: str, trust: bool) -> tuple[Path, Config]:
+    """The best weights of a finished run, and the configuration of its network, to be built."""
+    return source_weights(run, key), network_of(RecordedRun.read(Path(run), key), trust)
+
+
+def _best_weights(folder: RunFolder, named: str) -> Path:
+    if not folder.last.exists():
+        raise UserError(f"{named}: no finished training there; expected a run folder with {folder.last}")
     return folder.best
 
 
-def _check_activation(weights: Path, activation: Mapping[str, Any], trains: bool) -> None:
-    """Weights fit a network with another activation, which computes something else.
+def _run_folder_of(weights: Path) -> Path | None:
+    """The run folder that a checkpoint belongs to, if there is one."""
+    folder = RunFolder(weights.parent.parent)
+    return folder.path if weights in (folder.best, folder.last) and folder.config.exists() else None
 
-    A run's weights say which activation they are of. To train on with another one is a method; to judge
-    with it is a mistake, unless it is the same one with other values.
-    """
+
+def _is_tiny(weights: Path) -> bool:
+    """Whether a checkpoint is of a run at ``scale=tiny``."""
+    folder = _run_folder_of(weights)
+    return folder is not None and folder.parent.name.startswith("tiny-")
+
+
+def _is_replaceable(dataset: Dataset, line: CommandLine) -> bool:
+    """Whether the data is absent and may be synthetic instead: not where the user gives its path."""
+    in_usual_place = isinstance(dataset, ImageFolder) and "dataset.root" not in line.keys
+    return (dataset.downloadable or in_usual_place) and not dataset.present()
+
+
+def _is_latest(results: Mapping[str, Any], path: Path) -> bool:
     try:
-        theirs = json.loads(read_metadata(weights).get("activation", "null"))
+        return read_results(path) == results
+    except UserError:  # damaged, but only a copy
+        return False
+
+
+def _check_activation(weights: Path, activation: Mapping[str, Any], trains: bool) -> None:
+    """Compare the network's activation with the one that ``weights`` were trained with.
+
+    Weights fit a network with another activation, which computes something else. To continue training with
+    another activation is a method. To judge with another class is a mistake; with other values of the same
+    class, it gets a warning.
+
+    Raises:
+        UserError: if nothing is trained and the classes differ.
+    """
+    metadata = read_metadata(weights)
+    try:
+        recorded = json.loads(metadata.get("activation", "null"))
     except ValueError:
-        return  # a file of somebody else's
-    if not isinstance(theirs, dict) or "_target_" not in theirs:
+        return  # not a file of this project
+    if not isinstance(recorded, dict) or "_target_" not in recorded:
         return
-    target, given = str(theirs["_target_"]), activation.get("_target_")
+    target, given = str(recorded["_target_"]), activation.get("_target_")
     if target != given and not trains:
         raise UserError(
             f"activation._target_={given}: {weights} was trained with {target}, and would fit a network that"
             " computes something else; expected the same activation, or training=... to train on with this one"
         )
-    ignored = {"ratio"}  # the weights have it themselves
-    other = {
-        name: (theirs.get(name), activation.get(name))
-        for name in sorted((theirs.keys() | activation.keys()) - ignored)
-        if theirs.get(name) != activation.get(name)
-    }
-    if other:
+    names = (recorded.keys() | activation.keys()) - {"ratio"}  # the weights have it themselves
+    different = [name for name in sorted(names) if recorded.get(name) != activation.get(name)]
+    if different:
         log.warning(
             "weights=%s: trained with another activation than this network has: %s", weights,
-            ", ".join(f"{name}={was}, here {here}" for name, (was, here) in other.items()),
+            ", ".join(f"{name}={recorded.get(name)}, here {activation.get(name)}" for name in different),
         )  # fmt: skip
-
-
-def source_network(run: str, key: str, trust: bool) -> tuple[Path, Config]:
-    """The best weights of a finished run, and the configuration of its network, to be built."""
-    weights = source_weights(run, key)
-    return weights, recorded_network(RecordedRun.read(Path(run), key), trust)
-
-
-def _is_tiny(weights: Path) -> bool:
-    """Whether a checkpoint is of a run at another scale than full."""
-    source = _source_run(weights)
-    return source is not None and source.parent.name.startswith("tiny-")
-
-
-def _source_run(weights: Path) -> Path | None:
-    """The run folder that a checkpoint lies in, if it does."""
-    folder = RunFolder(weights.parent.parent)
-    return folder.path if weights in (folder.best, folder.last) and folder.config.exists() else None

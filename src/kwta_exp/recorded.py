@@ -1,7 +1,7 @@
-"""What a run folder says of the network and data it was made with, and how much of that is believed.
+"""The network and data that a run folder records, and which parts of the record are trusted.
 
-A folder can come from anybody. Unless it is trusted, only this project's own classes are built on its word, no
-interpolation in it is resolved, and no path of it is used: data is looked for where the user keeps it.
+People exchange run folders, so a folder is untrusted input. Unless the user trusts it, only classes of this
+project are built from it, no interpolation in it is resolved, and no path in it is used.
 """
 
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from typing import Any
 
 from kwta_exp.errors import UserError
 from kwta_exp.received import plain_yaml
-from kwta_exp.run_folder import read_described, readable
-from kwta_exp.trust import require_trusted
+from kwta_exp.run_folder import read_config_file, readable
+from kwta_exp.trust import TRUST_IT, require_trusted
 
 GROUPS = ("dataset", "threat", "activation", "model")
-"""What a judged run lends to the command that judges it."""
+"""What ``training=none weights=RUN_FOLDER`` takes from the run, unless the command line chooses it."""
 
 PLACES = ("root", "path", "download", "workers")
 """Where a dataset lies and how it is read; not part of what it is."""
@@ -29,10 +29,10 @@ class RecordedRun:
     """The part of a run folder's ``config.yaml`` and ``overrides.yaml`` that describes a network and its data.
 
     Attributes:
-        key: where the folder was named, such as ``"weights"``, for messages.
+        key: the configuration key that names the folder, such as ``"weights"``, for messages.
         path: the folder.
-        groups: a plain mapping for each of :data:`GROUPS` that is there, interpolations as they were written.
-        choices: the option chosen in each group.
+        groups: a plain mapping for each of :data:`GROUPS` that is recorded, with interpolations unresolved.
+        choices: the option chosen in each of them.
     """
 
     key: str
@@ -45,26 +45,26 @@ class RecordedRun:
         """Read a run folder; nothing is built or resolved.
 
         Raises:
-            UserError: naming ``key``, if the folder has no such files or they are not what a run writes.
+            UserError: naming ``key``, if these files are missing or are not what a run writes.
         """
         config, overrides = (_mapping(path / name, key) for name in ("config.yaml", "overrides.yaml"))
         groups = {group: config[group] for group in GROUPS if group in config}
-        choices = overrides.get("choices") or {}
-        plain = all(isinstance(group, dict) for group in groups.values()) and isinstance(choices, dict)
-        if not plain or not _is_plain([groups, choices]):
+        choices = overrides.get("choices")
+        mappings = all(isinstance(group, dict) for group in groups.values())
+        if not isinstance(choices, dict) or not mappings or not _is_plain([groups, choices]):
             raise UserError(f"{key}={path}: its config.yaml is not one that a run of this project writes")
-        named = {group: readable(str(choices.get(group, "unnamed"))) for group in GROUPS}
-        return cls(key, path, groups, named)
+        chosen = {group: readable(str(choices[group])) for group in groups if group in choices}
+        return cls(key, path, groups, chosen)
 
     def group(self, name: str, trust: bool) -> dict[str, Any]:
-        """The configuration of one group, as far as it is believed.
+        """The recorded configuration of one group.
 
         Args:
             name: one of :data:`GROUPS`.
-            trust: whether the user vouches for the folder: then it is believed whole.
+            trust: return it as recorded, whatever it names.
 
         Raises:
-            UserError: if it names a class, an interpolation or a place that is not believed.
+            UserError: if it is not trusted and names a class, an interpolation or a path that is not allowed.
         """
         if name not in self.groups:
             raise UserError(f"{self.key}={self.path}: its config.yaml has no {name}; expected a run's folder")
@@ -83,27 +83,27 @@ class RecordedRun:
             if place in LOCAL_PLACES:
                 kept[name] = place
             elif place is not None:
-                option = self.choices["dataset"]
+                option = self.choices.get("dataset", "OPTION")
                 raise UserError(
-                    f"{self.key}={self.path}: its data lay at dataset.{name}={place}; a path is not taken from"
-                    f" a run folder. Expected dataset={option} dataset.{name}={place}, or trust=true for a"
-                    " folder of your own"
+                    f"{self.key}={self.path}: its data is at dataset.{name}={place}, and a run folder may not"
+                    f" choose a path; expected dataset={option} dataset.{name}={place} on the command line, or"
+                    f" {TRUST_IT}"
                 )
         return kept
 
 
 def _mapping(path: Path, key: str) -> dict[str, Any]:
     try:
-        content = plain_yaml(read_described(path.parent, path.name))
+        content = plain_yaml(read_config_file(path.parent, path.name))
     except ValueError as error:
-        raise UserError(f"{key}={path.parent}: no readable {path.name} there ({error})") from error
+        raise UserError(f"{key}={path.parent}: cannot read its {path.name} ({error})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{key}={path.parent}: its {path.name} is no mapping")
+        raise UserError(f"{key}={path.parent}: its {path.name} is not a mapping")
     return content
 
 
 def _is_plain(content: Any) -> bool:
-    """Whether it is made of what a configuration can hold: YAML has dates, sets and keys of any kind, too."""
+    """Whether a configuration can hold ``content``; YAML also has dates, sets and keys of any type."""
     if isinstance(content, dict):
         return all(isinstance(key, str) and _is_plain(value) for key, value in content.items())
     if isinstance(content, list):

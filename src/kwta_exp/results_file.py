@@ -1,4 +1,4 @@
-"""``results.json``: what it must hold to be read back, and whether what it vouches for is there."""
+"""``results.json``: the schema it must fit to be read, and the digests of the evaluation's files in it."""
 
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -42,11 +42,11 @@ def _inside(name: str) -> str:
 Name = Annotated[str, AfterValidator(_plain)]
 
 Inside = Annotated[str, AfterValidator(_inside)]
-"""A file's place in an evaluation's folder."""
+"""A path inside an evaluation's folder."""
 
 
 class _Part(BaseModel):
-    """Strict in what it names; whatever else a later version adds is kept."""
+    """Strict about the keys it declares; other keys are kept."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -120,19 +120,19 @@ class _Results(_Part):
     evaluation: _Evaluation
 
     @model_validator(mode="after")
-    def _of_one_piece(self) -> "_Results":
+    def _is_consistent(self) -> "_Results":
         if (self.worst_case is None) != (not self.attacks):
-            raise ValueError("expected a worst case where there are attacks, and there alone")
+            raise ValueError("expected a worst case if and only if there are attacks")
         if any(attack.n > self.clean.n for attack in self.attacks.values()):
-            raise ValueError("an attack has more images than there are")
+            raise ValueError("an attack has more images than the evaluation")
         return self
 
 
 def read_results(path: Path) -> dict[str, Any] | None:
-    """An evaluation's results, or ``None`` where there is no such file: it is not finished.
+    """An evaluation's results, or ``None`` where there is no such file: the evaluation is not finished.
 
     Raises:
-        DamagedError: if the file is not as it was written, or is none of this project's.
+        DamagedError: if the file is not as it was written, or does not fit the schema.
     """
     try:
         content = read_json(path)
@@ -149,8 +149,8 @@ def read_results(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def vouched_for(folder: Path) -> dict[str, Any]:
-    """The ``evaluation`` part of the results of ``folder``: its name, and the SHA-256 of every file in it."""
+def evaluation_info(folder: Path) -> dict[str, Any]:
+    """The ``evaluation`` part of ``results.json``: the folder's name, and the SHA-256 of every file in it."""
     found = sorted(path for path in folder.rglob("*") if path.suffix in (".npz", ".json"))
     return {
         "name": folder.name,
@@ -163,7 +163,7 @@ def vouched_for(folder: Path) -> dict[str, Any]:
 
 
 def changed_files(folder: Path, results: dict[str, Any]) -> Iterator[str]:
-    """Those that ``results`` vouch for and that are no longer what they were, or are missing."""
+    """The files listed in ``results`` that are missing, or do not have the SHA-256 listed there."""
     for name, sha256 in results["evaluation"]["files"].items():
         try:
             same = regular_size(folder / name) <= MOST_EXPANDED and sha256_of_file(folder / name) == sha256

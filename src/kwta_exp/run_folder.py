@@ -1,4 +1,4 @@
-"""The folder of one run: its name, its files, and what is already in it."""
+"""The folder of one run: its name, its files, and which of them are intact."""
 
 import hashlib
 import logging
@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 
 _HASH_DIGITS = 10
 
-DESCRIBED = ("config.yaml", "overrides.yaml")
-"""The texts whose checksums ``environment.json`` has."""
+CONFIG_FILES = ("config.yaml", "overrides.yaml")
+"""The files that record how the weights were made; ``environment.json`` holds their checksums."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class RunFolder:
         try:
             path.stat()
         except (FileNotFoundError, NotADirectoryError):
-            pass  # whether it can be made is seen when it is
-        except (OSError, ValueError) as error:  # too long, links in circles, a NUL in it
+            pass  # it may be possible to make it
+        except (OSError, ValueError) as error:  # too long, a loop of links, a NUL in it
             raise UserError(f"paths.outputs={outputs}: no folder can be made there ({error})") from error
         return cls(path)
 
@@ -108,12 +108,12 @@ class RunFolder:
 
     @property
     def trained(self) -> bool:
-        """Whether training is over and its weights are there, whole."""
+        """Whether training is over and both checkpoints are intact."""
         return all(path.exists() and _is_whole(path) for path in (self.best, self.last))
 
     @property
     def metrics_damaged(self) -> bool:
-        """Whether there are records of training that are not as they were written."""
+        """Whether ``metrics.jsonl`` exists and is not as it was written."""
         try:
             if os.path.lexists(self.metrics):
                 read_lines(self.metrics)
@@ -123,11 +123,11 @@ class RunFolder:
         return False
 
     def set_aside(self) -> Path | None:
-        """Rename an existing folder to ``...-before-<time>``, and say to what."""
+        """Rename an existing folder to ``...-before-<time>``; returns the new path."""
         return aside(self.path, "-before") if self.path.exists() else None
 
     def set_damaged_aside(self) -> None:
-        """Rename checkpoints and metrics that are not as they were written; call with the lock held."""
+        """Rename damaged checkpoints and metrics; call with the lock held."""
         for path in (self.best, self.last):
             if path.exists() and not _is_whole(path):
                 _set_aside(path)
@@ -135,7 +135,7 @@ class RunFolder:
             _set_aside(self.metrics)
 
     def remove_partial_files(self) -> None:
-        """Delete what writers that were killed left behind; call with the lock held."""
+        """Delete the temporary files of writers that were killed; call with the lock held."""
         for path in self.path.rglob(f".*{PARTIAL}"):
             path.unlink(missing_ok=True)
 
@@ -144,26 +144,26 @@ class RunFolder:
 def opened(
     folder: RunFolder, texts: Mapping[str, str], described: Mapping[str, Any], rerun: bool
 ) -> Iterator[None]:
-    """The folder made, described, locked against a second process, and logging to its ``run.log``.
+    """Make the run's folder, lock it against other processes, write its configuration, and log to ``run.log``.
 
     Args:
-        folder: which.
-        texts: :data:`DESCRIBED`, by name. They tell how the weights came about, are written once, and stay as
-            they are when the run continues or is evaluated anew.
-        described: what ``environment.json`` holds beside their checksums; its ``command`` goes to the log.
-        rerun: set what is there aside first.
+        folder: the run's folder.
+        texts: the content of :data:`CONFIG_FILES`, by name. They are written once, and stay as they are when
+            the run continues or is evaluated again.
+        described: the content of ``environment.json`` beside their checksums; its ``command`` goes to the log.
+        rerun: rename an existing folder first.
 
     Raises:
         UserError: if the folder cannot be written, or another process holds it.
     """
     for path in (folder.path.parent, folder.path, folder.lock):
         if path.is_symlink():
-            raise UserError(f"{path}: is a symbolic link, and none is followed when writing; remove it")
+            raise UserError(f"{path}: is a symbolic link, which is not followed for writing; remove it")
     try:
         folder.path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.lock, timeout=0).acquire()
     except Timeout as error:
-        raise UserError(f"{folder.path}: another process is running this very experiment") from error
+        raise UserError(f"{folder.path}: another process is running this experiment") from error
     except OSError as error:
         raise UserError(f"paths.outputs: cannot write {folder.path}: {error.strerror}") from error
     with lock:
@@ -171,7 +171,7 @@ def opened(
             log.info("rerun: the earlier results are kept in %s", kept)
         with held(folder.path):
             folder.remove_partial_files()
-            _describe(folder, texts, described)
+            _write_config(folder, texts, described)
             with _log_file(folder.log) as file_only:
                 file_only.info("%s", described["command"])
                 try:
@@ -181,9 +181,9 @@ def opened(
                     raise
 
 
-def _describe(folder: RunFolder, texts: Mapping[str, str], described: Mapping[str, Any]) -> None:
-    """Write how the weights came about, unless that is there already."""
-    if is_described(folder.path):
+def _write_config(folder: RunFolder, texts: Mapping[str, str], described: Mapping[str, Any]) -> None:
+    """Write :data:`CONFIG_FILES` and ``environment.json``, unless they are there, intact."""
+    if config_is_intact(folder.path):
         compare_commits(read_json(folder.environment).get("commit"))
         return
     there = [path for path in (folder.environment, *(folder.path / name for name in texts)) if path.exists()]
@@ -196,11 +196,11 @@ def _describe(folder: RunFolder, texts: Mapping[str, str], described: Mapping[st
     write_json(folder.environment, {**described, "files": digests})
 
 
-def is_described(run: Path) -> bool:
-    """Whether the files that tell how a run's weights came about are there, as they were written."""
+def config_is_intact(run: Path) -> bool:
+    """Whether a run folder has :data:`CONFIG_FILES` as they were written."""
     try:
-        for name in DESCRIBED:
-            read_described(run, name)
+        for name in CONFIG_FILES:
+            read_config_file(run, name)
     except UserError as error:
         if (run / "environment.json").exists():
             log.warning("%s", error)
@@ -208,8 +208,8 @@ def is_described(run: Path) -> bool:
     return True
 
 
-def read_described(run: Path, name: str) -> str:
-    """The text of one of :data:`DESCRIBED` in a run folder, held to its checksum in ``environment.json``.
+def read_config_file(run: Path, name: str) -> str:
+    """The text of one of :data:`CONFIG_FILES`, checked against its checksum in ``environment.json``.
 
     Raises:
         UserError: if either file is missing.
@@ -239,7 +239,7 @@ class _FileHandler(logging.FileHandler):
 
 @contextmanager
 def _log_file(path: Path) -> Iterator[logging.Logger]:
-    """Everything logged, and every warning, goes to ``path`` too; the logger given goes nowhere else."""
+    """Send all log messages and warnings to ``path`` as well; yields a logger that writes to ``path`` alone."""
     refuse_to_leave(path)
     try:
         handler = _FileHandler(path, encoding="utf-8")
@@ -261,14 +261,14 @@ def _log_file(path: Path) -> Iterator[logging.Logger]:
 
 
 def compare_commits(then: str | None) -> None:
-    """Say so if what is there was made by another commit than the source is at."""
+    """Log it if results were made by another commit than that of the source."""
     now = environment.commit()
     if then != now:
-        log.info("(by commit %s; the source is at %s now; rerun=true runs it anew)", then, now)
+        log.info("(by commit %s; the source is at %s now; rerun=true runs it again)", then, now)
 
 
 def finished_evaluation(folder: Path) -> dict[str, Any] | None:
-    """The results of an evaluation, if it is finished and all that they vouch for is there."""
+    """The results of an evaluation, if it is finished and its files are intact."""
     try:
         results = read_results(folder / "results.json")
     except UserError as error:
@@ -276,12 +276,12 @@ def finished_evaluation(folder: Path) -> dict[str, Any] | None:
         return None
     lost = list(changed_files(folder, results)) if results else []
     if lost:
-        log.warning("%s: missing or damaged: %s; made again", folder, ", ".join(lost))
+        log.warning("%s: missing or damaged: %s; will be made again", folder, ", ".join(lost))
     return None if lost else results
 
 
 def set_changed_aside(folder: Path) -> None:
-    """Rename what an evaluation's results vouch for and is not what it was; call with the lock held."""
+    """Rename an evaluation's files that are not as its results list them; call with the lock held."""
     try:
         results = read_results(folder / "results.json")
     except DamagedError:

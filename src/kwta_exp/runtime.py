@@ -1,4 +1,4 @@
-"""Where a run computes: device, precision, processes and threads, carried by Lightning Fabric."""
+"""The device, precision, processes and threads of a run, through Lightning Fabric."""
 
 import os
 import shutil
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 Precision = Literal["32-true", "bf16-mixed"]
 
 SPINS = "8000"
-"""Turns of the loop in which an idle thread of GNU OpenMP waits for work before it sleeps."""
+"""How often an idle thread of GNU OpenMP polls for work before it sleeps."""
 
 
 def let_idle_threads_sleep() -> None:
-    """Have torch's idle CPU threads sleep soon, so that several processes can share the cores.
+    """Make torch's idle CPU threads sleep soon, so that several processes can share the cores.
 
-    By default they wait spinning for milliseconds, and two processes with as many threads as there are cores
-    slow each other tenfold and more (``benchmarks/shared.py``). It must be called before torch is loaded, and
-    has no effect on results. A user's own ``GOMP_SPINCOUNT`` or ``OMP_WAIT_POLICY`` stays as it is.
+    By default they spin for milliseconds, and two processes with one thread a core each slow each other down
+    tenfold or more (``benchmarks/shared.py``). Call this before torch is loaded. It does not change results. A
+    user's own ``GOMP_SPINCOUNT`` or ``OMP_WAIT_POLICY`` is kept.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPINS
@@ -34,21 +34,20 @@ def let_idle_threads_sleep() -> None:
 class Runtime:
     """Fabric's settings, plus the number of CPU threads.
 
-    It is checked without loading torch, so that a machine that lacks what was asked for says so at
-    once. What it resolves to (:meth:`identity`) decides the last bits of the weights.
+    They are checked without loading torch, so the message that a machine lacks a GPU comes at once. The values
+    that they resolve to (:meth:`identity`) decide the last bits of the weights.
 
     Args:
         accelerator: ``"auto"`` takes an NVIDIA GPU if there is one.
-        devices: processes, one a device. One, for now.
-        precision: Fabric's name: ``"32-true"`` or ``"bf16-mixed"``. It rules training; evaluation is
-            always in float32. (``"16-mixed"`` would lose the small gradients that attacks live on.)
-        channels_last: train with convolutions, and so all that flows between them, in channels-last order;
-            often faster. Evaluation always uses the plain one.
-        compile: train through ``torch.compile``, inner attacks included. It takes a minute or more to begin,
-            and on a CPU a C++ compiler. Evaluation never uses it.
-        threads: CPU threads; ``None`` takes one for each core the process may use
+        devices: processes, one per device. Only 1 is supported.
+        precision: of training, by Fabric's name: ``"32-true"`` or ``"bf16-mixed"``. Evaluation is always in
+            float32. (``"16-mixed"`` would lose the small gradients that attacks need.)
+        channels_last: train in channels-last memory format, which is often faster. Evaluation never uses it.
+        compile: train through ``torch.compile``, inner attacks included. Compiling takes a minute or more, and
+            on a CPU it needs a C++ compiler. Evaluation never uses it.
+        threads: CPU threads; ``None`` means one per core that the process may use
             (:func:`kwta_exp.hardware.usable_cores`). On a CPU the number decides the last bits of the
-            weights, and so is part of the run's identity: give it, to get the same run on another machine.
+            weights, so it is part of the run's identity; set it to get the same run on another machine.
     """
 
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
@@ -80,20 +79,17 @@ class Runtime:
     def resolved_threads(self) -> int:
         return self.threads or hardware.usable_cores()
 
-    def identity(self) -> dict[str, str | int]:
-        """What of the runtime decides bits; on a GPU the number of CPU threads does not."""
-        decides: dict[str, str | int] = {
+    def identity(self) -> dict[str, str | int | None]:
+        """The values that decide the last bits of the weights; on a GPU, the number of CPU threads does not."""
+        on_cpu = self.resolved_accelerator == "cpu"
+        return {
             "accelerator": self.resolved_accelerator,
             "devices": self.devices,
             "precision": self.precision,
+            "channels_last": self.channels_last,
+            "compile": self.compile,
+            "threads": self.resolved_threads if on_cpu else None,
         }
-        if self.channels_last:
-            decides["memory_format"] = "channels_last"
-        if self.compile:
-            decides["compile"] = "true"
-        if self.resolved_accelerator == "cpu":
-            decides["threads"] = self.resolved_threads
-        return decides
 
     def launch(self) -> "Fabric":
         """Load torch, set its threads and start Fabric.
@@ -109,7 +105,7 @@ class Runtime:
         if self.resolved_accelerator == "cuda" and not hardware.torch_has_cuda():
             raise UserError(
                 f"runtime.accelerator={self.accelerator!r}: the machine has a GPU that torch"
-                f" {torch.__version__} cannot use; mend the driver or choose runtime=cpu"
+                f" {torch.__version__} cannot use; expected a working driver, or runtime=cpu"
             )
         fabric = Fabric(accelerator=self.resolved_accelerator, devices=self.devices, precision=self.precision)
         fabric.launch()

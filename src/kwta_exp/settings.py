@@ -1,4 +1,4 @@
-"""The plain values of a configuration, checked; torch is not needed to read them."""
+"""The plain values of a configuration, validated without loading torch."""
 
 from typing import Literal
 
@@ -18,7 +18,7 @@ class Paths(BaseModel):
 class EvaluationSettings(BaseModel):
     """How many test images are attacked, how many at a time, and what is kept of them.
 
-    ``conf/evaluation/default.yaml`` says what each does.
+    ``conf/evaluation/default.yaml`` describes each value.
     """
 
     model_config = STRICT
@@ -32,14 +32,19 @@ class EvaluationSettings(BaseModel):
     search: Literal["exact", "fast"]
 
 
-class Settings(BaseModel):
-    """The plain top-level keys of ``conf/config.yaml``."""
+class Inputs(BaseModel):
+    """The keys that name files, and whether a run folder is trusted."""
 
     model_config = STRICT
-    seed: NonNegativeInt
     weights: str | None
     weights_sha256: Sha256 | None
     trust: bool
-    rerun: bool
     paths: Paths
+
+
+class Settings(Inputs):
+    """The plain top-level keys of ``conf/config.yaml``."""
+
+    seed: NonNegativeInt
+    rerun: bool
     evaluation: EvaluationSettings

@@ -1,4 +1,4 @@
-"""What a command owes the shell that called it: one message for a mistake, an exit status, and no noise."""
+"""How a command ends at the shell: one message for a mistake, an exit status, and no needless traceback."""
 
 import io
 import logging
@@ -23,15 +23,15 @@ _HINT = f"\nSet the environment variable {_FULL_ERROR}=1 for a complete stack tr
 
 @contextmanager
 def at_the_shell(explained: Callable[[Exception], str | None] = lambda error: None) -> Iterator[None]:
-    """Wrap all that a command does.
+    """Run a whole command in this context.
 
-    A mistake ends as one message on stderr and exit status 1, Ctrl-C as one line and
-    :data:`INTERRUPTED`. A reader that went away (``| head``) or a full device stops neither the command
-    nor ends in a traceback, and characters that the terminal cannot show are escaped. Any other error is a
-    bug and keeps its traceback; with ``HYDRA_FULL_ERROR=1`` in the environment every error does.
+    A user's mistake ends in one message on stderr and exit status 1, Ctrl-C in one line and
+    :data:`INTERRUPTED`. A closed pipe (``| head``) or a full device does not stop the command and leaves no
+    traceback. Characters that the terminal cannot show are escaped. Any other error is a bug and keeps its
+    traceback; with ``HYDRA_FULL_ERROR=1`` in the environment every error does.
 
     Args:
-        explained: a better message for an error, or ``None`` to have its own.
+        explained: returns a better message for an error, or ``None`` to keep the error's own.
     """
     calm_streams()
     os.environ[_FULL_ERROR] = "1"  # Hydra raises instead of printing
@@ -41,7 +41,7 @@ def at_the_shell(explained: Callable[[Exception], str | None] = lambda error: No
         _say("interrupted; the same command continues")
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
-        pass  # from print: nobody reads on
+        pass  # from print: the reader has closed the pipe
     except Exception as error:
         if _TRACEBACK_WANTED:
             raise
@@ -58,10 +58,10 @@ def at_the_shell(explained: Callable[[Exception], str | None] = lambda error: No
 
 @contextmanager
 def in_a_job() -> Iterator[None]:
-    """Wrap what Hydra calls: a mistake in a single run leaves as its message alone.
+    """Run a job of Hydra's in this context: a mistake in a single run ends in its message alone.
 
-    Hydra would put all overrides before it. In a grid the error stays what it is, so that the other jobs
-    go on.
+    Hydra would print all overrides before it. In a grid the error is raised as it is, so that the other jobs
+    run.
     """
     calm_streams()
     try:
@@ -74,7 +74,7 @@ def in_a_job() -> Iterator[None]:
 
 
 class JobFormatter(PrintableFormatter):
-    """The message alone, printable, after the job's number in a grid: ``#3``, as Hydra counts them.
+    """The message alone, printable; in a grid it begins with the job's number, ``#3``, as Hydra counts.
 
     Args:
         job: the number; ``None`` outside a grid.
@@ -85,21 +85,21 @@ class JobFormatter(PrintableFormatter):
 
 
 def calm_streams() -> None:
-    """Let no character and no closed terminal disturb what prints or logs."""
-    logging.raiseExceptions = False  # a handler that cannot write would print a traceback for each line
+    """Print and log without errors for unencodable characters or a closed terminal."""
+    logging.raiseExceptions = False  # else a handler that cannot write prints a traceback for each line
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _say(message: str) -> None:
-    """One message on stderr, its control characters escaped and its lines of bearable length."""
+    """Print one message to stderr, with control characters escaped and long lines shortened."""
     with suppress(OSError):
         print(shortened(printable(message)), file=sys.stderr)
 
 
 def _flush_for_good() -> None:
-    """Flush now: what fails at exit, Python reports at length and with a status of its own."""
+    """Flush now: an error at exit would make Python print a traceback and change the exit status."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -1,4 +1,4 @@
-"""The code that a plain configuration names: which it is, its digest, and whether a stranger may name it."""
+"""The code that a configuration names: which of it a run folder may name, what can be built, and its digest."""
 
 import importlib.util
 import sys
@@ -21,55 +21,10 @@ TRUSTED = frozenset({
     "kwta_exp.data.image_folder.ImageFolder",
     "kwta_exp.attacks.Threat",
 })  # fmt: skip
-"""What a run folder may have built: it can come from anybody, and a ``_target_`` can be any function."""
+"""The classes that a run folder may name: folders are untrusted, and a ``_target_`` can be any function."""
 
-
-def require_trusted(content: Any, group: str, source: str, allowed: Sequence[str]) -> None:
-    """Refuse what a run folder names and this project does not have.
-
-    Args:
-        content: the group, plain, its interpolations unresolved.
-        group: its name, for the message.
-        source: the key and the folder, ``weights=FOLDER``, for the message.
-        allowed: the interpolations it may hold: a resolver could make anything of a text.
-
-    Raises:
-        UserError: naming it.
-    """
-    for text in _texts(content):
-        if "${" in text and text not in allowed:
-            raise UserError(f"{source}: its {group} holds {text!r}, which is not resolved on a folder's word")
-    for target in targets(content):
-        if target not in TRUSTED:
-            raise UserError(
-                f"{source}: its {group} is a {target}, which is not this project's and is not built on a"
-                f" folder's word; expected {group}=... on the command line, or trust=true for a folder of your"
-                " own"
-            )
-    partial = True if group in ("activation", "model") else None
-    for reserved, value in _reserved(content):
-        if reserved != "_partial_" or value is not partial:
-            raise UserError(
-                f"{source}: its {group} holds {reserved}={_short(value)}, which no {group} of this project has;"
-                f" expected {group}=... on the command line, or trust=true for a folder of your own"
-            )
-
-
-def _short(value: object) -> str:
-    return str(value)[:100]
-
-
-def _reserved(content: Any) -> Iterator[tuple[str, Any]]:
-    """Hydra's own keys in a plain configuration, ``_target_`` apart: they decide how a class is called."""
-    if isinstance(content, Mapping):
-        for key, value in content.items():
-            if key in _RESERVED and key != "_target_":
-                yield key, value
-            yield from _reserved(value)
-    elif isinstance(content, list):
-        for value in content:
-            yield from _reserved(value)
-
+TRUST_IT = "trust=true if you trust the folder"
+"""The way out of every message about a folder that is not trusted."""
 
 _RESERVED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "_target_": (lambda value: isinstance(value, str), "the dotted path of a class or function"),
@@ -80,16 +35,51 @@ _RESERVED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 }
 """What Hydra's own keys may hold."""
 
+INSTALLED = ("kwta_exp", "torch", "torchvision", "foolbox")
+"""Packages whose code is identified by commit or version."""
+
+
+def require_trusted(content: Any, group: str, source: str, allowed: Sequence[str]) -> None:
+    """Refuse code in a run folder that is not this project's.
+
+    Args:
+        content: the group, plain, its interpolations unresolved.
+        group: its name, for the message.
+        source: the key and the folder, ``weights=FOLDER``, for the message.
+        allowed: the interpolations it may hold; a resolver can turn any text into any value.
+
+    Raises:
+        UserError: naming the interpolation, the class or the key of Hydra's that is not allowed.
+    """
+    instead = f"expected {group}=... on the command line, or {TRUST_IT}"
+    for text in _texts(content):
+        if "${" in text and text not in allowed:
+            raise UserError(
+                f"{source}: its {group} holds {text!r}; interpolations of a run folder are not resolved"
+            )
+    for target in targets(content):
+        if target not in TRUSTED:
+            raise UserError(
+                f"{source}: its {group} is a {target}, which is not a class of this project; {instead}"
+            )
+    partial = True if group in ("activation", "model") else None
+    for key, value in _items(content):
+        if key in _RESERVED and key != "_target_" and (key != "_partial_" or value is not partial):
+            raise UserError(
+                f"{source}: its {group} holds {key}={str(value)[:100]}, which no {group} of this project has;"
+                f" {instead}"
+            )
+
 
 def require_buildable(content: Any, key: str) -> None:
-    """Refuse what no part of a run can be, before anything is imported or called.
+    """Refuse what cannot be part of a run, before anything is imported or called.
 
-    Python's own functions are among it: nothing that a run is made of comes from there, and
-    ``os.remove`` does its work while it is "built".
+    That includes all of Python's standard library: no part of a run comes from there, and ``os.remove`` would
+    delete a file while it is "built".
 
     Args:
         content: a group, plain.
-        key: where it stands, for the message.
+        key: where it is in the configuration, for the message.
 
     Raises:
         UserError: naming key and value.
@@ -109,47 +99,28 @@ def require_buildable(content: Any, key: str) -> None:
     target = str(content.get("_target_", ""))
     if target.partition(".")[0] in sys.stdlib_module_names:
         raise UserError(
-            f"{key}._target_={target}: Python's own library has no part of a run; expected a class of this"
-            " project, of torch, torchvision or foolbox, or of yours"
+            f"{key}._target_={target}: nothing in Python's standard library can be part of a run; expected a"
+            " class of this project, of torch, torchvision or foolbox, or your own"
         )
-
-
-def _texts(content: Any) -> Iterator[str]:
-    """Every text in a plain configuration, keys too."""
-    if isinstance(content, Mapping):
-        for key, value in content.items():
-            yield str(key)
-            yield from _texts(value)
-    elif isinstance(content, list):
-        for value in content:
-            yield from _texts(value)
-    elif isinstance(content, str):
-        yield content
 
 
 def targets(content: Any) -> Iterator[str]:
     """Every ``_target_`` in a plain configuration."""
-    if isinstance(content, Mapping):
-        if "_target_" in content:
-            yield str(content["_target_"])
-        for value in content.values():
-            yield from targets(value)
-    elif isinstance(content, list):
-        for value in content:
-            yield from targets(value)
+    return (str(value) for key, value in _items(content) if key == "_target_")
 
 
 def local_code(content: Any) -> dict[str, str]:
-    """SHA-256 of the source files that the targets in ``content`` come from, outside installed packages.
+    """SHA-256 of the source files that the targets in ``content`` come from, by module.
 
-    A user's own class decides results as much as any value does, and it has no version.
+    A user's own class decides results as much as any value does, and has no version. Installed packages are
+    left out.
     """
     digests = {}
     for target in (*targets(content), *_gates(content)):
         module = target
         while "." in module:
             module = module.rpartition(".")[0]
-            if module.split(".")[0] in ("kwta_exp", "torch", "torchvision", "foolbox"):
+            if module.split(".")[0] in INSTALLED:
                 break
             try:
                 origin = getattr(importlib.util.find_spec(module), "origin", None)
@@ -165,13 +136,24 @@ def local_code(content: Any) -> dict[str, str]:
     return digests
 
 
+def _items(content: Any) -> Iterator[tuple[str | None, Any]]:
+    """Every key and value at any depth of a plain configuration; the values of a list have no key."""
+    if isinstance(content, Mapping):
+        pairs: list[tuple[str | None, Any]] = [(str(key), value) for key, value in content.items()]
+    else:
+        pairs = [(None, value) for value in content] if isinstance(content, list) else []
+    for key, value in pairs:
+        yield key, value
+        yield from _items(value)
+
+
+def _texts(content: Any) -> Iterator[str]:
+    """Every text in a plain configuration, keys included."""
+    return (text for pair in _items(content) for text in pair if isinstance(text, str))
+
+
 def _gates(content: Any) -> Iterator[str]:
     """Every class and function named in a ``gates`` mapping (of the bpda attack)."""
-    if isinstance(content, Mapping):
-        for key, value in content.items():
-            if key == "gates" and isinstance(value, Mapping):
-                yield from map(str, (*value.keys(), *value.values()))
-            yield from _gates(value)
-    elif isinstance(content, list):
-        for value in content:
-            yield from _gates(value)
+    for key, value in _items(content):
+        if key == "gates" and isinstance(value, Mapping):
+            yield from map(str, (*value.keys(), *value.values()))
