@@ -74,7 +74,7 @@ def refuse_to_leave(path: Path) -> None:
             if part == root:
                 break
             if part.is_symlink():
-                raise UserError(f"{part}: is a symbolic link, and none is followed when writing; remove it")
+                raise UserError(f"{part}: is a symbolic link, which is not followed for writing; remove it")
 
 
 def _absolute(path: Path) -> Path:
