@@ -284,10 +284,7 @@ def _is_of_a_run(path: Path) -> bool:
 
 
 def trained_ratio(path: Path) -> float | None:
-    """The sparsity ratio in a checkpoint's state, read without torch.
-
-    ``None`` for a file that is not safetensors, holds no ratio, or holds several (a network whose stages
-    differ). A value out of (0, 1] gives ``None`` too: the layer it belongs to refuses it when it is loaded.
+    """The sparsity ratio in a safetensors file, read without torch; ``None`` unless it holds one valid ratio.
 
     Raises:
         DamagedError: if it is not a whole safetensors file.
@@ -298,15 +295,11 @@ def trained_ratio(path: Path) -> float | None:
     try:
         with safetensors.safe_open(path, "numpy") as file:
             states = {name: file.get_slice(name) for name in file.keys() if is_extra_state(name)}  # noqa: SIM118
-            ratios = {
-                float(file.get_tensor(name))
-                for name, state in states.items()
-                if state.get_shape() == [] and state.get_dtype() == "F64"
-            }
+            kinds = {name: [state.get_dtype(), *state.get_shape()] for name, state in states.items()}
+            ratios = {float(file.get_tensor(name)) for name in states if kinds[name] == ["F64"]}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise DamagedError(f"weights={path}: not a whole safetensors file ({error})") from error
-    ratio = ratios.pop() if len(ratios) == 1 else 0.0
-    return ratio if 0 < ratio <= 1 else None
+    return ratios.pop() if len(ratios) == 1 and 0 < min(ratios) <= 1 else None
 
 
 def is_extra_state(name: str) -> bool:
