@@ -135,7 +135,7 @@ NO_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "device": (lambda path: path.symlink_to("/dev/zero"), "is a device, not a file"),
     "folder": (lambda path: path.mkdir(), "is a folder, not a file"),
     "link to a folder": (lambda path: path.symlink_to("/"), "is a folder, not a file"),
-    "dangling": (lambda path: path.symlink_to("nowhere"), "is a broken link"),
+    "broken link": (lambda path: path.symlink_to("nowhere"), "is a link to what is not there"),
     "loop": (lambda path: path.symlink_to(path.name), "is Too many levels of symbolic links"),
 }
 
@@ -226,7 +226,7 @@ def test_a_dead_worker_ends_the_run_with_one_error_message(root: Path, monkeypat
         assert os.getpid() != main
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr("kwta_exp.data.image_folder._judged", dies)
+    monkeypatch.setattr("kwta_exp.data.image_folder._centred", dies)
     with pytest.raises(UserError, match=r"^dataset\.workers=1: a process that reads images died"):
         list(pixels.stream([torch.arange(3)], None))
 
