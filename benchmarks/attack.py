@@ -1,4 +1,4 @@
-"""PGD-20 on a k-WTA ResNet-18, 64 images that never fall: ours against foolbox.
+"""PGD-20 on a k-WTA ResNet-18 that is never fooled, 64 images: ours against foolbox.
 
     python -m benchmarks.attack [--rounds 3] [--images 64] [--steps 20] [--device cuda] [--json FILE]
 
@@ -29,16 +29,18 @@ def main() -> None:
     x = torch.rand(asked.images, 3, 32, 32, generator=generator).to(asked.device)
     y = torch.zeros(asked.images, dtype=torch.long, device=asked.device)
     keys = torch.arange(asked.images, device=asked.device)
-    network = steadfast(KWTA(ratio=0.1), asked.device)
-    theirs = steadfast(PublishedKWTA(0.1), asked.device)
-    relu = steadfast(nn.ReLU(), asked.device)
+    network = constant_network(KWTA(ratio=0.1), asked.device)
+    theirs = constant_network(PublishedKWTA(0.1), asked.device)
+    relu = constant_network(nn.ReLU(), asked.device)
     searched = {id(each): (Proxy(each, x[:2]), Judge(each, asked.images)) for each in (network, relu)}
     wrapped = foolbox.PyTorchModel(theirs, bounds=(0, 1), device=asked.device)
 
     def ours(steps: int, attacked: nn.Module = network) -> None:
         proxy, judge = searched[id(attacked)]
         x_adv = PGD(norm="linf", eps=EPS, steps=steps)(proxy, x, y, keys)
-        assert (judge.logits(x_adv).argmax(1) == y).all(), "an image fell: the comparison would not be one"
+        assert (judge.logits(x_adv).argmax(1) == y).all(), (
+            "an image was fooled, so the sides took different numbers of steps"
+        )
 
     def foolboxes(steps: int) -> None:
         library = foolbox.attacks.LinfPGD(rel_stepsize=2.5 / steps, steps=steps)
@@ -50,7 +52,7 @@ def main() -> None:
         "foolbox": foolboxes,
     }
     for side in sides.values():
-        side(2)  # to warm up
+        side(2)  # warm up
     sides = {name: partial(side, asked.steps) for name, side in sides.items()}
     took = interleaved(sides, asked.rounds, 0, asked.device)
     ms = {name: 1000 * seconds / asked.images for name, seconds in took.items()}
@@ -59,12 +61,12 @@ def main() -> None:
         Row(what, ms["ours"], "foolbox, snippet, float32", ms["foolbox"], "ms", "speed-up", 4),
         Row(what, ms["ours"], "the same of ReLU", ms["ours, ReLU"], "ms", "cost"),
     ]
-    note = f"eps {EPS:.4f}; no image fell, so every one took {asked.steps} steps on every side."
+    note = f"eps {EPS:.4f}; no image was fooled, so each took {asked.steps} steps on every side."
     report(f"{asked.images} images, k-WTA 0.1 ResNet-18", rows, [note], asked)
 
 
-def steadfast(activation: nn.Module, device: str) -> nn.Module:
-    """A network, untrained, that nothing talks out of class 0."""
+def constant_network(activation: nn.Module, device: str) -> nn.Module:
+    """An untrained network that predicts class 0 for every image."""
     torch.manual_seed(0)
     network = ResNet(lambda: activation, num_classes=10, in_channels=3).to(device).eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What the figures are held against: k-WTA and adversarial training as they were published or are usual."""
+"""Baselines: k-WTA as published, and adversarial training as usually written."""
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ class PublishedKWTA(nn.Module):
 
 
 def plain_pgd(network: nn.Module, x: Tensor, y: Tensor, eps: float, step_size: float, steps: int) -> Tensor:
-    """PGD as it is often written: ``loss.backward()`` at each step, into the weights too."""
+    """PGD as often written, with ``loss.backward()``, which computes the gradients of the weights too."""
     x_adv = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1)
     for _ in range(steps):
         x_adv = x_adv.detach().requires_grad_()

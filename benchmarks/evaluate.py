@@ -1,12 +1,12 @@
-"""A whole evaluation of a naturally trained ReLU network by PGD-20, against foolbox: fooled images are dropped.
+"""A whole evaluation of a naturally trained ReLU network with PGD-20, against foolbox.
 
     python -m benchmarks.evaluate [--rounds 3] [--images 64] [--eps 0.1255] [--npz FILE] [--json FILE]
 
-ResNet-18 is trained for three epochs on digits, enlarged to 32x32, grey on grey in three channels: with an
-eighth of the contrast, so that they fall about as fast as photographs do. Or on 5,000 images of an ``.npz``
-of 32x32 photographs, as ``dataset=arrays`` takes it; or its weights are read (``--weights``). Our side is
-all that ``run.py`` does between a trained network and its record, proxy, judging, confirming and
-counting included; foolbox's is its attack alone.
+ResNet-18 is trained for three epochs on digits, enlarged to 32x32 and three channels, at an eighth of the
+contrast, so that they are fooled about as fast as photographs. ``--npz`` trains on 5,000 images of an ``.npz``
+file of 32x32 photographs, as for ``dataset=arrays``, instead; ``--weights`` reads weights. Our side includes
+all that ``run.py`` does from the trained network to the record: proxy, judging, confirming and counting.
+foolbox's side is only its attack. We drop fooled images; foolbox does not.
 """
 
 import itertools
@@ -58,11 +58,11 @@ def main() -> None:
             found[f"{search} steps"] = record.backwards / len(x)
 
         def foolboxes(library: foolbox.attacks.LinfPGD = library) -> None:
-            network.requires_grad_(True)  # as a network is that nobody froze
+            network.requires_grad_(True)  # the default of a network
             model = foolbox.PyTorchModel(network, bounds=(0, 1), device=asked.device)
             found["foolbox left"] = 1 - library(model, x, y, epsilons=asked.eps)[2].double().mean().item()
 
-        ours("fast")  # to warm up
+        ours("fast")  # warm up
         foolboxes(foolbox.attacks.LinfPGD(steps=2))
         took = interleaved(
             {"fast": lambda: ours("fast"), "exact": lambda: ours("exact"), "foolbox": foolboxes},
@@ -76,7 +76,7 @@ def main() -> None:
     ]
     left = ", ".join(f"{side} {found[f'{side} left']:.1%}" for side in ("fast", "exact", "foolbox"))
     notes = [
-        f"eps {asked.eps:.4f}; left standing: {left}. Mean gradient steps an image: fast"
+        f"eps {asked.eps:.4f}; robust: {left}. Mean gradient steps an image: fast"
         f" {found['fast steps']:.1f}, exact {found['exact steps']:.1f}, foolbox {STEPS}."
     ]
     of = Path(asked.npz).name if asked.npz else "grey digits"
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def grey_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """8x8 in one channel to 32x32 in three, at an eighth of the contrast."""
+    """Digits enlarged to 32x32 and three channels, at an eighth of the contrast."""
     digits = Digits().load()
     x_train, x_test = (
         F.interpolate(torch.from_numpy(x) / 8 + 100, scale_factor=4, mode="bilinear")

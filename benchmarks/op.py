@@ -1,8 +1,8 @@
-"""What a k-WTA layer costs: ours and the published snippet, against ReLU on the same tensor.
+"""The cost of a k-WTA layer, ours and the published snippet, against ReLU on the same tensor.
 
     python -m benchmarks.op [--ratio 0.1] [--rounds 9] [--device cuda] [--json FILE]
 
-Every timed pass makes its own output, as a layer does, with the default allocator.
+Every timed pass allocates its output, as a layer does, with the default allocator.
 """
 
 import copy
@@ -37,7 +37,7 @@ def main() -> None:
     ):
         x = torch.randn(batch, *SHAPE[1:], device=asked.device).to(dtype).contiguous(memory_format=layout)
         if not torch.equal(kwta(x, asked.ratio), published_kwta(x.float(), asked.ratio).to(dtype)):
-            raise SystemExit(f"the two k-WTA differ in {kind}: nothing to compare")
+            raise SystemExit(f"the two k-WTA differ in {kind}")
         names = sides if kind == "float32" else ("ReLU", "k-WTA")
         rows += compared(kind, x, {name: sides[name] for name in names}, asked.rounds)
     x = activations(asked.ratio, asked.device)
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def compared(kind: str, x: Tensor, sides: dict[str, Callable[[Tensor], Tensor]], rounds: int) -> list[Row]:
-    """Forward alone and with its backward, for every side."""
+    """Time forward, and forward with backward, for every side."""
     leaf, gradient = x.clone().requires_grad_(), torch.randn_like(x)
 
     def both(side: Callable[[Tensor], Tensor]) -> None:
@@ -81,7 +81,7 @@ def compared(kind: str, x: Tensor, sides: dict[str, Callable[[Tensor], Tensor]],
 
 @torch.no_grad()
 def activations(ratio: float, device: str) -> Tensor:
-    """What a k-WTA layer of an untrained ResNet-18 is given: its channels differ, unlike random numbers'."""
+    """The input of a k-WTA layer of an untrained ResNet-18; unlike random numbers, its channels differ."""
     network = ResNet(partial(KWTA, ratio=ratio), num_classes=10, in_channels=3).to(device).eval()
     given: list[Tensor] = []
     layer = next(module for module in network.modules() if isinstance(module, KWTA))
@@ -91,7 +91,7 @@ def activations(ratio: float, device: str) -> Tensor:
 
 
 def convolutions(ratio: float, rounds: int) -> list[Row]:
-    """3x3 convolutions of winners, and the gradients that winners let back, without the zeros and with."""
+    """3x3 convolutions of sparse images, and of sparse gradients, with and without skipping zeros."""
     rows = []
     for shape in ((64, 64, 32, 32), (64, 512, 4, 4)):
         dense = nn.Conv2d(shape[1], shape[1], 3, padding=1).requires_grad_(False)
@@ -102,7 +102,7 @@ def convolutions(ratio: float, rounds: int) -> list[Row]:
             for _ in range(2)
         )
         if (skipping(x).float() - dense(x).float()).abs().max() > 0.1:
-            raise SystemExit("the two convolutions differ: nothing to compare")
+            raise SystemExit("the two convolutions differ")
         sides = {
             name: partial(there_and_back, side, x.clone().requires_grad_(), gradient)
             for name, side in (("ours", skipping), ("dense", dense))
@@ -118,7 +118,7 @@ def there_and_back(side: Callable[[Tensor], Tensor], leaf: Tensor, gradient: Ten
 
 
 def roofline(rows: list[Row], rounds: int, device: str) -> str:
-    """The bytes that k-WTA moves and must move, and the speed of a copy on this machine."""
+    """The bytes that k-WTA must move and does move, and the speed of a copy on this machine."""
     x = torch.randn(SHAPE, device=device)
     y = torch.empty_like(x)
     copied = interleaved({"copy": lambda: y.copy_(x)}, rounds, 2, device)["copy"]
@@ -128,12 +128,11 @@ def roofline(rows: list[Row], rounds: int, device: str) -> str:
     least = 1000 * copied * (2 + 1 / 32) / 2
     return (
         f"Roofline: a forward pass must read {size:.0f} MiB and write {size:.0f} MiB, and {size / 32:.0f} MiB"
-        f" of bits; k-WTA moves no more. At the speed of a copy between tensors that are mapped already,"
+        " of bits; k-WTA moves no more. At the speed of a copy between tensors whose memory is mapped already,"
         f" {speed:.0f} GiB/s, that takes {least:.1f} ms. k-WTA took {forward.ours:.1f} ms and ReLU"
-        f" {forward.theirs:.1f} ms, each of which must have its output mapped first: k-WTA by 2 MiB at a time,"
-        " where it is 32 MiB or more (Linux's transparent huge pages), ReLU by 4 KiB. With half the batch,"
-        " memory is used again and nothing is mapped, unless the C library happens to give it back between"
-        " passes: those rows vary from run to run."
+        f" {forward.theirs:.1f} ms, with new memory mapped for each output: 2 MiB at a time for k-WTA, from 32"
+        " MiB on (Linux's transparent huge pages), 4 KiB at a time for ReLU. With half the batch, memory is"
+        " reused, unless the C library returns it between passes, so those rows vary from run to run."
     )
 
 

@@ -1,10 +1,10 @@
-"""Several runs on one machine: the demo alone, twice and four times at once.
+"""Several runs on one machine: the demo once, twice and four times at once.
 
     python -m benchmarks.shared [--rounds 3] [--json FILE]
 
-Each run is ``python run.py`` in a process of its own, with all the threads that it takes by itself, for a
-third of the epochs and a sixth of the test images. The baseline of "at once" is one run alone. That of one
-alone is the same run with the spinning that OpenMP has by default.
+Each run is ``python run.py`` in its own process, with its default threads, for a third of the epochs and a
+sixth of the test images. The baseline of several runs is one run alone. The baseline of one run is the same
+run with OpenMP's default spinning.
 """
 
 import os
@@ -17,7 +17,7 @@ from benchmarks.timing import Row, arguments, interleaved, report
 
 ROOT = Path(__file__).parents[1]
 DEFAULT_SPINS = {"GOMP_SPINCOUNT": "300000"}
-"""libgomp's own default, where its threads do not outnumber the cores."""
+"""The default of libgomp if there are at least as many cores as threads."""
 
 SHORTER = ["training.epochs=10", "evaluation.n=60"]
 

@@ -1,9 +1,9 @@
-"""How long a user waits for the first word: help, a finished run, the first k-WTA.
+"""How long a user waits for help, a finished run, and the first k-WTA.
 
     python -m benchmarks.startup [--rounds 5] [--json FILE]
 
-Each command is a process of its own; the baseline is a process that imports torch. Compiled kernels
-are there already, as after the first run on a machine.
+Each command runs in its own process; the baseline is a process that imports torch. Compiled kernels are
+cached, as after the first run on a machine.
 """
 
 import subprocess

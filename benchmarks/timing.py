@@ -1,4 +1,4 @@
-"""Interleaved rounds, medians, and what the figures are held against."""
+"""Interleaved rounds, medians, and comparisons with a baseline."""
 
 import argparse
 import json
@@ -19,16 +19,16 @@ Sides = Mapping[str, Callable[[], Any]]
 
 @dataclass(frozen=True)
 class Row:
-    """One figure against its baseline, in the same unit and from the same rounds.
+    """A figure and its baseline, in the same unit and from the same rounds.
 
     Args:
         what: what was measured.
-        ours: its median.
-        baseline: what it is held against.
+        ours: our median.
+        baseline: what it is compared with.
         theirs: the baseline's median.
-        unit: of both.
+        unit: the unit of both.
         kind: ``"speed-up"``: the ratio is theirs / ours; ``"cost"``: ours / theirs.
-        wanted: the least speed-up or the largest cost that is wanted; ``None`` for a figure to know.
+        wanted: the goal, a smallest speed-up or a largest cost; ``None`` for a figure without one.
     """
 
     what: str
@@ -67,9 +67,9 @@ HEADER = ("what", "ours", "baseline", "baseline's", "ratio", "wanted", "met")
 
 
 def interleaved(sides: Sides, rounds: int, warm: int = 1, device: str = "cpu") -> dict[str, float]:
-    """Seconds that each side takes, the median of ``rounds`` after ``warm`` more.
+    """The median seconds of each side in ``rounds`` rounds, after ``warm`` rounds to warm up.
 
-    Each round runs every side once, so that a machine whose speed drifts is fair to all of them.
+    Each round runs every side once, so a drift of the machine's speed affects all sides alike.
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(warm + rounds):
@@ -89,23 +89,23 @@ def _wait(device: str) -> None:
 
 
 def arguments(description: str | None, rounds: int, **more: Any) -> argparse.Namespace:
-    """The options that every benchmark has, and those in ``more`` (name to default)."""
+    """Parse the options of every benchmark, and those in ``more`` (name to default)."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=rounds, help="rounds that count (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=rounds, help="timed rounds (default: %(default)s)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     for name, default in more.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
     asked = parser.parse_args()
     if asked.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device here")
+        parser.error("--device cuda: torch finds no CUDA device")
     return asked
 
 
 def report(title: str, rows: list[Row], notes: list[str], asked: argparse.Namespace) -> None:
-    """Print a table, and write it down where that was asked for."""
+    """Print a table, and with --json write it to a file."""
     table = [HEADER, *(row.cells() for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     print(f"\n{title}; {asked.rounds} rounds; {machine(asked.device)}")
@@ -125,7 +125,7 @@ def report(title: str, rows: list[Row], notes: list[str], asked: argparse.Namesp
 
 
 def machine(device: str) -> str:
-    """Processor, threads and versions, in a line."""
+    """Processor, threads, memory and torch's version, in one line."""
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30

@@ -1,9 +1,9 @@
-"""What k-WTA costs in training, natural and adversarial.
+"""The cost of k-WTA in natural and adversarial training.
 
     python -m benchmarks.train [--rounds 3] [--batch 64] [--device cuda] [--json FILE]
 
-ResNet-18 on random images of 32x32, SGD with momentum; every step is the framework's own, and the
-baseline of the last line a plain loop with the published snippet.
+ResNet-18 on random 32x32 images, SGD with momentum. Every step is the framework's; the baseline of adversarial
+training is a plain loop with the published snippet.
 """
 
 import multiprocessing
@@ -82,7 +82,7 @@ def network(activation: Callable[[], nn.Module], device: str) -> ResNet:
 def step(
     training: Training, activation: Callable[[], nn.Module], precision: Precision, batch: int, device: str
 ) -> Step:
-    """A training step as ``fit`` takes it; half precision goes with channels last."""
+    """A training step as in a run; bfloat16 uses channels last."""
     fabric = Runtime(accelerator=device, precision=precision).launch()  # type: ignore[arg-type]
     model = network(activation, device)
     if precision == "bf16-mixed":
@@ -111,8 +111,8 @@ def plain_step(batch: int, device: str) -> Step:
 
 
 def memory(batch: int, device: str) -> list[Row]:
-    """The most memory that steps need, each side in a process of its own."""
-    # Else the C library keeps what was freed, by and large, and the figure is one of fragmentation.
+    """The peak memory of training steps, each side in its own process."""
+    # Otherwise the C library keeps most of the freed memory, and the figure measures fragmentation.
     os.environ.update(MALLOC_MMAP_THRESHOLD_="1000000", MALLOC_TRIM_THRESHOLD_="1000000")
     context = multiprocessing.get_context("spawn")
     with context.Pool(1, maxtasksperchild=1) as pool:
@@ -124,7 +124,7 @@ def memory(batch: int, device: str) -> list[Row]:
 
 
 def _peak(name: str, batch: int, device: str) -> tuple[float, float]:
-    """What steps add to a process in which everything is loaded, and all of it."""
+    """The peak memory that steps add to a process with everything loaded, and that of the process."""
     learn = step(NaturalTraining(epochs=1), {"ReLU": nn.ReLU, "k-WTA": KWTA_01}[name], "32-true", batch, device)
     if name == "k-WTA":
         KWTA_01()(torch.randn(2, 8, device=device, requires_grad=True)).sum().backward()  # compiles it
@@ -136,7 +136,7 @@ def _peak(name: str, batch: int, device: str) -> tuple[float, float]:
 
 
 def _memory(kind: str) -> float:
-    """MiB of this process. (What getrusage says of a child begins at the size of its parent.)"""
+    """MiB of this process. Not from getrusage, whose peak of a child includes the size of its parent."""
     status = Path("/proc/self/status").read_text().split()
     return int(status[status.index(kind) + 1]) / 2**10
 

@@ -129,14 +129,14 @@ def test_ties_are_all_kept_and_a_constant_passes() -> None:
     assert torch.equal(kwta(constant, 0.1), constant)
 
 
-def test_nan_does_not_vanish() -> None:
+def test_nan_is_kept() -> None:
     assert kwta(torch.tensor([[1.0, math.nan, 3.0]]), k=2).isnan().tolist() == [[False, True, False]]
     crowded = kwta(torch.tensor([[math.nan, math.nan, 3.0]]), k=1)
     assert crowded.isnan().tolist() == [[True, True, False]]
     assert crowded[0, 2] == 0
 
 
-def test_gradient_passes_through_winners_alone() -> None:
+def test_gradient_passes_only_through_winners() -> None:
     x = torch.tensor([[4.0, -1.0, 2.0, 3.0]], requires_grad=True)
     kwta(x, k=2).backward(torch.tensor([[1.0, 10.0, 100.0, 1000.0]]))
     assert x.grad is not None
@@ -201,7 +201,7 @@ def test_bad_settings_are_refused(bad) -> None:  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("bad", [{"ratio": 1.5}, {"ratio": 0.0}, {"ratio": -1.0}, {"k": 0}, {"k": -3}, {}])
-def test_the_function_refuses_bad_settings_too(bad) -> None:  # type: ignore[no-untyped-def]
+def test_the_function_refuses_bad_settings(bad) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match="kwta"):
         kwta(torch.zeros(2, 3), **bad)
 
@@ -230,7 +230,7 @@ def test_lwta_keeps_the_largest_of_each_group() -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("length", [1, 100, 257, 4133, 20000])
-def test_selection_is_a_sort_in_short_and_long_rows(length: int, dtype: torch.dtype, threads: int) -> None:
+def test_selection_equals_a_sort_in_short_and_long_rows(length: int, dtype: torch.dtype, threads: int) -> None:
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(length)
     rows = torch.randn(7, length, generator=generator).to(dtype)
@@ -249,8 +249,10 @@ def test_selection_is_a_sort_in_short_and_long_rows(length: int, dtype: torch.dt
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, of its forward mode
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("over", ["volume", "channel"])
-def test_transforms_and_forward_mode(over: Any, layout: torch.memory_format) -> None:
-    """Every way to a derivative gives that of the winners; none gives zeros in silence."""
+def test_torch_func_transforms_and_forward_mode_give_the_gradient_of_the_winners(
+    over: Any, layout: torch.memory_format
+) -> None:
+    """Each way to compute a derivative gives that of the winners, and none silently gives zeros."""
     torch.manual_seed(0)
     x, v = (torch.randn(4, 3, 5, 5).contiguous(memory_format=layout) for _ in range(2))
 
@@ -284,7 +286,7 @@ def test_transforms_and_forward_mode(over: Any, layout: torch.memory_format) -> 
     torch.testing.assert_close(tangent, v * (winners != 0))
 
 
-def test_a_rank_out_of_range_is_refused_before_it_reads_outside() -> None:
+def test_a_rank_out_of_range_is_refused() -> None:
     for dtype in DTYPES:
         x = torch.randn(2, 600).to(dtype)
         for k in (-(10**12), -1, 0, 601, 10**13):

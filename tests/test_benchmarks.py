@@ -5,7 +5,7 @@ from benchmarks.__main__ import page
 from benchmarks.timing import Row, interleaved
 
 
-def test_a_row_says_whether_it_is_as_wanted() -> None:
+def test_a_row_shows_whether_its_goal_is_met() -> None:
     faster = Row("a", 2.0, "b", 30.0, "ms", "speed-up", 10)
     dearer = Row("a", 3.0, "b", 2.0, "ms", "cost", 1.2)
     assert (faster.ratio, faster.met) == (15, True)
@@ -14,7 +14,7 @@ def test_a_row_says_whether_it_is_as_wanted() -> None:
     assert dearer.cells()[-3:] == ("1.50x", "≤ 1.2", "NO")
 
 
-def test_rounds_are_interleaved_and_the_first_do_not_count() -> None:
+def test_rounds_are_interleaved_and_warm_up_rounds_are_dropped() -> None:
     order: list[str] = []
     sides = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
     took = interleaved(sides, rounds=2, warm=1)
@@ -23,7 +23,7 @@ def test_rounds_are_interleaved_and_the_first_do_not_count() -> None:
     assert all(seconds > 0 for seconds in took.values())
 
 
-def test_the_page_holds_every_figure() -> None:
+def test_the_page_contains_every_figure() -> None:
     row = {
         "what": "forward",
         "ours": 2.0,
@@ -40,7 +40,7 @@ def test_the_page_holds_every_figure() -> None:
 
 
 @pytest.mark.slow
-def test_the_quickest_benchmark_runs(tmp_path: object) -> None:
+def test_the_fastest_benchmark_runs(tmp_path: object) -> None:
     import json
     import subprocess
     import sys

@@ -34,7 +34,7 @@ def groups(tmp_path: Path, own: str, files: dict[str, str]) -> None:
         path.write_text(content)
 
 
-def test_without_a_limit_every_core_it_may_run_on_is_used() -> None:
+def test_without_limits_all_allowed_cores_are_used() -> None:
     assert hardware.usable_cores() == 8
 
 
@@ -62,7 +62,7 @@ def test_without_a_limit_every_core_it_may_run_on_is_used() -> None:
                              "cpu/cpu.cfs_period_us": "100000\n"}, 5),
     ],
 )  # fmt: skip
-def test_quotas_of_control_groups_count(own: str, files: dict[str, str], cores: int, tmp_path: Path) -> None:
+def test_cgroup_quotas_limit_the_cores(own: str, files: dict[str, str], cores: int, tmp_path: Path) -> None:
     groups(tmp_path, own, files)
     assert hardware.usable_cores() == cores
 
@@ -70,12 +70,14 @@ def test_quotas_of_control_groups_count(own: str, files: dict[str, str], cores: 
 @pytest.mark.parametrize(
     ("granted", "cores"), [("3", 3), ("1", 1), ("64", 8), ("0", 8), ("-2", 8), ("2.5", 8), ("", 8), ("many", 8)]
 )
-def test_what_slurm_grants_a_task_counts(granted: str, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_cpus_per_task_limits_the_cores(
+    granted: str, cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", granted)
     assert hardware.usable_cores() == cores
 
 
-def test_the_least_of_all_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_smallest_limit_applies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
     groups(tmp_path, "0::/\n", {"cpu.max": "300000 100000\n"})
     assert hardware.usable_cores() == 3
@@ -83,7 +85,9 @@ def test_the_least_of_all_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert hardware.usable_cores() == 1
 
 
-def test_default_threads_are_the_usable_cores_and_part_of_the_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_uses_one_thread_per_usable_core_and_its_name_depends_on_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for cores in (3, 5):
         monkeypatch.setattr(hardware, "usable_cores", lambda cores=cores: cores)
         assert Runtime(accelerator="cpu").resolved_threads == cores
@@ -94,7 +98,7 @@ def test_default_threads_are_the_usable_cores_and_part_of_the_identity(monkeypat
 @pytest.mark.parametrize(("given", "spins"), [
     ({}, SPINS), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "active"}, None),
 ])  # fmt: skip
-def test_idle_threads_sleep_soon_unless_the_user_says_otherwise(
+def test_idle_threads_stop_spinning_soon_unless_the_user_sets_otherwise(
     given: dict[str, str], spins: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
@@ -107,7 +111,7 @@ def test_idle_threads_sleep_soon_unless_the_user_says_otherwise(
 
 
 @pytest.mark.parametrize("command", ["command", "cli"])
-def test_every_command_sets_the_spin_count_before_torch_is_loaded(command: str) -> None:
+def test_every_command_sets_the_spin_count_before_importing_torch(command: str) -> None:
     """OpenMP reads it once, as torch is loaded."""
     code = f"""if True:
         import sys
@@ -119,7 +123,7 @@ def test_every_command_sets_the_spin_count_before_torch_is_loaded(command: str) 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_accelerator_auto_uses_a_gpu_if_present(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_used_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for gpus, expected in ((0, "cpu"), (2, "cuda")):
         monkeypatch.setattr(hardware, "nvidia_gpus", lambda gpus=gpus: gpus)
         assert Runtime().resolved_accelerator == expected
@@ -148,7 +152,7 @@ AMX = BF16 | {"amx_bf16": True}
         (AVX2, "AVX512_CORE_AMX", False, False),
     ],
 )
-def test_a_cpu_answers_for_itself_within_what_the_user_allows(
+def test_bfloat16_and_amx_depend_on_the_cpu_and_the_isa_limit(
     can: dict[str, bool], limit: str | None, bfloat16: bool, matrix_units: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: MappingProxyType(can))
@@ -161,7 +165,7 @@ def test_a_cpu_answers_for_itself_within_what_the_user_allows(
     assert has_matrix_units(torch.device("cuda"))
 
 
-def test_nothing_else_asks_the_hardware() -> None:
+def test_only_hardware_py_inspects_the_hardware() -> None:
     asks = re.compile(
         r"get_capabilities|cpu_count|sched_getaffinity|cuda\.is_available|is_bf16_supported|libnvidia|/sys/fs"
     )

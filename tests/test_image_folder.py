@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Three classes of images of one grey each, of many sizes; one class has nothing to judge."""
+    """Three classes of images of one grey each, of many sizes; one class has no test image."""
     for part, classes in (("train", "abc"), ("val", "ac")):
         for number, name in enumerate(classes):
             (tmp_path / part / name).mkdir(parents=True)
@@ -40,7 +40,7 @@ def dataset(root: Path, workers: int = 0) -> ImageFolder:
     return ImageFolder(root=str(root), image_size=16, workers=workers, flip=True, val_fraction=0.2)
 
 
-def test_labels_follow_the_training_classes(root: Path) -> None:
+def test_labels_are_numbered_by_the_training_classes(root: Path) -> None:
     images = dataset(root).load()
     assert images.y_train.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert images.y_test.tolist() == [0] * 4 + [2] * 4
@@ -81,14 +81,14 @@ def test_crops_differ_between_images_and_epochs(tmp_path: Path) -> None:
     assert not torch.equal(seen[0], seen[1])
 
 
-def test_the_fingerprint_follows_names_and_sizes(root: Path) -> None:
+def test_fingerprint_depends_on_names_and_sizes(root: Path) -> None:
     before = dataset(root).fingerprint()
     assert dataset(root).fingerprint() == before
     (root / "train" / "a" / "0.png").rename(root / "train" / "a" / "9.png")
     assert dataset(root).fingerprint() != before
 
 
-def test_other_pixels_of_the_same_size_are_another_dataset(
+def test_fingerprint_depends_on_pixels_of_equal_file_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write(grey: int) -> str:
@@ -104,7 +104,7 @@ def test_other_pixels_of_the_same_size_are_another_dataset(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_image_is_one_message_from_any_process(root: Path, workers: int) -> None:
+def test_a_damaged_image_is_one_error_message_with_and_without_workers(root: Path, workers: int) -> None:
     for path in (root / "train").rglob("*.png"):
         path.write_bytes(b"torn")
     train, _ = split_training(dataset(root, workers).load(), None, 0.2, 0, CPU)
@@ -135,13 +135,13 @@ NO_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "device": (lambda path: path.symlink_to("/dev/zero"), "is a device, not a file"),
     "folder": (lambda path: path.mkdir(), "is a folder, not a file"),
     "link to a folder": (lambda path: path.symlink_to("/"), "is a folder, not a file"),
-    "dangling": (lambda path: path.symlink_to("nowhere"), "is a link to what is not there"),
+    "broken link": (lambda path: path.symlink_to("nowhere"), "is a link to what is not there"),
     "loop": (lambda path: path.symlink_to(path.name), "is Too many levels of symbolic links"),
 }
 
 
 @pytest.mark.parametrize("kind", NO_FILES)
-def test_what_is_no_file_is_refused_before_anything_is_opened(kind: str, root: Path) -> None:
+def test_special_files_are_refused_without_opening_them(kind: str, root: Path) -> None:
     make, said = NO_FILES[kind]
     make(root / "train" / "b" / "z.png")
     with pytest.raises(UserError, match=rf"^dataset\.root: .*/train/b/z\.png {said}; expected an image$"):
@@ -172,7 +172,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "torn": (_png(64, 64)[:45], ""),
     "another checksum": (_png(64, 64).replace(b"IDAT", b"IDAU"), ""),
     "a bomb": (_png(40_000, 40_000), "exceeds limit"),
-    "many pixels": (_png(13_000, 11_000), "13000 x 11000 pixels; expected 134,217,728 in all at most"),
+    "many pixels": (_png(13_000, 11_000), "13000 x 11000 pixels; expected at most 134,217,728 in all"),
     "a strip": (_png(1_000_000, 1), "18 x 18000000 pixels"),
     "no pixels": (b"P6 0 0 255\n", ""),
     "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot identify"),
@@ -180,7 +180,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_a_damaged_or_monstrous_image_is_one_message(kind: str, root: Path) -> None:
+def test_damaged_and_huge_images_are_one_error_message(kind: str, root: Path) -> None:
     content, said = DAMAGED[kind]
     (root / "val" / "a" / "0.png").write_bytes(content)
     images = dataset(root).load()
@@ -189,12 +189,12 @@ def test_a_damaged_or_monstrous_image_is_one_message(kind: str, root: Path) -> N
     assert said in str(caught.value)
 
 
-def test_a_large_image_is_still_an_image(root: Path) -> None:
+def test_a_large_image_is_read(root: Path) -> None:
     (root / "val" / "a" / "0.png").write_bytes(_png(5000, 5000))
     assert dataset(root).load().x_test[torch.tensor([0])].shape == (1, 3, 16, 16)
 
 
-def test_what_may_not_be_read_is_one_message(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_files_are_one_error_message(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def deny(path: Path, *args: object, **kwargs: object) -> object:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
@@ -212,13 +212,13 @@ def test_what_may_not_be_read_is_one_message(root: Path, monkeypatch: pytest.Mon
         images.x_train[torch.tensor([0])]
 
 
-def test_a_class_that_is_a_dangling_link_is_not_left_out_in_silence(root: Path) -> None:
+def test_a_class_that_is_a_broken_link_is_an_error(root: Path) -> None:
     (root / "train" / "d").symlink_to("nowhere")
-    with pytest.raises(UserError, match="train/d is a link to what is not there"):
+    with pytest.raises(UserError, match="train/d is a broken link"):
         dataset(root).load()
 
 
-def test_a_worker_that_dies_ends_the_run_with_one_message(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_worker_ends_the_run_with_one_error_message(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = dataset(root, workers=1).load().x_train
     main = os.getpid()
 
@@ -226,12 +226,12 @@ def test_a_worker_that_dies_ends_the_run_with_one_message(root: Path, monkeypatc
         assert os.getpid() != main
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr("kwta_exp.data.image_folder._judged", dies)
+    monkeypatch.setattr("kwta_exp.data.image_folder._centred", dies)
     with pytest.raises(UserError, match=r"^dataset\.workers=1: a process that reads images died"):
         list(pixels.stream([torch.arange(3)], None))
 
 
-def test_the_death_of_a_worker_is_one_message_wherever_torch_raises_it() -> None:
+def test_a_dead_worker_is_one_error_message_wherever_torch_raises_it() -> None:
     with (
         pytest.raises(UserError, match=r"^dataset\.workers: a process that reads images died"),
         user_errors(),
@@ -241,11 +241,11 @@ def test_the_death_of_a_worker_is_one_message_wherever_torch_raises_it() -> None
         raise RuntimeError("other")
 
 
-def test_mistakes_are_named(root: Path, tmp_path: Path) -> None:
+def test_error_messages_name_the_mistake(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"dataset\.root=nowhere: no folder nowhere/train"):
         dataset(Path("nowhere")).fingerprint()
     (root / "val" / "stranger").mkdir()
-    with pytest.raises(UserError, match="val has classes that train lacks: stranger"):
+    with pytest.raises(UserError, match="val has classes that train does not have: stranger"):
         dataset(root).load()
     (root / "val" / "stranger").rmdir()
     (root / "val" / "a" / "0.png").write_bytes(b"torn")

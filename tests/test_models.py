@@ -17,7 +17,7 @@ def shapes(model: nn.Module) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in state.items()}
 
 
-def test_cnn_is_the_studys_mnist_network() -> None:
+def test_cnn_equals_the_mnist_network_of_the_study() -> None:
     model = CNN(
         sparse, channels=[32, 32, 64, 64], hidden=1000, num_classes=10, in_channels=1, image_size=(28, 28)
     )
@@ -37,7 +37,7 @@ def test_cnn_is_the_studys_mnist_network() -> None:
     assert sum(isinstance(m, KWTA) for m in model.modules()) == 5
 
 
-def test_mlp_is_the_studys_dnn() -> None:
+def test_mlp_equals_the_dnn_of_the_study() -> None:
     model = MLP(sparse, hidden=[1000, 1000], num_classes=10, in_channels=1, image_size=(28, 28))
     assert shapes(model) == {
         "nn.1.weight": [1000, 784], "nn.1.bias": [1000], "nn.3.weight": [1000, 1000], "nn.3.bias": [1000],
@@ -45,7 +45,7 @@ def test_mlp_is_the_studys_dnn() -> None:
     }  # fmt: skip
 
 
-def test_resnet18_has_the_originals_names_and_placement() -> None:
+def test_resnet18_has_the_names_and_activations_of_the_original() -> None:
     model = ResNet(sparse, num_classes=10, in_channels=3)
     found = shapes(model)
     assert len(found) == 122
@@ -62,7 +62,7 @@ def test_resnet18_has_the_originals_names_and_placement() -> None:
     )
 
 
-def test_resnet_block_computes_what_the_paper_says() -> None:
+def test_resnet_block_computes_the_formula_of_the_paper() -> None:
     """The second block of a stage, by hand: act(bn2(conv2(act(bn1(conv1 x)))) + x)."""
     model = ResNet(sparse, num_classes=4, in_channels=1, width=8).eval()
     block, x = model.layer1[1], torch.randn(3, 8, 6, 6)
@@ -78,7 +78,7 @@ def test_resnet_block_computes_what_the_paper_says() -> None:
 
 @pytest.mark.parametrize("activation", [nn.ReLU, partial(LWTA, group_size=2), sparse])
 @pytest.mark.parametrize("size", [(8, 8), (28, 28), (9, 7)])
-def test_any_image_size_and_class_count(activation, size) -> None:  # type: ignore[no-untyped-def]
+def test_networks_accept_any_image_size_and_number_of_classes(activation, size) -> None:  # type: ignore[no-untyped-def]
     for channels in (1, 3):
         x = torch.rand(2, channels, *size)
         facts = {"num_classes": 7, "in_channels": channels}

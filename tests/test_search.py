@@ -1,4 +1,4 @@
-"""The proxy that attacks may search with is the network up to rounding, and never its judge."""
+"""The proxy that attacks search on equals the network up to rounding, and the network judges."""
 
 import copy
 from functools import partial
@@ -41,7 +41,7 @@ def trained_statistics(network: nn.Module, x: Tensor) -> nn.Module:
 
 
 def per_image(found: Tensor, expected: Tensor) -> Tensor:
-    """How far the logits of each image are off, as a share of their length."""
+    """Relative error of the logits of each image."""
     return (found - expected).norm(dim=1) / expected.norm(dim=1)
 
 
@@ -61,7 +61,7 @@ def batch_norms(network: nn.Module) -> int:
         (partial(DenseNet, KWTA_01, growth=4), None),
     ],
 )
-def test_the_proxy_is_the_network_up_to_rounding(make: Any, left: int | None, cpu: str) -> None:
+def test_the_proxy_equals_the_network_up_to_rounding(make: Any, left: int | None, cpu: str) -> None:
     torch.manual_seed(0)
     x = torch.rand(6, 3, 16, 16)
     network = trained_statistics(make(num_classes=10, in_channels=3), x)
@@ -91,10 +91,10 @@ def test_the_proxy_is_the_network_up_to_rounding(make: Any, left: int | None, cp
         lambda *_, **__: Branching(),
     ],
 )
-def test_it_follows_weights_statistics_and_ratios(
+def test_it_takes_over_weights_statistics_and_ratios(
     make: Any, skips_zeros: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float32; rounding makes another unit win now and then, so for most images."""
+    """In float32, for most images: rounding sometimes changes a winner."""
     monkeypatch.setattr(hardware, "computes_in_bfloat16", lambda device: False)
     monkeypatch.setattr(hardware, "has_matrix_units", lambda device: not skips_zeros)
     torch.manual_seed(0)
@@ -121,7 +121,7 @@ def test_it_follows_weights_statistics_and_ratios(
     assert per_image(answers[0], answers[1]).median() > 1e-2
 
 
-def test_whether_a_proxy_is_new_decides_no_bit(cpu: str) -> None:
+def test_a_new_proxy_equals_an_updated_one_bit_for_bit(cpu: str) -> None:
     torch.manual_seed(0)
     x = torch.rand(6, 1, 8, 8)
     network = trained_statistics(ResNet(KWTA_01, num_classes=10, in_channels=1, width=16), x)
@@ -133,8 +133,8 @@ def test_whether_a_proxy_is_new_decides_no_bit(cpu: str) -> None:
     assert torch.equal(fresh(x), again)
 
 
-def test_a_training_attack_may_search_on_a_proxy(tmp_path: Path, cpu: str) -> None:
-    """It sees the weights of the moment; a training that is killed goes on to the same bits."""
+def test_a_training_attack_can_search_on_a_proxy(tmp_path: Path, cpu: str) -> None:
+    """It uses the current weights; a resumed training gives the same bits."""
     seen: list[Tensor] = []
 
     def attack(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class Branching(nn.Module):
 
 
 class Shared(nn.Module):
-    """One convolution for two batch norms, and one whose output is wanted as it is, too."""
+    """One convolution followed by two batch norms, and one whose output is also used without its batch norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class Shared(nn.Module):
         return logits
 
 
-def test_what_cannot_be_folded_is_left_as_it_is(cpu: str) -> None:
+def test_batch_norms_that_cannot_be_folded_are_kept(cpu: str) -> None:
     x = torch.rand(4, 1, 8, 8)
     for network in (Branching(), Shared()):
         trained_statistics(network, x)
@@ -214,20 +214,20 @@ def digits(n: int) -> Split:
 
 
 def random_in_double(seed: int = 0) -> nn.Module:
-    """A random network that computes in float64, so that no outcome hangs on rounding."""
+    """A random network that computes in float64, so that no outcome depends on rounding."""
     torch.manual_seed(seed)
     layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 40), nn.Tanh(), nn.Linear(40, 10))
     return InDouble(layers).eval().requires_grad_(False)
 
 
 def own_answers(network: nn.Module, n: int) -> Split:
-    """Digits with the network's own answers for labels."""
+    """Digits labelled with the predictions of the network."""
     images = digits(n)
     return Split(images.x, network(images.x / 255).argmax(1), images.index)
 
 
 class Liar(nn.Module):
-    """A proxy that misclassified on every image, so that every search with it ends at once."""
+    """A proxy that misclassifies every image, so that every search on it ends at once."""
 
     def __init__(self, network: nn.Module, sample: Tensor) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ class Liar(nn.Module):
         return -logits
 
 
-def test_a_success_on_the_proxy_alone_does_not_end_the_search(
+def test_fooling_only_the_proxy_does_not_end_the_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = random_in_double()
@@ -260,7 +260,7 @@ def test_a_success_on_the_proxy_alone_does_not_end_the_search(
 
 
 class Forgetful(nn.Module):
-    """Errs only while the whole chunk is there; asked about some of it again, it denies everything."""
+    """Misclassifies only when given the whole chunk, and nothing when given a part of it."""
 
     def __init__(self, network: nn.Module, sample: Tensor) -> None:
         super().__init__()
@@ -271,7 +271,7 @@ class Forgetful(nn.Module):
         return -logits if len(x) == 30 else logits
 
 
-def test_an_error_seen_during_the_search_is_not_forgotten(
+def test_images_misclassified_during_the_search_are_attacked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = random_in_double()
@@ -291,7 +291,7 @@ def test_an_error_seen_during_the_search_is_not_forgotten(
 
 
 class Settling(PGD):
-    """Ends when it sees an error, and returns something else."""
+    """Stops when an image is misclassified, and returns another one."""
 
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, max_batch_size: int | None = None
@@ -303,7 +303,7 @@ class Settling(PGD):
 
 
 class Flattening(nn.Module):
-    """Views what lies channels first, as many networks do; and no batch that is empty."""
+    """Uses view(), which needs channels first, as many networks do; fails for an empty batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -332,7 +332,7 @@ class Unique(Flattening):
         raise TypeError("there can be only one")
 
 
-def test_a_network_without_a_proxy_is_attacked_exactly(tmp_path: Path, cpu: str) -> None:
+def test_a_network_without_a_proxy_is_attacked_directly(tmp_path: Path, cpu: str) -> None:
     torch.manual_seed(0)
     x = torch.rand(3, 1, 8, 8)
     viewed = proxy_for(Flattening().eval(), x)
@@ -357,7 +357,7 @@ def test_a_network_without_a_proxy_is_attacked_exactly(tmp_path: Path, cpu: str)
 
 
 class Inner(nn.Module):
-    """An activation with a module in it."""
+    """An activation that contains a module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -368,7 +368,7 @@ class Inner(nn.Module):
         return out
 
 
-def test_an_activation_with_modules_of_its_own_stays_one() -> None:
+def test_an_activation_that_contains_modules_is_not_traced() -> None:
     torch.manual_seed(0)
     network = ResNet(Inner, num_classes=10, in_channels=1, width=8).eval()
     fast = Proxy(network, torch.rand(2, 1, 8, 8))

@@ -179,7 +179,7 @@ def test_the_kernels_compile_for_sm_90(tmp_path: Path, what: str) -> None:
 
 
 @pytest.mark.gpu
-def test_the_kernels_on_a_device_equal_a_sort() -> None:
+def test_the_kernels_equal_a_sort_on_a_device() -> None:
     pytest.importorskip("triton")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
@@ -196,7 +196,7 @@ def test_the_kernels_on_a_device_equal_a_sort() -> None:
         (torch.zeros(2, 3), 4),
     ],
 )
-def test_what_the_kernels_cannot_take_is_refused(rows: Tensor, k: int) -> None:
+def test_unsupported_rows_and_ranks_are_refused(rows: Tensor, k: int) -> None:
     pytest.importorskip("triton")
     from kwta_exp.activations.selection_triton import keep, kth_largest
 

@@ -1,4 +1,4 @@
-"""Leaving out zeros changes nothing but the time."""
+"""A convolution that skips zeros gives the results of the dense one."""
 
 from functools import partial
 from typing import Any
@@ -58,7 +58,7 @@ def agree(dense: nn.Conv2d, x: Tensor, gradient: Tensor | None = None) -> None:
     bias=st.booleans(),
     ratio=st.sampled_from([0.001, 0.1, 1.0]),
 )
-def test_it_is_the_dense_convolution(
+def test_it_equals_the_dense_convolution(
     seed: int, batch: int, size: Any, channels: int, out: int, kernel: Any, stride: Any, padding: Any,
     dilation: int, bias: bool, ratio: float,
 ) -> None:  # fmt: skip
@@ -67,13 +67,13 @@ def test_it_is_the_dense_convolution(
     agree(dense, winners(batch, channels, *size, ratio=ratio))
 
 
-def test_images_larger_than_a_block_and_batches_that_fill_no_block_evenly() -> None:
+def test_images_larger_than_a_block_and_batches_that_do_not_divide_into_blocks() -> None:
     torch.manual_seed(0)
     agree(nn.Conv2d(4, 64, 3, padding=1), winners(2, 4, 40, 40))
     agree(nn.Conv2d(64, 64, 3, padding=1), winners(37, 64, 8, 8))
 
 
-def test_signs_of_zero_infinity_nan_and_layouts() -> None:
+def test_negative_zero_infinity_nan_and_memory_layouts() -> None:
     torch.manual_seed(0)
     dense = nn.Conv2d(64, 64, 3, padding=1)
     fast = SparseConv2d(dense, True)
@@ -96,7 +96,7 @@ def test_signs_of_zero_infinity_nan_and_layouts() -> None:
     assert torch.equal(fast.double()(x.double()), dense.double()(x.double()))  # left to the dense one
 
 
-def test_a_gradient_that_is_not_sparse_after_all_is_right_too() -> None:
+def test_a_dense_gradient_is_correct() -> None:
     torch.manual_seed(0)
     dense = nn.Conv2d(64, 64, 3, padding=1)
     for gradient in (torch.randn(9, 64, 7, 7), torch.zeros(9, 64, 7, 7)):
@@ -106,7 +106,7 @@ def test_a_gradient_that_is_not_sparse_after_all_is_right_too() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, of its forward mode
-def test_second_derivatives_and_transforms_are_the_dense_convolutions() -> None:
+def test_second_derivatives_and_torch_func_equal_the_dense_convolution() -> None:
     torch.manual_seed(0)
     dense = nn.Conv2d(64, 64, 3, padding=1)
     fast, x = SparseConv2d(dense, True), winners(2, 64, 5, 5)
@@ -127,7 +127,7 @@ def test_second_derivatives_and_transforms_are_the_dense_convolutions() -> None:
     torch.testing.assert_close(fast(x[0]), dense(x[0]), rtol=1e-4, atol=1e-5)
 
 
-def test_threads_change_nothing() -> None:
+def test_the_number_of_threads_does_not_change_results() -> None:
     torch.manual_seed(0)
     fast, x = SparseConv2d(nn.Conv2d(64, 64, 3, padding=1), True), winners(37, 64, 16, 16)
     before = torch.get_num_threads()
@@ -138,7 +138,7 @@ def test_threads_change_nothing() -> None:
         assert torch.equal(fast(x), alone)
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(fast(x[5:6]), alone[5:6])  # nor does company
+    assert torch.equal(fast(x[5:6]), alone[5:6])  # nor does batch composition
 
 
 @pytest.mark.parametrize(
@@ -151,12 +151,12 @@ def test_threads_change_nothing() -> None:
         nn.Conv2d(64, 64, 3, padding="same"),
     ],
 )
-def test_what_it_cannot_do_or_not_faster_it_does_not_claim(convolution: nn.Conv2d) -> None:
+def test_unsupported_and_slower_shapes_stay_dense(convolution: nn.Conv2d) -> None:
     assert not fits(convolution)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-def test_a_weight_that_a_hook_computes_stays_with_its_convolution() -> None:
+def test_convolutions_with_hooks_stay_dense() -> None:
     assert fits(nn.Conv2d(64, 64, 3))
     assert not fits(nn.utils.weight_norm(nn.Conv2d(64, 64, 3)))  # type: ignore[arg-type]
     hooked = nn.Conv2d(64, 64, 3)
@@ -165,7 +165,7 @@ def test_a_weight_that_a_hook_computes_stays_with_its_convolution() -> None:
 
 
 def sparse_ones(network: nn.Module) -> dict[str, bool]:
-    """Which convolutions became sparse, and whether their gradients did."""
+    """The sparse convolutions by name, and whether their gradients are sparse too."""
     return {
         name: module._transposed is not None
         for name, module in network.named_modules()
@@ -174,7 +174,7 @@ def sparse_ones(network: nn.Module) -> dict[str, bool]:
 
 
 @pytest.mark.parametrize("cpu", ["plain", "bf16"], indirect=True)
-def test_which_convolutions_of_a_resnet_become_sparse(cpu: str) -> None:
+def test_which_convolutions_become_sparse(cpu: str) -> None:
     x = torch.rand(2, 3, 16, 16)
 
     network = ResNet(partial(KWTA, ratio=0.1), num_classes=10, in_channels=3).eval()
@@ -208,8 +208,8 @@ def test_which_convolutions_of_a_resnet_become_sparse(cpu: str) -> None:
     ],
 )
 @pytest.mark.parametrize("cpu", ["plain"], indirect=True)
-def test_gradients_of_a_sparse_proxy(make: Any, cpu: str) -> None:
-    """Rounding makes another unit win now and then, so of most images."""
+def test_gradients_of_a_sparse_proxy_equal_those_of_the_network(make: Any, cpu: str) -> None:
+    """For most images: rounding sometimes changes a winner."""
     torch.manual_seed(0)
     network = make(partial(KWTA, ratio=0.1), num_classes=10, in_channels=3).eval()
     x = torch.rand(9, 3, 16, 16)
@@ -227,14 +227,14 @@ def test_gradients_of_a_sparse_proxy(make: Any, cpu: str) -> None:
 
 
 @pytest.mark.parametrize("cpu", ["amx"], indirect=True)
-def test_matrix_units_are_left_their_work(cpu: str) -> None:
+def test_convolutions_stay_dense_on_hardware_with_matrix_units(cpu: str) -> None:
     network = ResNet(partial(KWTA, ratio=0.1), num_classes=10, in_channels=3).eval()
     assert not sparse.pays(torch.device("cpu"))
     assert not sparse_ones(Proxy(network, torch.rand(2, 3, 16, 16)))
     assert not sparse.pays(torch.device("cuda"))
 
 
-def test_a_graph_is_changed_where_winners_flow_and_nowhere_else() -> None:
+def test_only_convolutions_of_winners_become_sparse() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,6 +1,6 @@
 """What the hardware can do, and how much of it this process may use.
 
-The one place that looks. Callers write ``hardware.usable_cores()``, so that a test can answer for any machine.
+No other module inspects the hardware. Callers write ``hardware.usable_cores()``, so that tests can replace it.
 """
 
 import ctypes
@@ -21,9 +21,9 @@ _WITHOUT_AMX = {*_WITHOUT_BFLOAT16, "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX
 
 
 def computes_in_bfloat16(device: "torch.device") -> bool:
-    """Whether the device multiplies bfloat16 faster than float32, instead of imitating it.
+    """Whether the device has instructions for bfloat16, instead of emulating it.
 
-    ``ONEDNN_MAX_CPU_ISA``, by which a user holds a CPU's convolutions to older instructions, counts.
+    ``ONEDNN_MAX_CPU_ISA``, which limits the instructions of a CPU's convolutions, is respected.
     """
     import torch
 
@@ -34,7 +34,7 @@ def computes_in_bfloat16(device: "torch.device") -> bool:
 
 
 def has_matrix_units(device: "torch.device") -> bool:
-    """Whether the device has units that multiply whole matrices: a GPU's, or a CPU's AMX in bfloat16."""
+    """Whether the device has matrix units: any GPU, or a CPU with AMX in bfloat16."""
     import torch
 
     if device.type != "cpu":
@@ -47,9 +47,9 @@ def _isa_limit() -> str:
 
 
 def usable_cores() -> int:
-    """How many CPU cores this process may use, at least 1.
+    """The number of CPU cores that this process may use, at least 1.
 
-    The least of: the cores it may run on, the CPU quotas of its control groups (rounded up), and
+    The smallest of: the cores in its affinity mask, the CPU quotas of its cgroups (rounded up), and
     ``SLURM_CPUS_PER_TASK``.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -60,7 +60,7 @@ def usable_cores() -> int:
 
 
 def _cgroup_quotas() -> Iterator[float]:
-    """Cores that each control group around this process allows, where one has a quota."""
+    """The quota, in cores, of each cgroup above this process that has one."""
     try:
         lines = _CGROUP.read_text().splitlines()
     except OSError:  # not Linux
@@ -75,7 +75,7 @@ def _cgroup_quotas() -> Iterator[float]:
             continue
         inside = Path(*(part for part in Path(path).parts if part not in ("/", "..")))
         for mount in mounts:
-            # In a container the path may be the host's: what is not there is passed over, up to the mount.
+            # In a container the path may be the host's, so missing folders are skipped, up to the mount.
             for group in (inside, *inside.parents):
                 if quota := read(_CGROUPS / mount / group):
                     yield quota
@@ -98,7 +98,7 @@ def _quota_v1(group: Path) -> float | None:
 
 
 def nvidia_gpus() -> int:
-    """How many GPUs the NVIDIA driver reports, without starting CUDA (a fork later must be able to)."""
+    """The number of GPUs that the NVIDIA driver reports. Does not initialise CUDA, which would forbid forks."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
         return 0
     try:
@@ -113,7 +113,7 @@ def nvidia_gpus() -> int:
 
 
 def torch_has_cuda() -> bool:
-    """Whether this build of torch can use the GPUs; starts CUDA."""
+    """Whether this build of torch can use the GPUs; initialises CUDA."""
     import torch
 
     return torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""Sparse activations: modules and functions that stand where a ReLU would."""
+"""Sparse activations, as modules and functions, to use in place of a ReLU."""
 
 from kwta_exp.activations.kwta import KWTA, kwta
 from kwta_exp.activations.lwta import LWTA, lwta

@@ -21,8 +21,8 @@ def lwta(x: Tensor, group_size: int = 2) -> Tensor:
         group_size: units in a group; must divide C.
 
     Returns:
-        A tensor like ``x``. Values tied for the largest are all kept (the original gives the win to the
-        lowest index); a NaN stays, and nothing else of its group does.
+        A tensor like ``x``. Values tied for the largest are all kept (the original keeps the lowest index).
+        A NaN is kept, and nothing else in its group.
 
     Raises:
         ValueError: if ``group_size`` does not divide C, or ``x`` has fewer than 2 dimensions.

@@ -1,10 +1,10 @@
-"""The k largest of each row on a CPU: exact, without sorting, every row read from memory once.
+"""CPU kernels that select the k largest values of each row: exact, without sorting, reading memory once.
 
-A row is turned into integer keys of the same order, which stay in the core's own cache. Counting keys above
-a pivot runs at the speed of that cache, so the threshold is closed in on by counting (three pivots a pass,
-the first ones from the row before, the next by interpolation, as in Floyd and Rivest, "Expected time bounds
-for selection", CACM 1975) until some hundred keys are left, among which a quickselect finds it. Whatever the
-pivots are, the result is exact; bad ones only leave more keys to the quickselect.
+A row becomes integer keys of the same order, which fit into the core's own cache. Each pass counts the keys
+above three pivots, to narrow the interval that holds the threshold. The first pivots come from the previous
+row, later ones from interpolation (Floyd and Rivest, "Expected time bounds for selection", CACM 1975). Once
+the interval holds a few hundred keys, quickselect finds the threshold. The result is exact for any pivots;
+bad ones only leave more keys to quickselect.
 """
 
 import math
@@ -18,7 +18,7 @@ from kwta_exp.activations.compiled import jit
 _Array = npt.NDArray[Any]
 
 FEW = 256
-"""So many keys between two pivots are left to the quickselect; shorter rows are left to it at once."""
+"""The number of keys at which quickselect takes over; shorter rows use it at once."""
 
 _PASSES = 6
 _SAMPLE = 512
@@ -35,7 +35,7 @@ def select(first, last, rows, k, infinity, by_magnitude, thresholds):  # type: i
         k: rank from the top, from 1 to M.
         infinity: the bits of infinity.
         by_magnitude: rank absolute values.
-        thresholds: ``(N,)``, bits too; written to. Of a NaN, those of some NaN.
+        thresholds: ``(N,)``, bits of the results; written to. A NaN may have other NaN bits.
     """
     space = _space(rows)
     guess = _NO_GUESS
@@ -47,11 +47,11 @@ def select(first, last, rows, k, infinity, by_magnitude, thresholds):  # type: i
 
 @jit
 def keep(first, last, rows, k, infinity, by_magnitude, winners, bits):  # type: ignore[no-untyped-def]
-    """Copy to ``winners`` what is not smaller than the k-th largest of its row, and 0 in place of the rest.
+    """Write to ``winners`` the values that are not smaller than the k-th largest of their row, and 0 elsewhere.
 
     Arguments as for :func:`select`, and:
         winners: like ``rows``; written to.
-        bits: uint8 ``(N, ceil(M / 8))``; written to. Bit ``j % 8`` of ``[i, j // 8]``: does value j win?
+        bits: uint8 ``(N, ceil(M / 8))``; written to. Bit ``j % 8`` of ``[i, j // 8]`` is set if value j wins.
     """
     space = _space(rows)
     keys, _, flags, words, _ = space
@@ -59,14 +59,14 @@ def keep(first, last, rows, k, infinity, by_magnitude, winners, bits):  # type: 
     for row in range(first, last):
         _read(rows[row], infinity, by_magnitude, keys)
         key, guess = _kth(space, k, infinity, guess)
-        _flag_from(keys, min(key, infinity), space)  # a NaN lets only itself and infinity through
+        _flag_from(keys, min(key, infinity), space)  # with a NaN as threshold, only NaN and infinity pass
         _pass_flagged(rows[row], flags, winners[row])
         _pack(words, bits[row])
 
 
 @jit
 def pass_winners(first, last, gradients, bits, passed):  # type: ignore[no-untyped-def]
-    """Copy to ``passed`` the ``gradients`` of winners, and 0 in place of the rest; integers ``(N, M)``."""
+    """Write to ``passed`` the ``gradients`` of winners, and 0 elsewhere; integers ``(N, M)``."""
     flags = np.empty(8 * bits.shape[1], np.uint8)
     words = flags.view(np.uint64)
     for row in range(first, last):
@@ -79,7 +79,7 @@ _NO_GUESS = (0.0, 0.0)
 
 @jit
 def _space(rows):  # type: ignore[no-untyped-def]
-    """What one row needs: its keys, some of them, a byte a value (as such and as words of 8), pivots."""
+    """Scratch space for one row: keys, candidates, a flag byte per value (also as 8-byte words), pivots."""
     size = rows.shape[1]
     flags = np.zeros((size + 7) // 8 * 8, np.uint8)
     keys, some, pivots = np.empty(size, rows.dtype), np.empty(size, rows.dtype), np.empty(3, rows.dtype)
@@ -89,7 +89,7 @@ def _space(rows):  # type: ignore[no-untyped-def]
 @jit
 def _read(row, infinity, by_magnitude, keys):  # type: ignore[no-untyped-def]
     """Integers in the order of the values; -0 equals +0, every NaN is ``infinity + 1``."""
-    # Numba computes in 64 bits unless told otherwise, which leaves vector units mostly empty.
+    # Without these types Numba computes in 64 bits, which halves the vector width or worse.
     integer = keys.dtype.type
     magnitude, zero, nan = integer(np.iinfo(row.dtype).max), integer(0), integer(infinity + 1)
     for i in range(row.shape[0]):
@@ -99,7 +99,7 @@ def _read(row, infinity, by_magnitude, keys):  # type: ignore[no-untyped-def]
 
 @jit
 def _kth(space, k, infinity, guess):  # type: ignore[no-untyped-def]
-    """The k-th largest key, and a guess for the next row: that key and the distance from rank to rank."""
+    """The k-th largest key, and a guess for the next row: that key and the mean distance between ranks."""
     keys, some, _, _, pivots = space
     size = keys.shape[0]
     low, at_low = np.int64(-infinity), size  # so many keys are not below: k or more
@@ -148,10 +148,10 @@ def _around(middle, spread, infinity, pivots):  # type: ignore[no-untyped-def]
 
 @jit
 def _sampled(keys, k, width, some, pivots):  # type: ignore[no-untyped-def]
-    """Pivots from a sample: where the threshold is expected, and ``width`` standard deviations aside."""
+    """Pivots from a sample: the expected threshold, and ``width`` standard deviations on both sides."""
     size = keys.shape[0]
     count = min(size, _SAMPLE)
-    # Steps of the golden section: even ones could meet the same channel, or column, again and again.
+    # Steps of the golden section: a regular step could hit the same channel or column every time.
     step, place = int(0.6180339887 * size) | 1, 0
     for i in range(count):
         some[i] = keys[place]
@@ -191,7 +191,7 @@ def _count_block(keys, a, b, c):  # type: ignore[no-untyped-def]
 
 @jit
 def _between(low, high, space):  # type: ignore[no-untyped-def]
-    """Gather the keys from ``low`` to below ``high`` at the start of ``some``; how many."""
+    """Gather the keys from ``low`` to below ``high`` at the start of ``some``; return their number."""
     keys, some, flags, words, pivots = space
     pivots[0], pivots[1] = low, high
     lowest, above = pivots[0], pivots[1]
@@ -209,7 +209,7 @@ def _between(low, high, space):  # type: ignore[no-untyped-def]
 
 @jit
 def _quickselect(values, count, position):  # type: ignore[no-untyped-def]
-    """What sorting the first ``count`` values would bring to ``position``; reorders them (Hoare, 1961)."""
+    """The value at ``position`` of the first ``count`` values in sorted order; reorders them (Hoare, 1961)."""
     left, right = 0, count - 1
     while left < right:
         first, middle, last = values[left], values[(left + right) // 2], values[right]
@@ -235,7 +235,7 @@ def _quickselect(values, count, position):  # type: ignore[no-untyped-def]
 
 @jit
 def _flag_from(keys, key, space):  # type: ignore[no-untyped-def]
-    """Flag the keys that are not below ``key``."""
+    """Flag the keys that are at least ``key``."""
     _, _, flags, _, pivots = space
     pivots[0] = key
     threshold = pivots[0]

@@ -1,14 +1,13 @@
-"""The k largest of each row on a GPU: exact, without sorting.
+"""GPU kernels that select the k largest values of each row: exact, without sorting.
 
-A value is turned into an unsigned integer of the same order, its key, from which the value can be had back
-(but for the sign of a zero).
-Rows of up to ``IN_REGISTERS`` values are read once and stay in registers: the k-th largest key is found bit
-by bit from the top, by counting the keys that are not below. Longer rows are read in tiles: histograms of
-the keys' digits find it digit by digit, in three reads of the row (two in half precision), and one more
-writes the winners.
+A value becomes an unsigned integer of the same order, its key, which can be converted back (except for the
+sign of a zero). Rows of up to ``IN_REGISTERS`` values are read once and stay in registers; the k-th largest
+key is found bit by bit from the top, by counting the keys that are not below. Longer rows are read in tiles;
+histograms of the keys' digits find it digit by digit, in three reads of the row (two in half precision), and
+one more read writes the winners.
 
-Rows longer than that keep one streaming multiprocessor busy each, so where they are fewer than the GPU has
-of those, the rest stands idle; several programs a row would help there, at the price of a kernel a digit.
+A row longer than that uses one streaming multiprocessor, so a batch with fewer rows than the GPU has
+multiprocessors leaves some idle. Several programs per row would use them, but need one kernel per digit.
 """
 
 from collections.abc import Callable
@@ -21,37 +20,37 @@ import triton.language as tl
 from torch import Tensor
 
 IN_REGISTERS = 1 << 15
-"""Up to so many values a row is held in registers: 32 in each thread of the largest block there is."""
+"""The longest row that is held in registers: 32 values in each thread of the largest block."""
 
 TILE = 1 << 13
-"""Values that are read at once of a longer row; a power of two, not below the 512 threads."""
+"""Values of a longer row that are read at once; a power of two, at least the 512 threads."""
 
 _TOGETHER = 512
-"""Values of rows shorter than this that one warp takes at once."""
+"""Values that one warp processes at once if rows are shorter."""
 
 _DTYPES = {
     torch.float32: (torch.uint32, 23),
     torch.float16: (torch.uint16, 10),
     torch.bfloat16: (torch.uint16, 7),
 }
-"""For each dtype the integer of its size, and the bits of its fraction."""
+"""For each dtype, the unsigned integer of its size and the bits of its fraction."""
 
 
 def keep(rows: Tensor, k: int, by_magnitude: bool) -> tuple[Tensor, Tensor]:
-    """The ``k`` largest values of each row, and 0 in place of the rest.
+    """Keep the ``k`` largest values of each row, and put 0 elsewhere.
 
     Args:
-        rows: contiguous ``(N, M)`` in float32, float16 or bfloat16; takes part in no gradient.
+        rows: contiguous ``(N, M)`` in float32, float16 or bfloat16; not differentiated.
         k: the number of winners, ``1 <= k <= M``.
         by_magnitude: rank absolute values.
 
     Returns:
-        ``(N, M)`` in the dtype of ``rows``, the winners: what is not smaller than the k-th largest (or than
-        infinity, if that is NaN), so ties and NaN all stay (a zero may lose its sign). And uint8
-        ``(N, ceil(M / 8))``: bit ``j % 8`` of ``[i, j // 8]`` says whether value j wins.
+        The winners, ``(N, M)`` in the dtype of ``rows``: values not smaller than the k-th largest (or than
+        infinity, if that is NaN), so all ties and NaN are kept (a zero may lose its sign). And uint8
+        ``(N, ceil(M / 8))``: bit ``j % 8`` of ``[i, j // 8]`` is set if value j wins.
 
     Raises:
-        ValueError: if ``rows`` or ``k`` is not as said.
+        ValueError: for unsupported ``rows``, or a ``k`` out of range.
     """
     winners = torch.empty_like(rows)
     bits = rows.new_empty(rows.shape[0], -(-rows.shape[-1] // 8), dtype=torch.uint8)
@@ -67,7 +66,7 @@ def kth_largest(rows: Tensor, k: int) -> Tensor:
 
 
 def pass_winners(gradients: Tensor, bits: Tensor) -> Tensor:
-    """The ``gradients``, contiguous ``(N, M)``, of winners, and 0 in place of the rest; see :func:`keep`."""
+    """The ``gradients``, contiguous ``(N, M)``, of winners, and 0 elsewhere; see :func:`keep`."""
     passed = torch.empty_like(gradients)
     N, M = gradients.shape
     with torch.cuda.device_of(gradients):
@@ -95,13 +94,13 @@ def _launch(
     views = [t if t is None else t.detach().view(integer) for t in (rows, winners, thresholds)]
     tensors = views[0], views[1], bits, views[2]
     form = {"BITS": 8 * rows.element_size(), "FRACTION": fraction, "MAGNITUDE": by_magnitude}
-    with torch.cuda.device_of(rows):  # Triton launches on the current device, not on that of its arguments
+    with torch.cuda.device_of(rows):  # Triton launches on the current device, not on that of the arguments
         if M <= IN_REGISTERS:
             block = max(8, triton.next_power_of_2(M))
             together = max(1, _TOGETHER // block)
             options = {"num_warps": max(1, block // 1024)}
             if block >= 1024:
-                options["maxnreg"] = 64  # else twice as many, and half the warps at a time
+                options["maxnreg"] = 64  # else twice as many registers, and half the warps at a time
             _in_registers[(triton.cdiv(N, together),)](
                 *tensors, k, N, M, **form, ROWS=together, BLOCK=block, **options
             )
@@ -125,12 +124,12 @@ def _in_registers(  # type: ignore[no-untyped-def]
     offset = row[:, None] * M + column[None, :]
     inside = (first + row < N)[:, None] & (column < M)[None, :]
     keys = _keys(tl.load(rows + first * M + offset, mask=inside, other=0), BITS, FRACTION, MAGNITUDE)
-    keys = tl.where(inside, keys, 0)  # the least, which no candidate below counts
+    keys = tl.where(inside, keys, 0)  # the smallest key, which is never counted
 
     found = tl.zeros([ROWS], tl.uint32)
-    count = tl.zeros([ROWS], tl.int32) + M  # of the keys not below what was found
+    count = tl.zeros([ROWS], tl.int32) + M  # keys that are at least found
     bit = BITS - 1
-    # Once exactly k are left in every row, the least of those is the k-th largest.
+    # Once exactly k are left in every row, the smallest of them is the k-th largest.
     while (bit >= (1 if MAGNITUDE else 0)) & (tl.max(count, 0) > k):
         candidate = found | (tl.full([ROWS], 1, tl.uint32) << bit)
         at_candidate = tl.sum((keys >= candidate[:, None]).to(tl.int32), 1)
@@ -142,7 +141,7 @@ def _in_registers(  # type: ignore[no-untyped-def]
 
     here = first + row < N
     if MAGNITUDE:
-        found = (found >> 1) << 1  # the sign ranks nothing
+        found = (found >> 1) << 1  # the sign does not count
     if thresholds is not None:
         value = _bits(found, BITS, FRACTION, MAGNITUDE)
         tl.store(thresholds + first + row, value.to(thresholds.dtype.element_ty), mask=here)
@@ -201,11 +200,12 @@ def _digit(  # type: ignore[no-untyped-def]
     row, found, rank, M, SHIFT: tl.constexpr, WIDTH: tl.constexpr,
     BITS: tl.constexpr, FRACTION: tl.constexpr, MAGNITUDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Append a digit of ``WIDTH`` bits to those ``found`` of the key, and leave its rank among the keys that
-    have these digits.
+    """Find the next ``WIDTH`` bits of the k-th largest key, after the bits in ``found``.
+
+    Returns the bits so far, and the rank among the keys that start with them.
     """
     counts = tl.zeros([1 << WIDTH], tl.int32)
-    # A number of stages, so that the next tiles are fetched meanwhile; without one a loop is not pipelined.
+    # Without num_stages Triton does not prefetch the next tiles.
     for start in tl.range(0, M, TILE, num_stages=3):
         column = start + tl.arange(0, TILE)
         keys = _keys(tl.load(row + column, mask=column < M, other=0), BITS, FRACTION, MAGNITUDE)
@@ -222,10 +222,10 @@ def _digit(  # type: ignore[no-untyped-def]
 
 @_jit
 def _keys(bits, BITS: tl.constexpr, FRACTION: tl.constexpr, MAGNITUDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Integers in the order of the values, NaN above all; bits are had back but for the sign of a zero.
+    """Integers in the order of the values, NaN above all; invertible except for the sign of a zero.
 
-    By magnitude, the lowest bit is the sign, which ranks nothing. By value, negative numbers count
-    backwards and minus infinity is 0, so that the NaN below it come out at the top.
+    By magnitude, the lowest bit is the sign, which does not count. By value, negative numbers are reversed
+    and minus infinity becomes 0, so NaN with a sign wrap around to the top.
     """
     SIGN: tl.constexpr = 1 << (BITS - 1)
     ALL: tl.constexpr = (1 << BITS) - 1
@@ -239,7 +239,7 @@ def _keys(bits, BITS: tl.constexpr, FRACTION: tl.constexpr, MAGNITUDE: tl.conste
 
 @_jit
 def _bits(keys, BITS: tl.constexpr, FRACTION: tl.constexpr, MAGNITUDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The way back from :func:`_keys`."""
+    """The inverse of :func:`_keys`."""
     SIGN: tl.constexpr = 1 << (BITS - 1)
     ALL: tl.constexpr = (1 << BITS) - 1
     if MAGNITUDE:
@@ -250,7 +250,7 @@ def _bits(keys, BITS: tl.constexpr, FRACTION: tl.constexpr, MAGNITUDE: tl.conste
 
 @_jit
 def _least(found, BITS: tl.constexpr, FRACTION: tl.constexpr, MAGNITUDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The least key that wins where the k-th largest is ``found``: infinity's, if that is NaN."""
+    """The smallest key that wins if the k-th largest is ``found``: the key of infinity for a NaN."""
     SIGN: tl.constexpr = 1 << (BITS - 1)
     INFINITY: tl.constexpr = SIGN - (1 << FRACTION)
     top: tl.constexpr = 2 * INFINITY if MAGNITUDE else SIGN + INFINITY - ((1 << FRACTION) - 1)

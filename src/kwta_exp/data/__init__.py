@@ -1,1 +1,1 @@
-"""Images: where they come from (:mod:`.datasets`, no torch) and how they are fed (:mod:`.batches`)."""
+"""Datasets (:mod:`.datasets`, imported without torch) and batches of their images (:mod:`.batches`)."""

@@ -1,7 +1,7 @@
-"""What a dataset is.
+"""The base class of datasets.
 
-Nothing here, nor in :mod:`.datasets` and :mod:`.published`, imports torch until images must be fetched,
-so that a run which is finished, or which names a folder that does not exist, says so at once.
+Datasets import torch only when they read or download images, so a finished run or a missing folder is
+reported at once.
 """
 
 from abc import ABC, abstractmethod
@@ -23,7 +23,7 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Images:
-    """A dataset: uint8 images ``(N, C, H, W)``, in memory or read as needed, and labels ``(N,)`` from 0."""
+    """uint8 images ``(N, C, H, W)``, in memory or read as needed, and labels ``(N,)`` counted from 0."""
 
     x_train: "UInt8 | FolderPixels"
     y_train: Int64
@@ -32,7 +32,7 @@ class Images:
 
     @property
     def num_classes(self) -> int:
-        """One more than the largest label of either part."""
+        """One more than the largest label."""
         return int(max(self.y_train.max(), self.y_test.max())) + 1
 
     @property
@@ -47,14 +47,13 @@ class Images:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class Dataset(ABC):
-    """What every dataset says of itself.
+    """The options that every dataset has.
 
     Args:
-        crop_padding: training images are padded by this many zeros on each side and cropped back at
-            a random place; 0 for none. The k-WTA study used 4 on CIFAR-10.
-        flip: mirror half of the training images.
-        train_n: train (and validate) on the first n training images of a fixed permutation alone;
-            ``None`` takes all.
+        crop_padding: zeros added on each side of a training image before a random crop to its old size;
+            0 for no crop. The k-WTA study used 4 on CIFAR-10.
+        flip: mirror training images with probability 1/2.
+        train_n: train and validate on the first n training images of a fixed permutation; ``None`` for all.
         val_fraction: share of the training images held out to choose the best epoch.
     """
 
@@ -65,38 +64,38 @@ class Dataset(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hex SHA-256 that changes with the content and with nothing else; fetches what is missing.
+        """Hex SHA-256 of the content; downloads missing files.
 
         Raises:
-            UserError: if the data is neither there nor to be had, or is damaged.
+            UserError: if the data is missing and cannot be downloaded, or is damaged.
         """
 
     @abstractmethod
     def load(self) -> Images:
-        """Read the labels, and the images or the means to read them."""
+        """Read the labels and the images, or prepare to read the images as needed."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the images, as far as it is known before they are read."""
+        """(channels, height, width) of the images; a guess where it is known only after reading them."""
         return 3, 32, 32
 
     @property
     def classes(self) -> int:
-        """How many, as far as it is known before the labels are read."""
+        """The number of classes; a guess where it is known only after reading the labels."""
         return 10
 
     @property
     def downloadable(self) -> bool:
-        """Whether what is not there comes from the network, and not from a place that the user names."""
+        """Whether missing files can be downloaded."""
         return False
 
     def present(self) -> bool:
-        """Whether the data is where it is looked for."""
+        """Whether the files exist."""
         return True
 
 
 def channels_first(images: Any) -> UInt8:
-    """uint8 ``(N, H, W)`` or ``(N, H, W, C)`` to contiguous ``(N, C, H, W)``."""
+    """Convert uint8 ``(N, H, W)`` or ``(N, H, W, C)`` to contiguous ``(N, C, H, W)``."""
     x = np.asarray(images)
     x = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)
     return np.ascontiguousarray(x)

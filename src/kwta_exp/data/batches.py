@@ -1,4 +1,4 @@
-"""Batches from images that live on the device, augmented there, each image by its own stream."""
+"""Batches from images that live on the device and are augmented there, each with its own random key."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from kwta_exp.randomness import fold, key, permutation, uniform
 
 @dataclass(frozen=True)
 class Batch:
-    """Images float32 ``(N, C, H, W)`` in [0, 1], labels ``(N,)``, and one random key an image."""
+    """Images float32 ``(N, C, H, W)`` in [0, 1], labels ``(N,)``, and a random key for each image."""
 
     x: Tensor
     y: Tensor
@@ -23,8 +23,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Split:
-    """Images of one part: uint8 ``(N, C, H, W)``, labels ``(N,)``, and their index in the part they
-    were drawn from, int64 ``(N,)``; all on one device, except for images that are read as needed.
+    """A part of a dataset, on one device: uint8 images ``(N, C, H, W)``, labels ``(N,)``, and the index of each
+    image in the training or test set, int64 ``(N,)``. Images of a folder are read as needed.
     """
 
     x: Tensor | FolderPixels
@@ -35,7 +35,7 @@ class Split:
         return len(self.x)
 
     def batches(self, batch_size: int, key_of_pass: int) -> Iterator[Batch]:
-        """All images in their order."""
+        """All images, in order."""
         chunks = torch.arange(len(self), device=self.y.device).split(batch_size)
         for chunk, x in zip(chunks, _stream(self.x, chunks, None), strict=True):
             yield Batch(to_float(x), self.y[chunk], fold(key_of_pass, self.index[chunk]))
@@ -45,8 +45,8 @@ class Split:
 class TrainingBatches:
     """Shuffled, augmented batches that are a pure function of (seed, epoch).
 
-    A smaller last batch is kept; a single image left over joins the batch before it, since BatchNorm
-    has no variance of one.
+    The last batch may be smaller, but a single remaining image joins the batch before it: BatchNorm
+    needs two.
     """
 
     split: Split
@@ -60,7 +60,7 @@ class TrainingBatches:
         return max(1, whole + (rest > 1))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from number ``start`` on."""
+        """The batches of one epoch, from number ``start`` on."""
         order = permutation(len(self.split), key(self.seed, "order", epoch)).to(self.split.y.device)
         ends = [(number + 1) * self.batch_size for number in range(len(self) - 1)] + [len(order)]
         chunks = order.tensor_split(ends[:-1])[start:]
@@ -76,7 +76,7 @@ class TrainingBatches:
 def _stream(
     x: Tensor | FolderPixels, chunks: Sequence[Tensor], keys: Sequence[Tensor] | None
 ) -> Iterator[Tensor]:
-    """The uint8 images of each chunk; those read from files come augmented by ``keys``."""
+    """The uint8 images of each chunk; images read from files are augmented by ``keys`` already."""
     if isinstance(x, Tensor):
         return (x[chunk] for chunk in chunks)
     return x.stream(chunks, keys)
@@ -85,10 +85,14 @@ def _stream(
 def split_training(
     images: Images, train_n: int | None, val_fraction: float, seed: int, device: torch.device
 ) -> tuple[Split, Split]:
-    """The training images in two random parts: to learn from, and to choose the best epoch on.
+    """Split the training images at random: for training, and for choosing the best epoch.
 
-    With ``train_n``, only the first so many of a permutation that no seed changes are there to be parted.
-    Each part holds at least one image. The test images have no say in any choice.
+    Args:
+        images: the dataset; its test images are not used.
+        train_n: split only the first n images of a permutation that does not depend on the seed.
+        val_fraction: share of the second part; each part holds at least one image.
+        seed: of the split.
+        device: holds the parts.
     """
     available = permutation(len(images.x_train), key(0, "training order"))[:train_n].sort().values
     order = available[permutation(len(available), key(seed, "validation"))]
@@ -101,10 +105,10 @@ def split_training(
 
 
 def first_test_images(images: Images, n: int | None, device: torch.device) -> Split:
-    """The first ``n`` test images of a fixed permutation (all of them for ``None`` or a larger n).
+    """The first ``n`` test images of a fixed permutation; all of them for ``None`` or a larger n.
 
-    The permutation depends on the number of test images alone, so runs are compared on the same
-    images; a file sorted by class still yields every class.
+    The permutation depends only on the number of test images, so all runs use the same images, and a
+    file sorted by class still yields every class.
     """
     chosen = permutation(len(images.x_test), key(0, "test order"))[:n]
     return _part(images.x_test, images.y_test, chosen, device)
@@ -118,12 +122,12 @@ def _part(x: UInt8 | FolderPixels, y: Int64, index: Tensor, device: torch.device
 
 
 def to_float(x: Tensor) -> Tensor:
-    """uint8 0..255, or floating point in [0, 1], to float32 in [0, 1]."""
+    """Convert uint8 0..255, or floating point in [0, 1], to float32 in [0, 1]."""
     return x.float().div_(255) if x.dtype == torch.uint8 else x.float()
 
 
 def crop_and_flip(x_NCHW: Tensor, keys_N: Tensor, padding: int, flip: bool) -> Tensor:
-    """Zero-pad and crop back at a random place, mirror every other image; any dtype."""
+    """Zero-pad, crop at a random place, and mirror with probability 1/2; any dtype."""
     n, _, height, width = x_NCHW.shape
     draw_N3 = uniform(keys_N, (3,))
     if padding:

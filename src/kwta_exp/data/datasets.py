@@ -29,10 +29,10 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class Digits(Dataset):
-    """1,797 real 8x8 images of handwritten digits that come inside scikit-learn.
+    """1,797 real 8x8 images of handwritten digits, part of scikit-learn.
 
-    scikit-learn gives no split: a fixed permutation sends 1,437 images to training and 360 to the
-    test. The 17 grey levels 0..16 are stored as ``round(255 * level / 16)``.
+    scikit-learn has no split; a fixed permutation gives 1,437 training and 360 test images. The grey levels
+    0..16 become ``round(255 * level / 16)``.
     """
 
     _SHA256: ClassVar[str] = "0b7e9c3202d7bcd255d6a19a238d3743bf5e320ba74812a6679958a017c55382"
@@ -45,7 +45,7 @@ class Digits(Dataset):
         return self._SHA256
 
     def load(self) -> Images:
-        # The file itself, not load_digits(): importing scikit-learn takes longer than this demo's first epochs.
+        # Not load_digits(): importing scikit-learn takes longer than the demo's first epochs.
         spec = importlib.util.find_spec("sklearn")
         assert spec
         assert spec.origin
@@ -62,7 +62,7 @@ class Digits(Dataset):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class Arrays(Dataset):
-    """Any images in one ``.npz`` file.
+    """Images in an ``.npz`` file.
 
     Args:
         path: holds ``x_train``, ``y_train``, ``x_test``, ``y_test``: uint8 images ``(N, H, W)`` or
@@ -86,19 +86,19 @@ class Arrays(Dataset):
     def load(self) -> Images:
         names = ("x_train", "y_train", "x_test", "y_test")
         try:
-            # Pickled objects could run code, so they stay forbidden.
+            # A pickled object could run code.
             require_plain(Path(self.path))
             with Path(self.path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 if missing := [name for name in names if name not in file]:
                     raise UserError(
-                        f"dataset.path={self.path}: lacks {', '.join(missing)}; expected {', '.join(names)};"
+                        f"dataset.path={self.path}: has no {', '.join(missing)}; expected {', '.join(names)};"
                         f" found {', '.join(sorted(file)) or 'no array'}"
                     )
-                # A member that is no array comes as bytes.
+                # numpy returns a member that is not an array as bytes.
                 x_train, y_train, x_test, y_test = (np.asarray(file[name]) for name in names)
         except UserError:
             raise
-        except Exception as error:  # damaged bytes make the reader fail in any way whatever
+        except Exception as error:  # damaged bytes can raise anything
             raise UserError(
                 f"dataset.path={self.path}: not a readable .npz of plain arrays ({error})"
             ) from error
@@ -136,7 +136,7 @@ class Arrays(Dataset):
             raise UserError(f"{where}: y_{part} holds {y.min()}; expected labels counted from 0")
 
     def _check_classes(self, y_train: npt.NDArray[Any], y_test: npt.NDArray[Any]) -> None:
-        """Labels are counted from 0; a class without training images is said, since it may be meant."""
+        """Require labels counted from 0, and warn of classes without training images, which may be intended."""
         trained = np.unique(y_train)
         lowest, classes = int(min(trained[0], y_test.min())), int(max(trained[-1], y_test.max())) + 1
         if lowest > 0:
@@ -148,30 +148,30 @@ class Arrays(Dataset):
             present = set(trained.tolist())
             first = itertools.islice((k for k in range(classes) if k not in present), 5)
             log.warning(
-                "dataset.path=%s: no training image is of %d of %d classes (%s%s). The network has an output"
-                " for each class up to the largest label; if none was meant to be left out, number the labels"
-                " without gaps",
+                "dataset.path=%s: %d of %d classes have no training image (%s%s). The network has an output for"
+                " every class up to the largest label; unless the gaps are intended, number the labels without"
+                " gaps",
                 self.path, lacking, classes, ", ".join(map(str, first)), ", ..." if lacking > 5 else "",
             )  # fmt: skip
 
 
 _CHANNELS = (1, 2, 3, 4)
-"""How many channels images have, but for unusual ones."""
+"""Usual numbers of channels."""
 
 MOST_SYNTHETIC = 2**28
-"""Values of all synthetic images together; making them takes some 20 bytes each."""
+"""The most values in all synthetic images; making them takes about 20 bytes a value."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class Synthetic(Dataset):
-    """Images that nobody took: each class a pattern of its own, in noise. For trying commands out.
+    """Synthetic images, a pattern for each class plus noise, for trying commands out.
 
     Args:
-        channels: of each image.
+        channels: channels of an image.
         image_size: side of the square images.
-        num_classes: labels go round through them.
-        train: training images.
-        test: test images.
+        num_classes: number of classes; image i has label i modulo this.
+        train: number of training images.
+        test: number of test images.
     """
 
     channels: PositiveInt = 3
@@ -213,7 +213,7 @@ class Synthetic(Dataset):
 
 
 def synthetic_like(dataset: Dataset) -> Synthetic:
-    """Synthetic images of the shape and classes of ``dataset``, augmented as it is."""
+    """Synthetic images with the shape, classes and augmentation of ``dataset``."""
     channels, image_size, _ = dataset.shape
     return Synthetic(
         channels=channels, image_size=image_size, num_classes=dataset.classes,

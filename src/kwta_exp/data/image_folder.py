@@ -1,4 +1,4 @@
-"""Images in folders, one a class, read from disk as they are needed: for data that memory cannot hold."""
+"""Images in one folder per class, read from disk as needed: for data too large for memory."""
 
 import os
 import warnings
@@ -23,32 +23,32 @@ if TYPE_CHECKING:
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm"})
 
 READ_WHOLE = 2**32
-"""Datasets of up to so many bytes are told apart by their content."""
+"""Bytes up to which the fingerprint covers the content of the files, not only their sizes."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
-"""What is decoded, whatever the name says; Pillow knows formats that run other programs (EPS)."""
+"""The formats to decode, whatever the file name says; Pillow starts other programs for some others (EPS)."""
 
 MOST_PIXELS = 2**27
-"""Pixels that an image may have: 400 MB of memory."""
+"""The most pixels in an image: 400 MB of memory."""
 
 RESIZE_OVER_CROP = 256 / 224
-"""Judged images are resized to this multiple of the crop's side first (Krizhevsky et al. 2012)."""
+"""Test images are resized to this multiple of the crop's side first (Krizhevsky et al. 2012)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class ImageFolder(Dataset):
-    """``root/train/<class>/*`` and ``root/val/<class>/*``, such as ImageNet; ``val`` is what is judged.
+    """``root/train/<class>/*`` and ``root/val/<class>/*``, such as ImageNet; ``val`` is the test set.
 
-    Training images are cropped at a random place, scale (8 to 100% of the area) and aspect (3/4 to 4/3)
-    and resized (Szegedy et al. 2015), with randomness of each image's own; judged ones are resized to
-    8/7 of the crop's side and cropped in the middle. Colour images only; others are converted.
+    Training images get a random crop of random scale (8 to 100% of the area) and aspect ratio (3/4 to 4/3),
+    resized (Szegedy et al. 2015). Test images are resized to 8/7 of the crop's side and cropped in the
+    middle. All are converted to RGB.
 
     Args:
         root: the folder with ``train`` and ``val``.
         image_size: side of the square crops, in pixels.
-        workers: processes that read ahead; 0 reads in the main one.
-        crop_padding: has no effect here.
-        flip: mirror half of the training images.
+        workers: processes that read ahead; 0 reads in the main process.
+        crop_padding: has no effect.
+        flip: mirror training images with probability 1/2.
     """
 
     root: str
@@ -63,8 +63,8 @@ class ImageFolder(Dataset):
         return all((Path(self.root) / part).is_dir() for part in ("train", "val"))
 
     def fingerprint(self) -> str:
-        """Hex SHA-256 of every file's path below ``root`` and its content, or, where there are more than
-        :data:`READ_WHOLE` bytes in all, its size (reading terabytes would take hours).
+        """Hex SHA-256 of all paths below ``root`` and contents; of paths and sizes where there are more than
+        :data:`READ_WHOLE` bytes, since reading terabytes takes hours.
         """
         sizes = {
             part: [
@@ -85,9 +85,9 @@ class ImageFolder(Dataset):
         (train, y_train, classes), (test, y_test, judged) = (
             _listing(Path(self.root), part) for part in ("train", "val")
         )
-        if strangers := sorted(set(judged) - set(classes)):
+        if unknown := sorted(set(judged) - set(classes)):
             raise UserError(
-                f"dataset.root={self.root}: val has classes that train lacks: {', '.join(strangers[:5])};"
+                f"dataset.root={self.root}: val has classes that train does not have: {', '.join(unknown[:5])};"
                 " expected the same folders in both"
             )
         places = np.array([classes.index(name) for name in judged], dtype=np.int64)
@@ -98,7 +98,7 @@ class ImageFolder(Dataset):
 
 
 def _listing(root: Path, part: str) -> tuple[list[Path], Int64, list[str]]:
-    """What is named as an image in one part, the labels, and the names of the classes."""
+    """The image files of one part, their labels, and the names of the classes."""
     folder = root / part
     if not folder.is_dir():
         raise UserError(
@@ -121,15 +121,15 @@ def _listing(root: Path, part: str) -> tuple[list[Path], Int64, list[str]]:
 
 def _is_class(entry: Path) -> bool:
     if entry.is_symlink() and not entry.exists():
-        raise UserError(f"dataset.root: {entry} is a link to what is not there; expected a folder, one a class")
+        raise UserError(f"dataset.root: {entry} is a broken link; expected a folder for each class")
     return entry.is_dir()
 
 
 def _named_images(folder: Path) -> Iterator[Path]:
-    """Everything below ``folder`` with an image's extension; links to folders are not followed."""
+    """All files below ``folder`` with an image's extension; links to folders are not followed."""
 
     def fail(error: OSError) -> None:
-        raise error  # or images would be missing in silence
+        raise error  # os.walk would skip the folder silently
 
     for here, folders, files in os.walk(folder, onerror=fail):
         for name in (*folders, *files):
@@ -146,7 +146,7 @@ def _size(path: Path) -> int:
 
 @dataclass(frozen=True)
 class FolderPixels:
-    """Stands where a tensor of uint8 images ``(N, 3, S, S)`` would; reads what it is asked for."""
+    """Used like a uint8 tensor ``(N, 3, S, S)``, but reads the images from their files."""
 
     files: Sequence[Path]
     size: int
@@ -162,36 +162,36 @@ class FolderPixels:
         return len(self), 3, self.size, self.size
 
     def subset(self, index: "Tensor", device: "torch.device") -> "FolderPixels":
-        """Those at ``index``, delivered to ``device``."""
+        """The images at ``index``, to be loaded onto ``device``."""
         return FolderPixels([self.files[i] for i in index.tolist()], self.size, self.workers, self.flip, device)
 
     def __getitem__(self, index: "Tensor | slice") -> "Tensor":
-        """The images at ``index``, as they are judged."""
+        """The images at ``index``, without augmentation."""
         import torch
 
         places = range(len(self))[index] if isinstance(index, slice) else index.tolist()
         return torch.stack([self.read(i, None) for i in places]).to(self.device)
 
     def read(self, place: int, key: int | None) -> "Tensor":
-        """The image at ``place``, cropped and flipped at random by ``key``, or as it is judged.
+        """The image at ``place``, augmented by the random ``key``, or without augmentation for ``None``.
 
         Raises:
-            UserError: naming its file, for whatever is wrong with it.
+            UserError: if the file is not a readable image; names it.
         """
         path = self.files[place]
         try:
-            return _judged(path, self.size) if key is None else _augmented(path, self, key)
-        except Exception as error:  # damaged bytes make a decoder fail in any way whatever
+            return _centred(path, self.size) if key is None else _augmented(path, self, key)
+        except Exception as error:  # damaged bytes can raise anything
             raise UserError(
                 f"dataset.root: {path} cannot be read as an image ({error}); expected {', '.join(FORMATS)}"
             ) from error
 
     def stream(self, chunks: Sequence["Tensor"], keys: Sequence["Tensor"] | None) -> Iterator["Tensor"]:
-        """The images of each chunk in turn, read ahead by worker processes.
+        """The images of each chunk, read ahead by worker processes.
 
         Args:
             chunks: positions ``(n,)`` of each batch.
-            keys: a random key an image for its crop and flip; ``None`` reads them as they are judged.
+            keys: a random key for each image, for its crop and flip; ``None`` for no augmentation.
         """
         import torch
         from torch.utils.data import DataLoader
@@ -205,7 +205,7 @@ class FolderPixels:
             batch_sampler=wanted,
             num_workers=self.workers,
             collate_fn=_collate,
-            generator=torch.Generator(),  # or it draws from the global one
+            generator=torch.Generator(),  # else it draws from the global one
             pin_memory="cuda" in str(self.device),
         )
         try:
@@ -219,17 +219,17 @@ class FolderPixels:
             raise UserError(f"dataset.workers={self.workers}: {DEATH_OF_WORKER} ({error})") from error
 
 
-DEATH_OF_WORKER = "a process that reads images died, for want of memory perhaps; expected fewer workers"
+DEATH_OF_WORKER = "a process that reads images died, perhaps for lack of memory; expected fewer workers"
 
 
 def is_death_of_worker(error: BaseException) -> bool:
-    """Whether it says that a reading process died: torch raises it in whatever line runs at the time."""
+    """Whether a process that reads images died. torch raises this in whichever line runs at the time."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """What a worker process runs: one image for a (position, key)."""
+    """The dataset of the worker processes: reads the image of a (position, key)."""
 
     pixels: FolderPixels
 
@@ -237,7 +237,7 @@ class _Reader:
         try:
             return self.pixels.read(*wanted)
         except UserError as error:
-            return error  # raised in the main process, as one message
+            return error  # raised in the main process, where it is one message
 
 
 def _collate(items: "list[Tensor | UserError]") -> "Tensor | UserError":
@@ -254,7 +254,7 @@ def _open(path: Path) -> Any:
 
     regular_size(path)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is another
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _require_size checks
         with Image.open(path, formats=FORMATS) as image:
             _require_size(image.width, image.height)
             return image.convert("RGB")
@@ -262,14 +262,14 @@ def _open(path: Path) -> Any:
 
 def _require_size(width: int, height: int) -> None:
     if not 0 < width * height <= MOST_PIXELS:
-        raise ValueError(f"{width} x {height} pixels; expected {MOST_PIXELS:,} in all at most")
+        raise ValueError(f"{width} x {height} pixels; expected at most {MOST_PIXELS:,} in all")
 
 
-def _judged(path: Path, size: int) -> "Tensor":
+def _centred(path: Path, size: int) -> "Tensor":
     from torchvision.transforms import functional as transforms
 
     image, side = _open(path), round(size * RESIZE_OVER_CROP)
-    _require_size(side, side * max(image.size) // min(image.size))  # a strip becomes as much longer
+    _require_size(side, side * max(image.size) // min(image.size))  # the longer side grows by as much
     image = transforms.resize(image, side)
     pixels: Tensor = transforms.pil_to_tensor(transforms.center_crop(image, size))
     return pixels
@@ -281,7 +281,7 @@ def _augmented(path: Path, pixels: FolderPixels, key: int) -> "Tensor":
     from torchvision.transforms import functional as transforms
 
     image = _open(path)
-    with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator; no CUDA in a worker
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator; a worker has no CUDA
         torch.manual_seed(key)
         place = RandomResizedCrop.get_params(image, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3])
         mirrored = pixels.flip and torch.rand(()).item() < 0.5

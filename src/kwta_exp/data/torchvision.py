@@ -1,4 +1,4 @@
-"""The usual benchmarks, fetched and read by torchvision, each with a fingerprint of its files."""
+"""The usual benchmarks, downloaded and read by torchvision."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +15,11 @@ from kwta_exp.storage import sha256_of_file, sha256_of_json
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class _Torchvision(Dataset):
-    """A dataset that torchvision knows how to fetch and read.
+    """A dataset of torchvision.
 
     Args:
         root: the folder that holds torchvision's folders; it must exist.
-        download: fetch what is missing there (checked against torchvision's checksums).
+        download: download missing files, checked against torchvision's checksums.
     """
 
     root: str
@@ -30,7 +30,7 @@ class _Torchvision(Dataset):
     _SHAPE: ClassVar[tuple[int, int, int]] = (3, 32, 32)
     _CLASSES: ClassVar[int] = 10
     _FILES: ClassVar[Mapping[str, str | None]]
-    """File names below the folder, with the SHA-256 that torchvision itself would not check."""
+    """File names below the folder; with a SHA-256 where torchvision does not check the file on reading."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -51,8 +51,8 @@ class _Torchvision(Dataset):
         folder = Path(self.root) / self._FOLDER
         if not Path(self.root).is_dir():
             raise UserError(
-                f"dataset.root={self.root} (paths.data): no such folder; expected the one that holds"
-                f" (or shall hold) {self._FOLDER}. To start with an empty one: mkdir -p {self.root}"
+                f"dataset.root={self.root} (paths.data): no such folder; expected the parent of {self._FOLDER}."
+                f" To download into a new one: mkdir -p {self.root}"
             )
         if not self.present():
             self._fetch()
@@ -61,7 +61,7 @@ class _Torchvision(Dataset):
             if expected is not None and found[name] != expected:
                 raise UserError(
                     f"dataset.root: {folder / name} is damaged (SHA-256 {found[name][:16]}...,"
-                    f" expected {expected[:16]}...); delete it to have it fetched again"
+                    f" expected {expected[:16]}...); delete it to download it again"
                 )
         return sha256_of_json(found)
 
@@ -72,8 +72,8 @@ class _Torchvision(Dataset):
     def _fetch(self) -> None:
         if not self.download:
             raise UserError(
-                f"dataset.root={self.root} (paths.data): {self._NAME} is not there"
-                f" (expected {self._FOLDER}) and dataset.download=false forbids fetching it"
+                f"dataset.root={self.root} (paths.data): {self._NAME} is missing"
+                f" (expected {self._FOLDER}) and dataset.download=false"
             )
         for train in (True, False):
             self._read(train=train, download=True)
@@ -84,14 +84,14 @@ class _Torchvision(Dataset):
         part: dict[str, Any] = {"train": train}
         if self._NAME == "SVHN":
             part = {"split": "train" if train else "test"}
-        root = Path(self.root) / (self._FOLDER if self._NAME == "SVHN" else "")  # the others add it themselves
+        root = Path(self.root) / (self._FOLDER if self._NAME == "SVHN" else "")  # the others add it
         try:
             return getattr(torchvision.datasets, self._NAME)(root, **part, download=download)
         except (RuntimeError, OSError, ValueError) as error:
-            doing = "fetching" if download else "reading"
+            doing = "downloading" if download else "reading"
             raise UserError(
                 f"dataset.root={self.root} (paths.data): {doing} {self._NAME} failed: {error}."
-                f" Expected the files of {self._FOLDER} there, or a network to fetch them from"
+                f" Expected the files of {self._FOLDER} there, or a network to download them from"
             ) from error
 
 
@@ -169,7 +169,7 @@ class SVHN(_Torchvision):
 
 
 def _pixels(dataset: Any) -> UInt8:
-    """uint8 ``(N, C, H, W)``; SVHN's come so, the others' with channels last or without."""
+    """uint8 ``(N, C, H, W)``, the layout of SVHN; the others have channels last or none."""
     x = np.asarray(dataset.data)
     return x if x.ndim == 4 and x.shape[1] == 3 else channels_first(x)
 

@@ -1,4 +1,4 @@
-"""Networks written out in full, each taking the factory of its activation; and any other, converted."""
+"""Networks that take a factory for their activation, and conversion of any other network."""
 
 from kwta_exp.models.cnn import CNN
 from kwta_exp.models.convert import convert

@@ -1,4 +1,4 @@
-"""Networks of others with their activations replaced: any importable one, and torchvision's by name."""
+"""Networks written elsewhere with their activations replaced: any importable one, and torchvision's by name."""
 
 import logging
 from collections.abc import Callable
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 @validate_call(config=STRICT)
-def Converted(  # noqa: N802 - stands where a network's class would
+def Converted(  # noqa: N802 - used like a network's class
     activation: ActivationFactory,
     network: Callable[..., nn.Module],
     num_classes: PositiveInt,
@@ -24,25 +24,25 @@ def Converted(  # noqa: N802 - stands where a network's class would
     image_size: tuple[PositiveInt, PositiveInt],
     kinds: list[Kind] | None = None,
 ) -> nn.Module:
-    """Any network with its activations replaced; see :func:`convert`.
+    """Any network with its activations replaced.
 
     Args:
         activation: makes the new activations.
-        network: makes the network; called with those of the next three that its signature asks for.
+        network: makes the network; gets those of the next three that its signature names.
         num_classes: number of logits.
         in_channels: channels of the input.
         image_size: (height, width) of the input.
-        kinds: which activations to replace.
+        kinds: which activations to replace; see :func:`convert`.
 
     Raises:
-        UserError: if there was none to replace.
+        UserError: if there is none to replace.
     """
     facts = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
     return _converted(network(**with_facts(network, facts)), activation, kinds)
 
 
 @validate_call(config=STRICT)
-def Torchvision(  # noqa: N802 - stands where a network's class would
+def Torchvision(  # noqa: N802 - used like a network's class
     activation: ActivationFactory,
     name: str,
     num_classes: PositiveInt,
@@ -50,45 +50,33 @@ def Torchvision(  # noqa: N802 - stands where a network's class would
     image_size: tuple[PositiveInt, PositiveInt],
     kinds: list[Kind] | None = None,
 ) -> nn.Module:
-    """A classification network of torchvision, untrained, with its activations replaced.
+    """A classifier of torchvision, untrained, with its activations replaced.
 
-    Args:
-        activation: makes the new activations.
-        name: torchvision's, such as ``"resnet50"``, ``"densenet121"`` or ``"vit_b_16"``.
-        num_classes: number of logits.
-        in_channels: channels of the input; the first convolution is made anew where they are not 3.
-        image_size: (height, width) of the input; vision transformers are built for it.
-        kinds: which activations to replace; see :func:`convert`.
+    Arguments as for :class:`Converted`, and:
+        name: torchvision's name, such as ``"resnet50"``, ``"densenet121"`` or ``"vit_b_16"``. Unless
+            ``in_channels`` is 3, the first convolution is replaced.
 
     Raises:
-        UserError: for a name torchvision does not have, or if there was no activation to replace.
+        UserError: for a name that torchvision does not have, or if there is no activation to replace.
     """
     import torchvision.models as zoo
 
-    available = zoo.list_models(zoo)
-    if name not in available:
-        raise UserError(
-            f"model.name={name!r}: torchvision has no such network; expected one of {', '.join(available)}"
-        )
+    if name not in (available := zoo.list_models(zoo)):
+        raise UserError(f"model.name={name!r}: torchvision has no such network; expected one of {available}")
     options: dict[str, Any] = {"num_classes": num_classes}
     if name.startswith("vit_"):
         if image_size[0] != image_size[1]:
-            raise UserError(f"model.name={name!r}: takes square images; the data's are {image_size}")
+            raise UserError(f"model.name={name!r}: expected square images; the data's are {image_size}")
         options["image_size"] = image_size[0]
     if name in ("googlenet", "inception_v3"):
         options |= {"aux_logits": False, "init_weights": True}
     network = zoo.get_model(name, weights=None, **options)
     if in_channels != 3:
-        _first_convolution_for(network, in_channels)
+        path, old = next((p, m) for p, m in network.named_modules() if isinstance(m, nn.Conv2d))
+        options = {key: getattr(old, key) for key in ("kernel_size", "stride", "padding", "dilation")}
+        new = nn.Conv2d(in_channels, old.out_channels, **options, bias=old.bias is not None)
+        network.set_submodule(path, new)
     return _converted(network, activation, kinds)
-
-
-def _first_convolution_for(network: nn.Module, in_channels: int) -> None:
-    path, old = next((p, m) for p, m in network.named_modules() if isinstance(m, nn.Conv2d))
-    parent, _, leaf = path.rpartition(".")
-    options = {name: getattr(old, name) for name in ("kernel_size", "stride", "padding", "dilation")}
-    new = nn.Conv2d(in_channels, old.out_channels, **options, bias=old.bias is not None)
-    setattr(network.get_submodule(parent), leaf, new)
 
 
 def _converted(network: nn.Module, activation: ActivationFactory, kinds: list[Kind] | None) -> nn.Module:

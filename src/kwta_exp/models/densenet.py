@@ -18,8 +18,8 @@ from kwta_exp.models.factory import ActivationFactory, Activations, per_stage
 class DenseLayer(nn.Module):
     """BatchNorm, activation, convolution, twice; the result goes *before* its input.
 
-    The order of the two is the original's and the reverse of torchvision's: with the other one weights
-    load and compute nonsense.
+    That order is the original's and the reverse of torchvision's. In the other order the weights load but give
+    wrong results.
     """
 
     def __init__(self, in_channels: int, growth: int, activation: ActivationFactory) -> None:

@@ -1,4 +1,4 @@
-"""What every network here is given in place of a ReLU: a way to make its activation."""
+"""Factories that make the activations of a network."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 ActivationFactory = Callable[[], nn.Module]
-"""Makes a fresh activation module, e.g. ``nn.ReLU`` or ``partial(KWTA, ratio=0.1)``."""
+"""Makes a new activation module, e.g. ``nn.ReLU`` or ``partial(KWTA, ratio=0.1)``."""
 
 Activations = ActivationFactory | list[ActivationFactory]
-"""One factory for the whole network, or one for each of its stages."""
+"""One factory for the whole network, or a list with one for each stage."""
 
 
 def per_stage(activation: Activations, stages: int) -> list[ActivationFactory]:
@@ -29,7 +29,7 @@ def per_stage(activation: Activations, stages: int) -> list[ActivationFactory]:
 
 
 def with_facts(factory: Callable[..., Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of ``facts`` about the data that a network's signature asks for."""
+    """The ``facts`` about the data that the signature of ``factory`` names; all, if it takes ``**kwargs``."""
     target = getattr(factory, "func", factory)
     names = inspect.signature(target).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in names.values()):

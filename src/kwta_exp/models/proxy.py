@@ -1,4 +1,4 @@
-"""A faster proxy for a frozen network, for attacks to search with. Nothing is judged by it."""
+"""A faster copy of a frozen network for attacks to search on; the network itself judges the results."""
 
 import copy
 import logging
@@ -18,15 +18,15 @@ log = logging.getLogger(__name__)
 
 
 class Proxy(nn.Module):
-    """The same function, up to rounding, of the same images in [0, 1].
+    """Computes the logits of ``network``, up to rounding, faster.
 
-    BatchNorm is folded into the convolution before it, where the network can be traced and the result
-    is the same in float64; convolutions run in channels-last order and, on hardware that has it, in bfloat16.
-    On a CPU, convolutions of sparse activations skip the zeros (:mod:`kwta_exp.models.sparse`).
-    Logits are float32.
+    BatchNorm is folded into the convolution before it, if the network can be traced and the folded copy agrees
+    with it in float64. Convolutions use channels-last order and, where the hardware supports it, bfloat16.
+    On a CPU without matrix units, convolutions of sparse activations skip zeros
+    (:mod:`kwta_exp.models.sparse`). Logits are float32.
 
-    Weights are copies. Modules without parameters or buffers are the network's own, so that an activation
-    whose ratio changes, or that is hooked, is so in both.
+    Parameters and buffers are copies. Modules without any, such as activations, are shared with the network,
+    so changes of their ratio and hooks on them affect both.
 
     Args:
         network: in eval mode.
@@ -45,8 +45,8 @@ class Proxy(nn.Module):
                 log.debug("%d convolutions skip zeros in the search", sparse.make_sparse(traced))
             self.eval()
             self._try(sample)
-        except RuntimeError as error:  # a view, say, of what lies in another order than expected
-            log.info("the search keeps the plain memory format (%s)", error)
+        except RuntimeError as error:  # such as a view() that needs the other memory format
+            log.info("the search uses the contiguous memory format (%s)", error)
             self._layout = torch.contiguous_format
             self.network = copy.deepcopy(network).to(memory_format=self._layout)
             self._folded = {}
@@ -69,12 +69,12 @@ class Proxy(nn.Module):
         return logits.float()
 
     def suits(self, network: nn.Module) -> bool:
-        """Whether it is still built as one for ``network``, of which it was made, would be."""
+        """Whether the densities of the network are still those that the proxy was built for."""
         return self._densities == list(_densities(network))
 
     @torch.no_grad()
     def follow(self, network: nn.Module) -> None:
-        """Take over the present weights of ``network``, of which it was made."""
+        """Copy the current weights of ``network``, the network it was made from."""
         theirs = dict(network.named_parameters()) | dict(network.named_buffers())
         for name, norm_name in self._folded.items():
             convolution: Any = network.get_submodule(name)
@@ -85,7 +85,7 @@ class Proxy(nn.Module):
             )  # fmt: skip
             theirs |= {f"{name}.weight": weight, f"{name}.bias": bias}
         for name, tensor in [*self.network.named_parameters(), *self.network.named_buffers()]:
-            if name in theirs:  # else a constant of the tracer's
+            if name in theirs:  # else a constant that the tracer added
                 tensor.copy_(theirs[name])
         for module in self.network.modules():
             if isinstance(module, sparse.SparseConv2d):
@@ -93,26 +93,26 @@ class Proxy(nn.Module):
 
 
 def proxy_for(network: nn.Module, sample: Tensor) -> nn.Module:
-    """A proxy for ``network``, or the network itself where none can be had, which is logged.
+    """A proxy for ``network``, or the network itself, with a warning, if none can be made.
 
     Arguments as for :class:`Proxy`.
     """
     try:
         with isolated(0), torch.autocast(sample.device.type, enabled=False):
             return Proxy(network, sample)
-    except Exception as error:  # it cannot be copied, or insists on a type: whatever a network may do
-        log.warning("the search is exact: no proxy for the network can be had (%s)", error)
+    except Exception as error:  # a network that cannot be copied or checks types can raise anything
+        log.warning("search=fast has no effect: no proxy can be made for the network (%s)", error)
         return network
 
 
 _kept: WeakKeyDictionary[nn.Module, Proxy | None] = WeakKeyDictionary()
-"""None: there is none."""
+"""None for a network that has no proxy."""
 
 
 def following(network: nn.Module, sample: Tensor) -> nn.Module:
-    """A proxy for ``network`` as it is now; made at the first call, brought up to date at others.
+    """A proxy with the current weights of ``network``, made at the first call and updated at later ones.
 
-    Arguments as for :class:`Proxy`; ``network`` itself where none can be had.
+    Arguments as for :class:`Proxy`. Returns ``network`` itself if no proxy can be made.
     """
     known = _kept.get(network)
     if network not in _kept or (known is not None and not known.suits(network)):
@@ -121,18 +121,19 @@ def following(network: nn.Module, sample: Tensor) -> nn.Module:
     if known is None:
         return network
     with torch.autocast(sample.device.type, enabled=False):
-        known.follow(network)  # a new one, too: whether it is new decides no bit
+        known.follow(network)  # a new one too, so that new and updated proxies are equal bit for bit
     return known
 
 
 @torch.no_grad()
 def with_folded_batch_norms(network: nn.Module, sample: Tensor) -> tuple[fx.GraphModule, dict[str, str]] | None:
-    """A copy of ``network`` without the BatchNorms that follow a convolution directly; None if that fails.
+    """Fold each BatchNorm that directly follows a convolution into it, in a copy of ``network``.
 
-    The arithmetic is PyTorch's own; it is done in float64 and held against the network on ``sample``.
+    The folding is PyTorch's, done in float64 and compared with the network on ``sample``.
 
     Returns:
-        The copy, and the BatchNorm that was folded into each convolution, by their names.
+        The copy, and a mapping from each convolution's name to that of its BatchNorm; ``None`` if the
+        network cannot be traced or the copy differs.
     """
     folded: dict[str, str] = {}
     try:
@@ -150,7 +151,7 @@ def with_folded_batch_norms(network: nn.Module, sample: Tensor) -> tuple[fx.Grap
         traced.recompile()
         traced.delete_all_unused_submodules()
         expected, found = double(sample.double()), traced(sample.double())
-    except Exception as error:  # tracing fails in any way whatever
+    except Exception as error:  # tracing can raise anything
         log.info("BatchNorm is not folded for the search: the network cannot be traced (%s)", error)
         return None
     if not torch.allclose(found, expected, rtol=1e-6, atol=1e-8):
@@ -161,7 +162,7 @@ def with_folded_batch_norms(network: nn.Module, sample: Tensor) -> tuple[fx.Grap
 
 
 class _Tracer(fx.Tracer):
-    """Does not look into modules with nothing to fold: an activation stays one, for attacks to find."""
+    """Treats modules without anything to fold as leaves, so attacks still find activation modules."""
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         has_any = any(isinstance(inner, nn.Conv2d | nn.BatchNorm2d) for inner in module.modules())
@@ -169,7 +170,7 @@ class _Tracer(fx.Tracer):
 
 
 def _is(modules: dict[str, nn.Module], node: object, kind: type[nn.Module]) -> bool:
-    """Does ``node`` call a module of this very class, once in the network?"""
+    """Whether ``node`` is the only call of a module of exactly this class."""
     if not isinstance(node, fx.Node) or node.op != "call_module":
         return False
     calls = [other for other in node.graph.nodes if other.op == "call_module" and other.target == node.target]
@@ -177,7 +178,7 @@ def _is(modules: dict[str, nn.Module], node: object, kind: type[nn.Module]) -> b
 
 
 def _is_bare(module: nn.Module) -> bool:
-    """Has ``module`` no parameters or buffers, nor any module in it?"""
+    """Whether ``module`` has no parameters and no buffers."""
     return not any(True for some in (module.parameters(), module.buffers()) for _ in some)
 
 

@@ -1,7 +1,7 @@
-"""Convolution of mostly zero images on a CPU: multiplies what is not 0, and nothing else.
+"""CPU kernels of a convolution that skips zeros.
 
-A value adds its multiple of a row of weights, one for every output channel, to each pixel that its window
-reaches. 64 sums are held in registers at a time; numbers are summed in float32.
+Each nonzero value is multiplied by a row of weights, one for every output channel, and added to each output
+pixel in its window. 64 sums are held in registers at a time; accumulation is in float32.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from numba.extending import intrinsic
 from kwta_exp.activations.compiled import jit
 
 LANES = 64
-"""Output channels done at once, and values tested at once for being 0."""
+"""Output channels computed at once, and values compared with 0 at once."""
 
 ACCUMULATORS = 1 << 16
-"""Sums that stay in a core's own cache while weights pass by."""
+"""Sums that fit into a core's own cache."""
 
 _intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic
 _INT32, _INT64 = ir.IntType(32), ir.IntType(64)
@@ -36,7 +36,7 @@ def convolve(first, last, values, weight, bias, rows_to, columns_to, width, out)
         values: the bits of the images, uint16 (bfloat16) or uint32 (float32), ``(N, H * W, C)``.
         weight: float32 ``(ceil(K / 64), R * S, C, 64)``, padded with zeros.
         bias: float32, padded likewise.
-        rows_to: int64 ``(R, H)``: the output row that row i reaches through row r of the window, or -1.
+        rows_to: int64 ``(R, H)``: the output row to which row i contributes through row r of the kernel, or -1.
         columns_to: int64 ``(S, W)``, likewise.
         width: pixels in a row of the output.
         out: bits like ``values``, ``(N, P, K)``; written to.
@@ -66,7 +66,7 @@ def convolve(first, last, values, weight, bias, rows_to, columns_to, width, out)
 
 @jit
 def _gather(values, factors, rows, starts):  # type: ignore[no-untyped-def]
-    """List what is not 0: values (their float32 bits), where their weights begin, and where pixels begin."""
+    """List the nonzero values: their float32 bits, the offset of their weights, and where each pixel starts."""
     images, pixels, channels = values.shape
     flat = values.reshape(-1)
     widen = np.uint32(32 - 8 * values.itemsize)
@@ -102,7 +102,7 @@ def _fill(sums, bias, pixels):  # type: ignore[no-untyped-def]
 def _scatter(  # type: ignore[no-untyped-def]
     factors, rows, starts, weights, tap, row_to, column_to, width, pixels, images, sums
 ):
-    """Add what one tap of the window contributes."""
+    """Add the contribution of one tap of the kernel."""
     pixel = 0
     for image in range(images):
         for i in range(row_to.shape[0]):
@@ -130,13 +130,13 @@ def _store(sums, out, channel):  # type: ignore[no-untyped-def]
 
 @_intrinsic
 def _not_zero(_: Any, values: Any, at: Any) -> Any:
-    """Which of the 64 values from ``at`` are not 0 (nor -0): a bit each."""
+    """One bit for each of the 64 values from ``at``: whether it is neither 0 nor -0."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = _element(context, builder, signature, arguments, 0, arguments[1])
         vector = ir.VectorType(pointer.type.pointee, LANES)
         bits = builder.load(builder.bitcast(pointer, vector.as_pointer()), align=2)
-        doubled = builder.add(bits, bits)  # the sign falls off
+        doubled = builder.add(bits, bits)  # drops the sign
         flags = builder.icmp_unsigned("!=", doubled, ir.Constant(vector, None))
         return builder.bitcast(flags, _INT64)
 

@@ -35,8 +35,8 @@ class VGG(nn.Module):
         num_classes: number of logits.
         in_channels: channels of the input.
 
-    A max-pool that would leave nothing of a small image (28x28: the last of five leaves 0.9) keeps the one
-    pixel; what is left is averaged over its pixels. Convolutions start normal with variance
+    The last max-pool rounds up, so images smaller than 32x32 keep one pixel; the features are averaged over
+    the remaining pixels. Convolutions start normal with variance
     2 / (k * k * out_channels). Parameters are named as in the original repository (``features.<i>``,
     ``classifier.<i>``), which used VGG with ReLUs as a source of transferred attacks.
     """
