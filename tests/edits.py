@@ -13,8 +13,8 @@ import torch
 import yaml
 
 from kwta_exp.checkpoint import read_weights, save_weights
-from kwta_exp.sealed import read_arrays, write_arrays
-from kwta_exp.storage import CHECKSUM, read_metadata
+from kwta_exp.sealed import read_arrays, read_metadata, write_arrays
+from kwta_exp.storage import CHECKSUM
 
 Edit = Callable[[Path, Random], None]
 

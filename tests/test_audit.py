@@ -103,7 +103,7 @@ def test_floating_point_and_own_attacks_are_taken_and_the_model_is_left_as_it_wa
             r"^x: is float64 from 2.0 to 2.0; expected uint8, or floating point",
         ),
         ({"x": np.full((4, 1, 8, 8), np.nan)}, r"^x: is float64 from nan"),
-        ({"y": np.array([0, 1, 2])}, r"^y: is int64 \(3,\); expected integers of shape \(4,\)"),
+        ({"y": np.array([0, 1, 2])}, r"^y: is int64 \(3,\); expected integers from 0, of shape \(4,\)"),
         (
             {"y": np.array([0, 1, 2, 10])},
             r"^model: returns \(2, 10\) for 2 images, and the largest label is 10",

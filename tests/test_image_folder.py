@@ -135,7 +135,7 @@ NO_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "device": (lambda path: path.symlink_to("/dev/zero"), "is a device, not a file"),
     "folder": (lambda path: path.mkdir(), "is a folder, not a file"),
     "link to a folder": (lambda path: path.symlink_to("/"), "is a folder, not a file"),
-    "dangling": (lambda path: path.symlink_to("nowhere"), "is a link to what is not there"),
+    "dangling": (lambda path: path.symlink_to("nowhere"), "is a broken link"),
     "loop": (lambda path: path.symlink_to(path.name), "is Too many levels of symbolic links"),
 }
 
@@ -214,7 +214,7 @@ def test_what_may_not_be_read_is_one_message(root: Path, monkeypatch: pytest.Mon
 
 def test_a_class_that_is_a_dangling_link_is_not_left_out_in_silence(root: Path) -> None:
     (root / "train" / "d").symlink_to("nowhere")
-    with pytest.raises(UserError, match="train/d is a link to what is not there"):
+    with pytest.raises(UserError, match="train/d is a broken link"):
         dataset(root).load()
 
 

@@ -192,7 +192,7 @@ def test_a_folder_deleted_during_training_is_one_message(
         return "deleted"
 
     monkeypatch.setattr(experiment, "_epoch_line", delete)
-    with pytest.raises(ConfigError, match=r"was deleted or replaced while it was written; the same command"):
+    with pytest.raises(ConfigError, match=r"deleted or replaced during the run; run the same command"):
         launch(tmp_path, *QUICK)
     assert not list(tmp_path.glob("*/s0-*"))
     monkeypatch.undo()
@@ -223,7 +223,7 @@ def test_a_link_inside_a_run_folder_is_not_followed_when_writing(
             found.unlink()
     before = sorted((p, p.stat().st_mtime_ns) for p in (elsewhere, *elsewhere.rglob("*")))
     path.symlink_to(elsewhere)
-    with pytest.raises(ConfigError, match="is a symbolic link, and none is followed when writing"):
+    with pytest.raises(ConfigError, match="is a symbolic link, which is not followed for writing"):
         launch(outputs, *QUICK)
     assert sorted((p, p.stat().st_mtime_ns) for p in (elsewhere, *elsewhere.rglob("*"))) == before
 
