@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from kwta_exp import hardware
 from tests.cpus import CPUS, PRETENDED, pretend
-from tests.forked import collect_seldom, run_forked
+from tests.forked import freeze_loaded_objects, run_forked
 from tests.launched import parse_once
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +60,7 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_collection_finish() -> None:
     """All tests are imported."""
     parse_once()
-    collect_seldom()
+    freeze_loaded_objects()
 
 
 @pytest.fixture

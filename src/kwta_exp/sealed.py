@@ -97,8 +97,8 @@ def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file, after a check of the whole file; ``{}`` for other files.
 
     Raises:
-        DamagedError: if the file is not a complete safetensors file, or its checksum does not match. A file that
-            others made needs no checksum; the checkpoints in a run folder must have one.
+        DamagedError: if the file is not a complete safetensors file, or its checksum does not match. A file
+            that others made needs no checksum; the checkpoints in a run folder must have one.
     """
     if path.suffix != ".safetensors":
         return {}

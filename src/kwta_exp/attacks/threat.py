@@ -32,7 +32,7 @@ class Threat:
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Project images onto the ball, then clip them to [0, 1].
 
-        Under L-inf the result is the nearest allowed image. Clipping never leaves the ball: it moves every pixel
+        Under L-inf the result is the nearest allowed image. Clipping never leaves the ball: it moves each pixel
         towards ``x``.
         """
         if self.norm == "linf":

@@ -121,7 +121,7 @@ def _listing(root: Path, part: str) -> tuple[list[Path], Int64, list[str]]:
 
 def _is_class(entry: Path) -> bool:
     if entry.is_symlink() and not entry.exists():
-        raise UserError(f"dataset.root: {entry} is a link to what is not there; expected a folder, one a class")
+        raise UserError(f"dataset.root: {entry} is a broken link; expected a folder, one a class")
     return entry.is_dir()
 
 
