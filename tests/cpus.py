@@ -21,7 +21,7 @@ CPUS = {"plain": (False, False), "bf16": (True, False), "amx": (True, True)}
 
 FAST = "not slow and not gpu and not slurm and not network"
 
-PRETENDED = "KWTA_EXP_TEST_CPU"
+SIMULATED_CPU = "KWTA_EXP_TEST_CPU"
 """The environment variable that makes all tests run as on one of :data:`CPUS`."""
 
 INSTRUCTIONS = {
@@ -36,7 +36,7 @@ INSTRUCTIONS = {
 """The ``torch.cpu.get_capabilities()`` that each setting of an environment variable needs."""
 
 
-def pretend(cpu: str, setattr: Callable[..., None]) -> None:
+def simulate(cpu: str, setattr: Callable[..., None]) -> None:
     """Make ``hardware`` report one of :data:`CPUS`. Results stay correct, but may be computed more slowly."""
     for function, value in zip(("computes_in_bfloat16", "has_matrix_units"), CPUS[cpu], strict=True):
         setattr(hardware, function, lambda device, value=value: value)
@@ -54,7 +54,7 @@ class Outcome:
 def settings() -> dict[str, dict[str, str]]:
     """The environment variables of each run, by its name in the table."""
     named = {f"{name}={value}": {name: value} for name, value in INSTRUCTIONS}
-    return {"native": {}} | named | {f"{PRETENDED}={cpu}": {PRETENDED: cpu} for cpu in CPUS}
+    return {"native": {}} | named | {f"{SIMULATED_CPU}={cpu}": {SIMULATED_CPU: cpu} for cpu in CPUS}
 
 
 def missing(variables: dict[str, str]) -> list[str]:
@@ -67,7 +67,7 @@ def missing(variables: dict[str, str]) -> list[str]:
 
 def outcome_of(setting: str, variables: dict[str, str], arguments: list[str]) -> Outcome:
     """Run pytest in a new process with the environment ``variables``."""
-    ours = {PRETENDED, *(name for name, _ in INSTRUCTIONS)}
+    ours = {SIMULATED_CPU, *(name for name, _ in INSTRUCTIONS)}
     environment = {name: value for name, value in os.environ.items() if name not in ours} | variables
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")

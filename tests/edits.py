@@ -72,7 +72,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "a pipe": _replaced(os.mkfifo),
     "a link to a device": _replaced(lambda path: path.symlink_to("/dev/zero")),
     "a link to itself": _replaced(lambda path: path.symlink_to(path.name)),
-    "a link to nothing": _replaced(lambda path: path.symlink_to("nothing")),
+    "a broken link": _replaced(lambda path: path.symlink_to("nothing")),
 }
 
 

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.cpus import PRETENDED, pretend
+from tests.cpus import SIMULATED_CPU, simulate
 from tests.launched import CONF, parse_once
 
 ROOT = Path(__file__).parent.parent
@@ -68,8 +68,8 @@ def _server() -> "subprocess.Popen[str]":
 
 def _serve() -> None:
     _load()
-    if cpu := os.environ.get(PRETENDED):
-        pretend(cpu, setattr)
+    if cpu := os.environ.get(SIMULATED_CPU):
+        simulate(cpu, setattr)
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

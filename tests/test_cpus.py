@@ -12,7 +12,7 @@ import torch
 
 from kwta_exp import hardware
 from tests import cpus
-from tests.cpus import INSTRUCTIONS, PRETENDED, Outcome, main, missing, outcome_of, settings
+from tests.cpus import INSTRUCTIONS, SIMULATED_CPU, Outcome, main, missing, outcome_of, settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,7 +32,7 @@ def test_only_settings_that_the_cpu_supports_are_run(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: MappingProxyType(dict.fromkeys(has, True)))
     runs = {item for variables in settings().values() for item in variables.items() if not missing(variables)}
     assert runs & set(INSTRUCTIONS) == expected | {("ATEN_CPU_CAPABILITY", "default")}
-    assert {value for name, value in runs if name == PRETENDED} == set(cpus.CPUS)
+    assert {value for name, value in runs if name == SIMULATED_CPU} == set(cpus.CPUS)
 
 
 def test_failures_and_crashes_are_counted_and_give_status_1(
@@ -70,7 +70,7 @@ def test_a_forked_run_simulates_the_cpu_too() -> None:
         "import io, sys, tests.forked as forked; from kwta_exp import hardware; sys.stdin = io.StringIO();"
         "forked._load = bool; forked._serve(); print(hardware.has_matrix_units(None))"
     )
-    environment = os.environ | {PRETENDED: "amx"}
+    environment = os.environ | {SIMULATED_CPU: "amx"}
     answered = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )

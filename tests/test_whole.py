@@ -301,7 +301,7 @@ def test_malformed_results_are_one_message_and_are_made_again(
         Stored.read(folder)
     launch(outputs, *QUICK)
     assert (
-        Stored.read(folder).standing.mean()
+        Stored.read(folder).outcome.robust.mean()
         == read_json(folder / "results.json")["worst_case"]["robust_accuracy"]
     )
 
