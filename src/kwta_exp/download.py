@@ -51,8 +51,8 @@ def is_url(text: str) -> bool:
 def fetch(url: str, sha256: str | None, folder: Path) -> Path:
     """Download the file at ``url`` to ``folder``, unless it is there already.
 
-    Without a checksum the file is downloaded but not read, and the error gives its checksum. If the
-    download is incomplete, too slow or has another checksum, no file is left behind.
+    Without a checksum the file is downloaded but not read, and the error gives its checksum. If the download
+    is incomplete, is too slow or has another checksum, no file is left behind.
 
     Raises:
         UserError: if the file cannot be downloaded within :data:`MAX_BYTES` and :data:`MAX_SECONDS`, has another

@@ -190,16 +190,12 @@ def planned_network(plan: Plan, images: Images) -> nn.Module:
 
 def _load_keeping_ratios(network: nn.Module, weights: Weights, source: str) -> None:
     """Load ``weights`` into ``network``, but keep the ratios of its k-WTA layers."""
-    layers = layers_with_ratio(network)
-    ratios = [layer.ratio for layer in layers]
+    configured = {layer: layer.ratio for layer in layers_with_ratio(network)}
     load_into(network, weights, source)
-    theirs = [layer.ratio for layer in layers]
-    if theirs != ratios:
-        log.warning(
-            "weights=%s: trained at sparsity ratio %s; %s is used here", source,
-            *(", ".join(f"{ratio:g}" for ratio in dict.fromkeys(each)) for each in (theirs, ratios)),
-        )  # fmt: skip
-    for layer, ratio in zip(layers, ratios, strict=True):
+    for here, trained in dict.fromkeys((ratio, layer.ratio) for layer, ratio in configured.items()):
+        if here != trained:
+            log.warning("weights=%s: trained at sparsity ratio %g; %g is used here", source, trained, here)
+    for layer, ratio in configured.items():
         layer.ratio = ratio
 
 

@@ -138,10 +138,9 @@ def _is_run_checkpoint(path: Path) -> bool:
 
 
 def trained_ratio(path: Path) -> float | None:
-    """The sparsity ratio in a checkpoint's state.
+    """The sparsity ratio in a safetensors file; ``None`` unless it holds exactly one, in (0, 1].
 
-    ``None`` for a file that is not safetensors, holds no ratio, or holds several (a network whose stages
-    differ). A value outside (0, 1] also gives ``None``: its layer rejects it when the weights are loaded.
+    A layer rejects an invalid ratio when its weights are loaded.
 
     Raises:
         DamagedError: as :func:`read_metadata`.
@@ -152,15 +151,11 @@ def trained_ratio(path: Path) -> float | None:
     try:
         with safetensors.safe_open(path, "numpy") as file:
             states = {name: file.get_slice(name) for name in file.keys() if is_extra_state(name)}  # noqa: SIM118
-            ratios = {
-                float(file.get_tensor(name))
-                for name, state in states.items()
-                if state.get_shape() == [] and state.get_dtype() == "F64"
-            }
+            kinds = {name: [state.get_dtype(), *state.get_shape()] for name, state in states.items()}
+            ratios = {float(file.get_tensor(name)) for name in states if kinds[name] == ["F64"]}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise _incomplete(path, error) from error
-    ratio = ratios.pop() if len(ratios) == 1 else 0.0
-    return ratio if 0 < ratio <= 1 else None
+    return ratios.pop() if len(ratios) == 1 and 0 < min(ratios) <= 1 else None
 
 
 def is_extra_state(name: str) -> bool:

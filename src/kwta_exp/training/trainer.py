@@ -122,7 +122,9 @@ class Trainer:
         self.optimizer = recipe.optimizer(model.parameters())
         self.lr_schedule = recipe.lr_schedule(self.optimizer)
         self._wrapped_model, self._wrapped_optimizer = fabric.setup(model, self.optimizer)
-        self.average = _average(model, self.method.ema_decay)
+        self.average: AveragedModel | None = None
+        if (decay := self.method.ema_decay) is not None:
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
         self.epoch = self.step = 0
         self.memory: dict[str, Tensor] = {}
@@ -314,13 +316,6 @@ class Trainer:
             accuracy=f"{means['accuracy']:.1%}",
             speed=f"{means['images_per_second']:,.0f} images/s",
         )
-
-
-def _average(model: nn.Module, decay: float | None) -> AveragedModel | None:
-    """An exponential moving average of ``model``, BatchNorm's buffers included."""
-    if decay is None:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 def _score(record: EpochRecord) -> float:

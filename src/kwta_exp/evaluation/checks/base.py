@@ -136,7 +136,7 @@ PerImage = Callable[[nn.Module, Tensor, Tensor, Tensor, Threat], dict[str, Tenso
 CHECKS: dict[str, Check] = {}
 """All checks by name, in the order they are reported."""
 
-_COMPARISONS: list[Callable[[Comparison], float | None]] = []
+_COMPARISONS: dict[str, Callable[[Comparison], float | None]] = {}
 _MEASUREMENTS: list[Callable[[Subject], Mapping[str, float]]] = []
 
 
@@ -145,8 +145,7 @@ def comparison(check: Check) -> Callable[[Callable[[Comparison], float | None]],
 
     def register(function: Callable[[Comparison], float | None]) -> Any:
         CHECKS[check.name] = check
-        _COMPARISONS.append(function)
-        function.__dict__["check"] = check
+        _COMPARISONS[check.name] = function
         return function
 
     return register
@@ -198,7 +197,7 @@ class Diagnosis:
 def compare(evaluation: Evaluation, outcome: Outcome) -> dict[str, float]:
     """The comparisons of attacks, by the name of the check."""
     attacks = Comparison.of(evaluation, outcome)
-    found = {function.__dict__["check"].name: function(attacks) for function in _COMPARISONS}
+    found = {name: function(attacks) for name, function in _COMPARISONS.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 
