@@ -21,7 +21,8 @@ import numpy as np
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.stored import Stored
 from kwta_exp.run_folder import RunFolder
-from kwta_exp.storage import damaged, read_json, read_lines, read_metadata, write_text
+from kwta_exp.sealed import read_metadata
+from kwta_exp.storage import damaged, read_json, read_lines, write_text
 
 RECORDS = Path("docs/results")
 PAGE = Path("docs/results.md")

@@ -13,8 +13,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from kwta_exp import hardware
-from tests.cpus import CPUS, PRETENDED, pretend
-from tests.forked import collect_seldom, run_forked
+from tests.cpus import CPUS, SIMULATED_CPU, simulate
+from tests.forked import freeze_loaded_objects, run_forked
 from tests.launched import parse_once
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +38,7 @@ def _one_thread_and_seed() -> None:
 @pytest.fixture(params=CPUS)
 def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run the test once for each kind of CPU."""
-    pretend(request.param, monkeypatch.setattr)
+    simulate(request.param, monkeypatch.setattr)
     return str(request.param)
 
 
@@ -46,8 +46,8 @@ def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def _cpu_of_the_suite() -> Iterator[None]:
     """``KWTA_EXP_TEST_CPU`` makes the whole suite, but for new processes, run as on that kind of CPU."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        if asked := os.environ.get(PRETENDED):
-            pretend(asked, monkeypatch.setattr)
+        if asked := os.environ.get(SIMULATED_CPU):
+            simulate(asked, monkeypatch.setattr)
         yield
 
 
@@ -60,7 +60,7 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_collection_finish() -> None:
     """All tests are imported."""
     parse_once()
-    collect_seldom()
+    freeze_loaded_objects()
 
 
 @pytest.fixture

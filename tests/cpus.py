@@ -1,7 +1,7 @@
-"""Other CPUs than the machine's: pretended within a process, and emulated for the whole suite.
+"""CPUs other than this machine's: simulated within a process, and emulated for the whole suite.
 
-``python -m tests.cpus`` (``make test-cpus``) runs the fast tests under each setting that the machine can follow
-and ends with a table; arguments go to pytest. Settings for instructions that this CPU lacks are named, not run.
+``python -m tests.cpus`` (``make test-cpus``) runs the fast tests under each setting that this CPU supports, and
+prints a table; arguments go to pytest. Settings that need instructions this CPU lacks are listed, not run.
 """
 
 import os
@@ -17,12 +17,12 @@ from pathlib import Path
 from kwta_exp import hardware
 
 CPUS = {"plain": (False, False), "bf16": (True, False), "amx": (True, True)}
-"""Kinds of CPU: does it compute in bfloat16, and has it matrix units?"""
+"""For each kind of CPU: whether it computes in bfloat16, and whether it has matrix units."""
 
 FAST = "not slow and not gpu and not slurm and not network"
 
-PRETENDED = "KWTA_EXP_TEST_CPU"
-"""The environment variable by which all tests run as on one of :data:`CPUS`."""
+SIMULATED_CPU = "KWTA_EXP_TEST_CPU"
+"""The environment variable that makes all tests run as on one of :data:`CPUS`."""
 
 INSTRUCTIONS = {
     ("ATEN_CPU_CAPABILITY", "default"): (),
@@ -33,13 +33,13 @@ INSTRUCTIONS = {
     ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16"): ("avx512_bf16",),
     ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_AMX"): ("amx_bf16",),
 }
-"""What a CPU must have, by ``torch.cpu.get_capabilities()``, for a variable to hold torch or oneDNN to it."""
+"""The ``torch.cpu.get_capabilities()`` that each setting of an environment variable needs."""
 
 
-def pretend(cpu: str, setattr: Callable[..., None]) -> None:
-    """Make the hardware answer as one of :data:`CPUS` would; what is computed stays right, if slower."""
-    for question, answer in zip(("computes_in_bfloat16", "has_matrix_units"), CPUS[cpu], strict=True):
-        setattr(hardware, question, lambda device, answer=answer: answer)
+def simulate(cpu: str, setattr: Callable[..., None]) -> None:
+    """Make ``hardware`` report one of :data:`CPUS`. Results stay correct, but may be computed more slowly."""
+    for function, value in zip(("computes_in_bfloat16", "has_matrix_units"), CPUS[cpu], strict=True):
+        setattr(hardware, function, lambda device, value=value: value)
 
 
 @dataclass
@@ -52,29 +52,29 @@ class Outcome:
 
 
 def settings() -> dict[str, dict[str, str]]:
-    """The environment of each run, by the name it has in the table."""
+    """The environment variables of each run, by its name in the table."""
     named = {f"{name}={value}": {name: value} for name, value in INSTRUCTIONS}
-    return {"native": {}} | named | {f"{PRETENDED}={cpu}": {PRETENDED: cpu} for cpu in CPUS}
+    return {"native": {}} | named | {f"{SIMULATED_CPU}={cpu}": {SIMULATED_CPU: cpu} for cpu in CPUS}
 
 
 def missing(variables: dict[str, str]) -> list[str]:
-    """Instructions that this CPU lacks for a setting."""
+    """The instructions that a setting needs and this CPU lacks."""
     import torch
 
-    can = torch.cpu.get_capabilities()
-    return [need for item in variables.items() for need in INSTRUCTIONS.get(item, ()) if not can.get(need)]
+    has = torch.cpu.get_capabilities()
+    return [need for item in variables.items() for need in INSTRUCTIONS.get(item, ()) if not has.get(need)]
 
 
 def outcome_of(setting: str, variables: dict[str, str], arguments: list[str]) -> Outcome:
-    """Run pytest in a process of its own under ``variables``."""
-    ours = {PRETENDED, *(name for name, _ in INSTRUCTIONS)}
+    """Run pytest in a new process with the environment ``variables``."""
+    ours = {SIMULATED_CPU, *(name for name, _ in INSTRUCTIONS)}
     environment = {name: value for name, value in os.environ.items() if name not in ours} | variables
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", "-m", FAST, f"--junitxml={report}", *arguments]
-        began = time.perf_counter()
+        started = time.perf_counter()
         status = subprocess.run(command, env=environment, check=False).returncode
-        outcome = Outcome(setting, seconds=time.perf_counter() - began)
+        outcome = Outcome(setting, seconds=time.perf_counter() - started)
         if report.exists():
             suites = list(ET.parse(report).getroot().iter("testsuite"))
             total, failed, skipped = (

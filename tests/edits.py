@@ -1,4 +1,4 @@
-"""Edits of a finished run folder, as an accident or a forger would make them: what, and how."""
+"""Edits of a finished run folder, as an accident or a forger would make them."""
 
 import json
 import os
@@ -13,8 +13,8 @@ import torch
 import yaml
 
 from kwta_exp.checkpoint import read_weights, save_weights
-from kwta_exp.sealed import read_arrays, write_arrays
-from kwta_exp.storage import CHECKSUM, read_metadata
+from kwta_exp.sealed import read_arrays, read_metadata, write_arrays
+from kwta_exp.storage import CHECKSUM
 
 Edit = Callable[[Path, Random], None]
 
@@ -47,7 +47,7 @@ VALUES: list[Any] = [
 ]  # fmt: skip
 
 
-def one(run: Path, pattern: str, rng: Random) -> Path:
+def chosen(run: Path, pattern: str, rng: Random) -> Path:
     return rng.choice(sorted(run.glob(pattern)))
 
 
@@ -72,21 +72,23 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "a pipe": _replaced(os.mkfifo),
     "a link to a device": _replaced(lambda path: path.symlink_to("/dev/zero")),
     "a link to itself": _replaced(lambda path: path.symlink_to(path.name)),
-    "a link to nothing": _replaced(lambda path: path.symlink_to("nothing")),
+    "a broken link": _replaced(lambda path: path.symlink_to("nothing")),
 }
 
 
-def endless(run: Path, rng: Random) -> None:
-    """A text that claims a terabyte of zeros, and takes no room on the disk."""
-    os.truncate(one(run, rng.choice([file for file in FILES if file.endswith(("yaml", "json"))]), rng), 2**40)
+def sparse(run: Path, rng: Random) -> None:
+    """Extend a text file to a terabyte of zeros that take no space on disk."""
+    os.truncate(
+        chosen(run, rng.choice([file for file in FILES if file.endswith(("yaml", "json"))]), rng), 2**40
+    )
 
 
 def damage(kind: str, files: list[str]) -> Edit:
-    return lambda run, rng: DAMAGE[kind](one(run, rng.choice(files), rng)) and None
+    return lambda run, rng: DAMAGE[kind](chosen(run, rng.choice(files), rng)) and None
 
 
-def places(content: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where something stands in a nested value."""
+def key_paths(content: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The keys that lead to each value in nested dictionaries and lists."""
     items = (
         content.items()
         if isinstance(content, dict)
@@ -94,21 +96,21 @@ def places(content: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         if isinstance(content, list)
         else ()
     )
-    return [way for key, value in items for way in ((*at, key), *places(value, (*at, key)))]
+    return [keys for key, value in items for keys in ((*prefix, key), *key_paths(value, (*prefix, key)))]
 
 
-def put(content: Any, way: tuple[Any, ...], value: Any) -> None:
-    for key in way[:-1]:
+def put(content: Any, keys: tuple[Any, ...], value: Any) -> None:
+    for key in keys[:-1]:
         content = content[key]
-    content[way[-1]] = value
+    content[keys[-1]] = value
 
 
-def edited_json(pattern: str, change: Callable[[dict[str, Any], Random], object]) -> Edit:
-    """Change the files that fit ``pattern``, each in the same way."""
+def edited_json(change: Callable[[dict[str, Any], Random], object], *patterns: str) -> Edit:
+    """Change all files that match the patterns in the same way."""
 
     def edit(run: Path, rng: Random) -> None:
         seed = rng.random()
-        for path in sorted(run.glob(pattern)):
+        for path in sorted(path for pattern in patterns for path in run.glob(pattern)):
             content = json.loads(path.read_text())
             change(content, Random(seed))
             path.write_text(json.dumps(content))
@@ -117,20 +119,14 @@ def edited_json(pattern: str, change: Callable[[dict[str, Any], Random], object]
 
 
 def results(change: Callable[[dict[str, Any], Random], object]) -> Edit:
-    """Change an evaluation's results and the run's copy of them."""
-
-    def edit(run: Path, rng: Random) -> None:
-        seed = rng.random()
-        for pattern in ("results.json", "evaluation/*/results.json"):
-            edited_json(pattern, change)(run, Random(seed))
-
-    return edit
+    """Change an evaluation's results and the run's copy in the same way."""
+    return edited_json(change, "results.json", "evaluation/*/results.json")
 
 
-def anything(content: dict[str, Any], rng: Random) -> None:
+def any_value(content: dict[str, Any], rng: Random) -> None:
     content.pop(CHECKSUM, None)
-    ways = [way for way in places(content) if "files" not in way[:-1] and way[-1] != "command"]
-    put(content, rng.choice(ways), rng.choice(VALUES))
+    paths = [keys for keys in key_paths(content) if "files" not in keys[:-1] and keys[-1] != "command"]
+    put(content, rng.choice(paths), rng.choice(VALUES))
 
 
 def renamed(content: dict[str, Any], rng: Random) -> None:
@@ -141,15 +137,15 @@ def renamed_in_both(run: Path, rng: Random) -> None:
     name = rng.choice(NAMES)
     results(lambda content, _: content["attacks"].__setitem__(name, content["attacks"].pop("pgd")))(run, rng)
     edited_json(
-        "evaluation/*/evaluation.json",
         lambda content, _: [
             pair.__setitem__(0, name) for pair in content["identity"]["attacks"] if pair[0] == "pgd"
         ],
+        "evaluation/*/evaluation.json",
     )(run, rng)
 
 
 def nested(depth: int) -> Edit:
-    """More in the results than there should be, and deep."""
+    """Add a deeply nested value to the results."""
 
     def edit(run: Path, rng: Random) -> None:
         for path in (run / "results.json", *run.glob("evaluation/*/results.json")):
@@ -174,10 +170,10 @@ GROUPS = ("dataset", "threat", "activation", "model")
 
 def value_of_group(config: dict[str, Any], rng: Random) -> None:
     group = rng.choice(GROUPS)
-    put(config, rng.choice([(group,), *places(config[group], (group,))]), rng.choice(VALUES))
+    put(config, rng.choice([(group,), *key_paths(config[group], (group,))]), rng.choice(VALUES))
 
 
-def reserved(config: dict[str, Any], rng: Random) -> None:
+def hydra_key(config: dict[str, Any], rng: Random) -> None:
     name, values = rng.choice([
         ("_partial_", [True, False, 3, None]),
         ("_args_", [[], [1], ["x"], 3]),
@@ -211,7 +207,7 @@ def merged(**groups: Mapping[str, Any]) -> Callable[[dict[str, Any], Random], No
     return change
 
 
-def text_after(text: str, name: str = "config.yaml") -> Edit:
+def appended(text: str, name: str = "config.yaml") -> Edit:
     def edit(run: Path, rng: Random) -> None:
         (run / name).write_text((run / name).read_text() + text)
 
@@ -230,10 +226,10 @@ def option(config: dict[str, Any], rng: Random) -> None:
 
 
 def record(pattern: str, change: Callable[[dict[str, Any], Random], object]) -> Edit:
-    """Change the arrays of one file; its own checksum fits again."""
+    """Change the arrays of one file and update its checksum."""
 
     def edit(run: Path, rng: Random) -> None:
-        path = one(run, pattern, rng)
+        path = chosen(run, pattern, rng)
         arrays = read_arrays(path)
         change(arrays, rng)
         write_arrays(path, arrays)
@@ -268,9 +264,9 @@ def repeated(arrays: dict[str, Any], rng: Random) -> None:
 
 
 def shortened(arrays: dict[str, Any], rng: Random) -> None:
-    left = rng.choice([0, 1, 3])
+    rows = rng.choice([0, 1, 3])
     for name in _columns(arrays):
-        arrays[name] = arrays[name][:left]
+        arrays[name] = arrays[name][:rows]
 
 
 def shuffled(arrays: dict[str, Any], rng: Random) -> None:
@@ -284,18 +280,18 @@ def reshaped(arrays: dict[str, Any], rng: Random) -> None:
 
 
 def other_rows(arrays: dict[str, Any], rng: Random) -> None:
-    """Say something else of some images."""
+    """Change one column for every third image."""
     name = rng.choice(
         ["fooled" if "fooled" in arrays else "prediction", "index", "prediction", "label", "digest"]
     )
-    for at in range(0, len(arrays["index"]), 3):
-        old = arrays[name][at]
-        arrays[name][at] = (
+    for row in range(0, len(arrays["index"]), 3):
+        old = arrays[name][row]
+        arrays[name][row] = (
             not old if name == "fooled" else b"0" if name == "digest" else rng.choice([-1, 3, 2**62])
         )
 
 
-def strange_images(arrays: dict[str, Any], rng: Random) -> None:
+def corrupt_images(arrays: dict[str, Any], rng: Random) -> None:
     x = arrays["x_adv"]
     rng.choice([
         lambda: x.__setitem__(0, 1 - x[0]),
@@ -315,19 +311,19 @@ def strange_images(arrays: dict[str, Any], rng: Random) -> None:
 
 
 def weights(change: Callable[[dict[str, Any], dict[str, str], Random], object]) -> Edit:
-    """Change both checkpoints; their own checksums fit again."""
+    """Change both checkpoints and update their checksums."""
 
     def edit(run: Path, rng: Random) -> None:
         seed = rng.random()
         for path in sorted(run.glob("checkpoints/*.safetensors")):
-            content, about = read_weights(path), read_metadata(path)
-            change(content, about, Random(seed))
-            save_weights(path, content, about)
+            content, metadata = read_weights(path), read_metadata(path)
+            change(content, metadata, Random(seed))
+            save_weights(path, content, metadata)
 
     return edit
 
 
-def strange_weights(content: dict[str, Any], about: dict[str, str], rng: Random) -> None:
+def corrupt_weights(content: dict[str, Any], metadata: dict[str, str], rng: Random) -> None:
     name = rng.choice(sorted(content))
     rng.choice([
         lambda: content[name].fill_(float("nan")),
@@ -342,19 +338,19 @@ def strange_weights(content: dict[str, Any], about: dict[str, str], rng: Random)
     ])()  # fmt: skip
 
 
-def strange_ratio(content: dict[str, Any], about: dict[str, str], rng: Random) -> None:
+def corrupt_ratio(content: dict[str, Any], metadata: dict[str, str], rng: Random) -> None:
     values = [float("nan"), 2.0, -1.0, 0.0, 1e-300, 0.5, [0.1, 0.2]]
     for name in content:
         if name.endswith("_extra_state"):
             content[name] = torch.tensor(rng.choice(values), dtype=torch.float64)
 
 
-def strange_metadata(content: dict[str, Any], about: dict[str, str], rng: Random) -> None:
+def corrupt_metadata(content: dict[str, Any], metadata: dict[str, str], rng: Random) -> None:
     name, values = rng.choice([
         ("activation", ["", "[]", "{", '{"_target_": "os.system"}', '{"_target_": 3}', "[" * 3000, "NaN"]),
         ("epoch", ["x", "\ud7ff"]),
     ])  # fmt: skip
-    about[name] = rng.choice(values)
+    metadata[name] = rng.choice(values)
 
 
 def batch_size(content: dict[str, Any], rng: Random) -> None:
@@ -363,32 +359,32 @@ def batch_size(content: dict[str, Any], rng: Random) -> None:
 
 EDITS: dict[str, Edit] = {
     **{f"file: {kind}": damage(kind, FILES) for kind in DAMAGE},
-    "file: endless": endless,
+    "file: sparse": sparse,
     **{
         f"folder: {kind}": damage(kind, FOLDERS)
         for kind in ("deleted", "a pipe", "a link to a device", "a link to itself")
     },
-    "results: any value": results(anything),
-    "results: any value, again": results(anything),
-    "results: of one file": edited_json("evaluation/*/results.json", anything),
+    "results: any value": results(any_value),
+    "results: any value, again": results(any_value),
+    "results: one of two copies": edited_json(any_value, "evaluation/*/results.json"),
     "results: an attack renamed": results(renamed),
     "results: an attack renamed everywhere": renamed_in_both,
     "results: nested 900 deep": nested(900),
     "results: nested 5,000 deep": nested(5000),
-    "results: more in the threat": results(lambda content, _: content["threat"].update(more=1)),
+    "results: an extra key in the threat": results(lambda content, _: content["threat"].update(more=1)),
     "results: another threat": results(lambda content, _: content["threat"].update(eps=1e-9)),
     "results: more images": results(lambda content, _: content["clean"].update(n=10**9)),
-    "results: a file elsewhere": results(
+    "results: a file outside the folder": results(
         lambda content, _: content["evaluation"]["files"].update({"../../x.npz": "0" * 64})
     ),
-    "evaluation.json: any value": edited_json("evaluation/*/evaluation.json", anything),
-    "evaluation.json: batch size": edited_json("evaluation/*/evaluation.json", batch_size),
-    "environment.json: any value": edited_json("environment.json", anything),
+    "evaluation.json: any value": edited_json(any_value, "evaluation/*/evaluation.json"),
+    "evaluation.json: batch size": edited_json(batch_size, "evaluation/*/evaluation.json"),
+    "environment.json: any value": edited_json(any_value, "environment.json"),
     "config: any value": edited_yaml("config.yaml", value_of_group),
     "config: any value, again": edited_yaml("config.yaml", value_of_group),
     "config: any value, once more": edited_yaml("config.yaml", value_of_group),
-    "config: a key of Hydra's": edited_yaml("config.yaml", reserved),
-    "config: a key of Hydra's, again": edited_yaml("config.yaml", reserved),
+    "config: a Hydra key": edited_yaml("config.yaml", hydra_key),
+    "config: a Hydra key, again": edited_yaml("config.yaml", hydra_key),
     "config: another class": edited_yaml("config.yaml", other_class),
     "config: another class, again": edited_yaml("config.yaml", other_class),
     "config: a wide network": edited_yaml("config.yaml", merged(model={"hidden": [10**8, 10**8]})),
@@ -401,20 +397,20 @@ EDITS: dict[str, Edit] = {
     "config: many images": edited_yaml("config.yaml", synthetic(channels=1, image_size=8, train=10**10)),
     "config: many classes": edited_yaml("config.yaml", synthetic(channels=1, image_size=8, num_classes=10**10)),
     "config: images of the same shape": edited_yaml("config.yaml", synthetic(channels=1, image_size=8)),
-    "config: data in a place": edited_yaml("config.yaml", merged(dataset={
+    "config: data to download": edited_yaml("config.yaml", merged(dataset={
         "_target_": "kwta_exp.data.datasets.FashionMNIST", "root": "${paths.data}", "download": True,
     })),
-    "config: an alias": text_after("extra: &a [1]\nmore: [*a, *a]\n"),
-    "config: nested deep": text_after("extra: " + "[" * 3000 + "]" * 3000 + "\n"),
-    "config: keys that are no text": edited_yaml("config.yaml", merged(model={3: 1})),  # type: ignore[dict-item]
-    "config: other types": text_after(
+    "config: an alias": appended("extra: &a [1]\nmore: [*a, *a]\n"),
+    "config: nested deep": appended("extra: " + "[" * 3000 + "]" * 3000 + "\n"),
+    "config: keys that are not strings": edited_yaml("config.yaml", merged(model={3: 1})),  # type: ignore[dict-item]
+    "config: other types": appended(
         "model: {_target_: kwta_exp.models.MLP, _partial_: true, activation: '${activation}',"
         " hidden: !!set {1, 2}, more: 2001-01-01, bytes: !!binary aGVsbG8=}\n"
     ),
-    "config: a large number": text_after(
+    "config: a large number": appended(
         f"threat: {{_target_: kwta_exp.attacks.Threat, norm: linf, eps: 0x{'f' * 9000}}}\n"
     ),
-    "config: a large file": text_after("# " + "x" * 2**21),
+    "config: a large file": appended("# " + "x" * 2**21),
     "overrides: an option": edited_yaml("overrides.yaml", option),
     "overrides: an option, again": edited_yaml("overrides.yaml", option),
     "record: a column dropped": record(RECORDS, dropped),
@@ -424,10 +420,10 @@ EDITS: dict[str, Edit] = {
     "record: other order": record(RECORDS, shuffled),
     "record: another shape": record(RECORDS, reshaped),
     "record: other rows": record(RECORDS, other_rows),
-    "images: strange": record(IMAGES, strange_images),
-    "images: strange, again": record(IMAGES, strange_images),
-    "weights: strange": weights(strange_weights),
-    "weights: strange metadata": weights(strange_metadata),
-    "weights: strange ratio": weights(strange_ratio),
+    "images: corrupted": record(IMAGES, corrupt_images),
+    "images: corrupted, again": record(IMAGES, corrupt_images),
+    "weights: corrupted": weights(corrupt_weights),
+    "weights: corrupted metadata": weights(corrupt_metadata),
+    "weights: corrupted ratio": weights(corrupt_ratio),
 }  # fmt: skip
-"""By what they do."""
+"""Each edit by its name, ``"what: how"``."""

@@ -1,7 +1,7 @@
-"""A process that has loaded all a run needs and forks for each command line, so that loading is paid once.
+"""A server process that imports everything a run needs once, and forks a child for each command line.
 
-A child is ``python run.py ...`` in all but that: it has its own arguments, folder, environment, stdout and
-stderr. What a module reads as it is loaded (``OMP_NUM_THREADS``) comes too late for it.
+A child behaves as ``python run.py ...``: it has its own arguments, folder, environment, stdout and stderr.
+Environment variables that are read on import (``OMP_NUM_THREADS``) have no effect on it.
 """
 
 import atexit
@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.cpus import PRETENDED, pretend
+from tests.cpus import SIMULATED_CPU, simulate
 from tests.launched import CONF, parse_once
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +33,7 @@ LOADED = [
 def run_forked(
     arguments: list[str], cwd: Path, environment: dict[str, str], timeout: float
 ) -> "subprocess.CompletedProcess[str]":
-    """Run run.py with ``arguments`` in a fork of the server, which the first call starts.
+    """Run run.py with ``arguments`` in a fork of the server. The first call starts the server.
 
     Raises:
         subprocess.TimeoutExpired: after ``timeout`` seconds.
@@ -62,27 +62,27 @@ def _server() -> "subprocess.Popen[str]":
         [sys.executable, "-m", "tests.forked"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
     )  # fmt: skip
-    atexit.register(process.communicate)  # closes its stdin, which ends it
+    atexit.register(process.communicate)  # closing its stdin ends it
     return process
 
 
 def _serve() -> None:
     _load()
-    if asked := os.environ.get(PRETENDED):
-        pretend(asked, setattr)
+    if cpu := os.environ.get(SIMULATED_CPU):
+        simulate(cpu, setattr)
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            _become(json.loads(line))
-            os._exit(_run())  # an orderly end would touch, and so copy, all that was loaded
+            _set_up(json.loads(line))
+            os._exit(_run())  # a normal exit would write to, and so copy, all shared memory
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 
 
 def _load() -> None:
-    """Import what a run imports and fill the caches of Hydra's parser and of ``inspect``.
+    """Import what a run imports, and fill the caches of Hydra's parser and of ``inspect``.
 
-    Nothing here may compute with more than one thread: threads do not survive a fork.
+    Nothing here may use more than one thread: threads do not survive a fork.
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -97,11 +97,11 @@ def _load() -> None:
         compose("config", ["+attack@attack.x=pgd", "attack.x.steps=1", "model.hidden=[8]", "model=mlp"])
     inspect.stack()
     _compile()
-    collect_seldom()
+    freeze_loaded_objects()
 
 
 def _compile() -> None:
-    """Load the compiled kernels, as small work that one thread does."""
+    """Load the compiled kernels, on an input so small that one thread computes it."""
     import torch
 
     from kwta_exp.activations import kwta
@@ -110,15 +110,15 @@ def _compile() -> None:
     kwta(torch.ones(2, 8, requires_grad=True), 0.5).sum().backward()
 
 
-def collect_seldom() -> None:
-    """Spare the garbage collector all that is loaded; looking through it takes a quarter of a composition."""
+def freeze_loaded_objects() -> None:
+    """Exclude all loaded objects from garbage collection, which otherwise takes a quarter of a composition."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
 
 
-def _become(request: dict[str, Any]) -> None:
-    """Take on a request's folder, environment, arguments and output."""
+def _set_up(request: dict[str, Any]) -> None:
+    """Set this process's folder, environment, arguments and output to those of the request."""
     signal.alarm(max(1, round(request["timeout"])))
     os.environ.clear()
     os.environ.update(request["environment"])
@@ -132,7 +132,7 @@ def _become(request: dict[str, Any]) -> None:
 
 
 def _run() -> int:
-    """Run run.py to its end, as the interpreter would; returns the exit status."""
+    """Run run.py as the interpreter would, and return the exit status."""
     status: Any = 0
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
@@ -140,7 +140,7 @@ def _run() -> int:
         status = end.code
         if isinstance(status, str):
             print(status, file=sys.stderr)
-    except BaseException:  # so that no child returns to the server's loop
+    except BaseException:  # no child may return to the server's loop
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         status = 1
     atexit._run_exitfuncs()

@@ -1,4 +1,4 @@
-"""Run an experiment in this process, composed as run.py would compose it; no file is parsed twice."""
+"""Run an experiment in this process, composed as run.py would compose it. No YAML file is parsed twice."""
 
 import copy
 import signal
@@ -17,25 +17,25 @@ from omegaconf import DictConfig, open_dict, read_write
 
 CONF = Path(__file__).parent.parent / "conf"
 
-PLACE = "paths.outputs=somewhere"
-"""Stands for where the outputs lie, which differs from test to test."""
+OUTPUTS = "paths.outputs=somewhere"
+"""A placeholder for the outputs folder, which differs from test to test."""
 
 
 def launch(outputs: Path, *overrides: str, config_dir: Path | None = None) -> float:
-    """Run one experiment; ``config_dir`` is what ``--config-dir`` adds. Returns the accuracy left."""
+    """Run one experiment; ``config_dir`` is added as by ``--config-dir``. Returns the robust accuracy."""
     from kwta_exp import experiment
 
     cfg = copy.deepcopy(_composed(overrides, config_dir))
     with read_write(cfg), open_dict(cfg):
         cfg.paths.outputs = str(outputs)
         task = cfg.hydra.overrides.task
-        task[list(task).index(PLACE)] = f"paths.outputs={outputs}"
+        task[list(task).index(OUTPUTS)] = f"paths.outputs={outputs}"
     HydraConfig.instance().set_config(cfg)
     return experiment.run(cfg)
 
 
 def message_of(overrides: list[str]) -> str | None:
-    """The message that ``python run.py OVERRIDES`` would end with; ``None`` if it ran."""
+    """The error message of ``python run.py OVERRIDES``; ``None`` if it succeeds."""
     from kwta_exp import experiment
     from kwta_exp.config import ConfigError
     from kwta_exp.errors import shortened
@@ -63,11 +63,11 @@ def message_of(overrides: list[str]) -> str | None:
 def _composed(overrides: tuple[str, ...], config_dir: Path | None) -> DictConfig:
     added = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", [*added, PLACE, *overrides], return_hydra_config=True)
+        return compose("config", [*added, OUTPUTS, *overrides], return_hydra_config=True)
 
 
 def parse_once() -> None:
-    """Have this process parse each file of ``conf/`` and of Hydra once: that is half of a composition."""
+    """Parse each YAML file of ``conf/`` and of Hydra only once in this process: that halves a composition."""
     load, parsed = ConfigRepository.load_config, dict[tuple[str, str], ConfigResult]()
 
     def load_once(self: ConfigRepository, config_path: str) -> ConfigResult | None:
@@ -85,7 +85,7 @@ def parse_once() -> None:
 
 @contextmanager
 def time_limit(seconds: int, what: str) -> Iterator[None]:
-    """A case that hangs fails, and says which it is."""
+    """Fail after ``seconds``, naming the case that hangs."""
 
     def stop(signum: int, frame: Any) -> None:
         raise TimeoutError(f"hangs: {what}")

@@ -1,4 +1,4 @@
-"""Everything that reads a run folder, called in this process: what it says, or the message it ends with."""
+"""The commands that read a run folder, called in this process: their output, or their error message."""
 
 import logging
 import re
@@ -18,11 +18,11 @@ SUITE = ["suite=none", "+attack@attack.fgsm=fgsm"]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command ended with.
+    """The outcome of a command.
 
     Attributes:
-        numbers: what it says without the folder's name; ``None`` where it ended with a message.
-        message: what it said besides: a mistake's message, warnings.
+        numbers: its output without the folder's name; ``None`` if it failed.
+        message: its error message and warnings.
     """
 
     numbers: Any
@@ -35,7 +35,7 @@ class Readers:
 
     Args:
         untouched: a run folder to compare with.
-        work: a folder for what they write.
+        work: a folder for the files that they write.
     """
 
     untouched: Path
@@ -81,10 +81,10 @@ class Readers:
         except SystemExit as error:
             status = error.code
         assert status in (0, 1)
-        failed, said = status == 1, self.capsys.readouterr()
-        assert failed == bool(said.err.strip()), said
-        text = re.sub(r"[\w.+-]*-s0-[0-9a-f]{10}", "RUN", said.out.replace(str(run), "RUN"))
-        return Answer(None if failed else text, said.err + self._warnings())
+        failed, output = status == 1, self.capsys.readouterr()
+        assert failed == bool(output.err.strip()), output
+        text = re.sub(r"[\w.+-]*-s0-[0-9a-f]{10}", "RUN", output.out.replace(str(run), "RUN"))
+        return Answer(None if failed else text, output.err + self._warnings())
 
     def _warnings(self) -> str:
         return "\n".join(
@@ -94,6 +94,6 @@ class Readers:
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What commands set for their own process is undone."""
+    """Undo what commands change in this process."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.setattr(logging, "raiseExceptions", True)

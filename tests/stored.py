@@ -1,4 +1,4 @@
-"""Finished evaluations made by hand, whole in every respect; and checksums made anew, as a forger would."""
+"""Complete finished evaluations from made-up outcomes, and a forger who updates every checksum."""
 
 import hashlib
 import json
@@ -38,17 +38,17 @@ def evaluation(
     columns: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
     **about: Any,
 ) -> dict[str, Any]:
-    """Write the evaluation ``name`` of a run, its latest, and return its results.
+    """Write the evaluation ``name`` of a run, as its latest, and return its results.
 
     Args:
         run: the run's folder.
-        name: of the evaluation's folder.
-        correct: which images are classified correctly clean.
-        fooled: the images that each attack fools; each attack judges all that are classified correctly.
-        threat: L-inf 0.1 unless given.
-        verdict: in place of the one that these rows deserve.
-        columns: values in place of zeros, by attack and column.
-        about: in place of what :data:`RUN` says of the run.
+        name: the name of the evaluation's folder.
+        correct: whether each image is clean-correct.
+        fooled: the images that each attack fools; each attack runs on all clean-correct images.
+        threat: default L-inf 0.1.
+        verdict: replaces the verdict that follows from the outcomes.
+        columns: values that replace zeros, by attack and column.
+        about: values that replace those of :data:`RUN`.
     """
     folder, threat = run / "evaluation" / name, threat or Threat(norm="linf", eps=0.1)
     index = np.arange(len(correct))
@@ -59,13 +59,13 @@ def evaluation(
     clean.append({"index": index, "digest": digest, **zeros, "prediction": wrong}, len(correct), 0, 0.0)
     clean.save()
     outcome = Outcome(clean)
-    at = outcome.due(None)
+    due = outcome.due(None)
     for attack, indices in fooled.items():
         rows = {
-            column: np.zeros(len(at), f"{kind}8" if kind != "b" else bool)
+            column: np.zeros(len(due), f"{kind}8" if kind != "b" else bool)
             for column, kind in ATTACK_COLUMNS.items()
         }
-        rows |= {"index": index[at], "digest": digest[at], "fooled": np.isin(at, list(indices))}
+        rows |= {"index": index[due], "digest": digest[due], "fooled": np.isin(due, list(indices))}
         rows |= {column: np.array(values) for column, values in (columns or {}).get(attack, {}).items()}
         outcome.records[attack] = Record(folder / f"{attack}.npz")
         outcome.records[attack].append(rows, 1, 2, 3.0)
@@ -85,7 +85,7 @@ def evaluation(
 
 
 def forge(run: Path) -> None:
-    """Make every checksum in a run folder fit what is there, wherever that can be read at all."""
+    """Update every checksum in a run folder whose file can still be read."""
     described = _json(run / "environment.json")
     if described is not None or not (run / "environment.json").exists():
         texts = {name: run / name for name in CONFIG_FILES if _is_readable(run / name)}
@@ -98,8 +98,8 @@ def forge(run: Path) -> None:
     for path in sorted(run.glob("evaluation/*/results.json")):
         if (results := _json(path)) is None:
             continue
-        if isinstance(results.get("evaluation"), dict) and not _is_endless(path.parent / "evaluation.json"):
-            with suppress(UserError):  # something in it is no file
+        if isinstance(results.get("evaluation"), dict) and not _is_sparse(path.parent / "evaluation.json"):
+            with suppress(UserError):  # it contains a special file
                 results["evaluation"] = evaluation_info(path.parent)
         _seal(path, results)
         if latest is not None and isinstance(latest.get("evaluation"), dict):
@@ -109,10 +109,10 @@ def forge(run: Path) -> None:
 
 
 def _is_readable(path: Path) -> bool:
-    return path.is_file() and not _is_endless(path)
+    return path.is_file() and not _is_sparse(path)
 
 
-def _is_endless(path: Path) -> bool:
+def _is_sparse(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 2**30
 
 

@@ -1,4 +1,4 @@
-"""Attacks: in their ball, without side effects, and as strong as the closed form on a linear model."""
+"""Attacks stay in the ball, have no side effects, and reach the closed-form optimum on a linear model."""
 
 import math
 from collections.abc import Callable
@@ -52,7 +52,7 @@ class ToDouble(nn.Module):
 
 
 def transferred(attack: Attack) -> Transfer:
-    """An attack on a copy of the linear model."""
+    """A transfer attack whose source is a copy of the linear model."""
     from tests.conftest import random_linear_model
 
     transfer = Transfer(source="elsewhere", attack=attack)
@@ -93,24 +93,24 @@ MAKERS: dict[str, Callable[[Threat], Attack]] = {
 
 @pytest.fixture
 def images() -> tuple[Tensor, Tensor, Tensor]:
-    """Images well inside [0, 1] (so that the ball is not cut), labels to be set, keys."""
+    """Images, labels (all 0) and keys. The pixels lie so far inside [0, 1] that balls are not clipped."""
     x = 0.4 + 0.2 * torch.rand(24, 3, 4, 4, generator=torch.Generator().manual_seed(2))
     return x.double(), torch.zeros(24, dtype=torch.long), fold(key(0, "test"), torch.arange(24))
 
 
-def steady(threat: Threat, **settings: Any) -> PGD:
+def constant_step_pgd(threat: Threat, **settings: Any) -> PGD:
     return PGD(norm=threat.norm, eps=threat.eps, steps=60, step_size=threat.eps / 2, **settings)
 
 
 GRADIENT: dict[str, Callable[[Threat], Attack]] = {
     "fgsm": MAKERS["fgsm"],
     "mim": MAKERS["mim"],
-    "pgd": lambda t: steady(t),
-    "pgd_margin": lambda t: steady(t, loss="margin"),
-    "pgd_last": lambda t: steady(t, keep_best=False),
-    "pgd_restarts": lambda t: steady(t, restarts=2),
-    "pgd_t": lambda t: steady(t, targets=1),
-    "pgd_t_margin": lambda t: steady(t, targets=1, loss="margin"),
+    "pgd": lambda t: constant_step_pgd(t),
+    "pgd_margin": lambda t: constant_step_pgd(t, loss="margin"),
+    "pgd_last": lambda t: constant_step_pgd(t, keep_best=False),
+    "pgd_restarts": lambda t: constant_step_pgd(t, restarts=2),
+    "pgd_t": lambda t: constant_step_pgd(t, targets=1),
+    "pgd_t_margin": lambda t: constant_step_pgd(t, targets=1, loss="margin"),
     "apgd": lambda t: APGD(norm=t.norm, eps=t.eps, steps=20),
     "apgd_margin": lambda t: APGD(norm=t.norm, eps=t.eps, steps=20, loss="margin"),
     "smoothed": lambda t: SmoothedPGD(norm=t.norm, eps=t.eps, steps=40, samples=3, relative_step_size=20.0),
@@ -118,7 +118,7 @@ GRADIENT: dict[str, Callable[[Threat], Attack]] = {
 
 
 def far_from_error(w: Tensor, others: tuple[float, ...] = ()) -> nn.Module:
-    """Class 0 by a margin of 2 (w.(x - 1/2) + 5): too much for these balls, so nothing stops early."""
+    """Class 0 leads by 2 (w.(x - 1/2) + 5), too much for these balls, so that no attack stops early."""
     rows = torch.stack([w, -w, *(0 * w for _ in others)])
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, len(rows))).double()
     with torch.no_grad():
@@ -128,7 +128,7 @@ def far_from_error(w: Tensor, others: tuple[float, ...] = ()) -> nn.Module:
 
 
 def assert_optimal(x_adv: Tensor, x: Tensor, w: Tensor, threat: Threat) -> None:
-    """Inside the ball w.x falls by at most eps times the dual norm of w."""
+    """Inside the ball w.x decreases by at most eps times the dual norm of w."""
     dual = w.abs().sum() if threat.norm == "linf" else w.norm()
     gained = (x - x_adv).flatten(1) @ w
     torch.testing.assert_close(gained, (threat.eps * dual).expand(24), rtol=1e-3, atol=0)
@@ -146,13 +146,13 @@ def test_gradient_attacks_reach_the_optimum_of_a_two_class_linear_model(name, th
 @pytest.mark.parametrize("threat", THREATS, ids=lambda t: t.norm)
 @pytest.mark.parametrize("loss", ["dlr", "targeted dlr"])
 def test_dlr_attacks_reach_the_optimum_of_a_linear_model(loss, threat, images) -> None:  # type: ignore[no-untyped-def]
-    """As above, with two more classes, always far behind: these losses need their logits."""
+    """As above, with two more classes of very small logits, which these losses need."""
     x, _, keys = images
     w = torch.randn(48, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     model, y = far_from_error(w, (-90.0, -95.0)), torch.zeros(24, dtype=torch.long)
     targets = int(loss != "dlr")
     apgd = APGD(norm=threat.norm, eps=threat.eps, steps=20, loss="dlr", targets=targets)
-    for attack in (apgd, steady(threat, loss="dlr", targets=targets)):
+    for attack in (apgd, constant_step_pgd(threat, loss="dlr", targets=targets)):
         assert_optimal(attack(model, x, y, keys), x, w, threat)
 
 
@@ -164,7 +164,7 @@ def test_attacks_break_a_linear_model_inside_the_ball(name, threat, images, line
         x = x.repeat(1, 1, 2, 1)  # the library's tiles do not fit into 4x4, those of a height of 8 do
         linear_model = nn.Sequential(nn.AvgPool2d((2, 1)), linear_model)
         threat = Threat(norm="l2", eps=1.2)
-    if name == "noise":  # it has no aim, and needs a larger ball
+    if name == "noise":  # undirected, it needs a larger ball
         threat = Threat(norm=threat.norm, eps=5 * threat.eps)
     if name in ("autoattack", "square"):  # the library computes in float32
         x, linear_model = x.float(), linear_model.float()
@@ -174,7 +174,7 @@ def test_attacks_break_a_linear_model_inside_the_ball(name, threat, images, line
     assert threat.distance(x_adv, x).max() <= threat.eps + 1e-6
     assert x_adv.min() >= 0
     assert x_adv.max() <= 1
-    # These balls hold an error for most images: an attack that never moves finds none.
+    # Most images have an adversarial example in these balls, and no clean image is one.
     assert (linear_model(x_adv).argmax(1) != y).double().mean() > 0.5
 
 
@@ -201,8 +201,8 @@ def test_attacks_restore_the_model_and_the_generators(name, images) -> None:  # 
 
 
 @pytest.mark.parametrize("height", range(3, 35))
-def test_l2_square_is_inapplicable_exactly_where_the_library_fails(height: int) -> None:
-    """The reason is recorded before a long evaluation, and no other size is refused."""
+def test_l2_square_is_not_applicable_exactly_where_the_library_fails(height: int) -> None:
+    """So that a long evaluation does not fail midway, and no other image size is refused."""
     for width in {height, 32}:
         x = torch.rand(1, 1, height, width, generator=torch.Generator().manual_seed(height))
         model = nn.Sequential(nn.Flatten(), nn.Linear(height * width, 3)).requires_grad_(False)
@@ -221,19 +221,19 @@ def test_l2_square_is_inapplicable_exactly_where_the_library_fails(height: int) 
             assert attack(model, x, y, keys).shape == x.shape
 
 
-def test_images_at_the_edge_stay_in_range(linear_model) -> None:  # type: ignore[no-untyped-def]
+def test_black_and_white_images_stay_in_range(linear_model) -> None:  # type: ignore[no-untyped-def]
     x, linear_model = torch.cat([torch.zeros(4, 3, 4, 4), torch.ones(4, 3, 4, 4)]), linear_model.float()
     y = linear_model(x).argmax(1)
     for threat in THREATS:
         for name, make in MAKERS.items():
             if name in ("square", "autoattack") and threat.norm == "l2":
-                continue  # not for 4x4
+                continue  # not applicable to 4x4 images
             x_adv = make(threat)(linear_model, x, y, torch.arange(8))
             assert 0 <= x_adv.min() <= x_adv.max() <= 1, name
             assert threat.distance(x_adv, x).max() <= threat.eps + 1e-6
 
 
-def test_the_outcome_of_an_image_does_not_depend_on_its_batch(images, linear_model) -> None:  # type: ignore[no-untyped-def]
+def test_batch_composition_does_not_change_outcomes(images, linear_model) -> None:  # type: ignore[no-untyped-def]
     x, _, keys = images
     y = linear_model(x).argmax(1)
     attack = PGD(norm="linf", eps=0.01, steps=5, restarts=2)
@@ -241,7 +241,6 @@ def test_the_outcome_of_an_image_does_not_depend_on_its_batch(images, linear_mod
     parts = torch.cat(
         [attack(linear_model, x[i : i + 5], y[i : i + 5], keys[i : i + 5]) for i in range(0, 24, 5)]
     )
-    # Early stopping depends on the batch, outcomes do not.
     assert torch.equal(linear_model(whole).argmax(1) != y, linear_model(parts).argmax(1) != y)
 
 
@@ -258,12 +257,12 @@ def test_pgd_takes_the_steps_of_foolbox(norm: str, images) -> None:  # type: ign
 
 
 def visited(model: nn.Module, run: Callable[[], object]) -> list[Tensor]:
-    """Every batch that ``model`` is shown while ``run`` runs."""
-    seen: list[Tensor] = []
-    handle = model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    """Every batch that ``model`` receives from ``run``."""
+    batches: list[Tensor] = []
+    handle = model.register_forward_pre_hook(lambda _, inputs: batches.append(inputs[0].detach().clone()))
     run()
     handle.remove()
-    return seen
+    return batches
 
 
 @pytest.mark.parametrize("loss", ["ce", "dlr"])
@@ -280,22 +279,22 @@ def test_apgd_takes_the_steps_of_its_authors(norm: Norm, loss: LossName, images)
     theirs = APGDAttack(model, n_iter=60, norm={"linf": "Linf", "l2": "L2"}[norm], eps=threat.eps, loss=loss)
     theirs.init_hyperparam(x)
 
-    torch.set_default_dtype(torch.float64)  # or their tables of losses are float32, and ties fall otherwise
+    torch.set_default_dtype(torch.float64)  # else their loss tables are float32 and break ties differently
     try:
         expected = visited(model, lambda: theirs.attack_single_run(x, y, x_init=start))
     finally:
         torch.set_default_dtype(torch.float32)
     best, batches = Best(x, y), MicroBatches(model, None)
-    ours_at = APGD(norm=norm, eps=threat.eps, steps=60)
-    found = visited(model, lambda: ours_at._run(batches, best, best.not_fooled, start, LOSSES[loss], y))
+    apgd = APGD(norm=norm, eps=threat.eps, steps=60)
+    found = visited(model, lambda: apgd._run(batches, best, best.not_fooled, start, LOSSES[loss], y))
 
     assert len(found) == len(expected) == 61
     for ours, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, reference, rtol=0, atol=1e-6)
-    assert (model(found[-1]).argmax(1) == y).any()  # it went the whole way
+    assert (model(found[-1]).argmax(1) == y).any()  # so it was not stopped early
 
 
-def test_the_momentum_method_is_its_formula(images) -> None:  # type: ignore[no-untyped-def]
+def test_mim_follows_its_formula(images) -> None:  # type: ignore[no-untyped-def]
     x, y, keys = images
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 30), nn.Tanh(), nn.Linear(30, 5)).double().eval()
     ours = PGD(
@@ -310,7 +309,7 @@ def test_the_momentum_method_is_its_formula(images) -> None:  # type: ignore[no-
     torch.testing.assert_close(ours(model, x, y, keys), x_adv)
 
 
-def test_dlr_is_the_papers() -> None:
+def test_dlr_follows_its_formula() -> None:
     logits = torch.tensor([[1.0, 4.0, 2.0, 0.0], [3.0, 1.0, 0.5, 2.0]])
     # -(z_y - max other) / (z_1 - z_3); targeted -(z_y - z_t) / (z_1 - (z_3 + z_4) / 2).
     torch.testing.assert_close(dlr(logits, torch.tensor([2, 0])), torch.tensor([2 / 3, -1 / 2]))
@@ -320,12 +319,12 @@ def test_dlr_is_the_papers() -> None:
     torch.testing.assert_close(scaled, dlr(logits, torch.tensor([2, 0])))
 
 
-def test_targets_need_enough_classes(images) -> None:  # type: ignore[no-untyped-def]
+def test_targeted_dlr_needs_four_classes(images) -> None:  # type: ignore[no-untyped-def]
     x, y, keys = images
     three = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).double()
     with pytest.raises(ValueError, match="targets=9: the targeted DLR loss needs 4 classes or more, not 3"):
         APGD(norm="linf", eps=0.1, targets=9)(three, x, y, keys)
-    # AutoAttack leaves that part out.
+    # AutoAttack skips its targeted parts.
     x_adv = AutoAttack(norm="linf", eps=0.1, steps=5, queries=5)(three.float(), x.float(), y, keys)
     assert x_adv.shape == x.shape
 
@@ -340,14 +339,14 @@ class Peak(nn.Module):
 
 def test_the_best_iterate_is_kept() -> None:
     x, y = torch.full((2, 1, 2, 2), 0.5), torch.zeros(2, dtype=torch.long)
-    # The way is 0.5, 0.54, 0.58: the last step jumps over the peak.
+    # The iterates are 0.5, 0.54, 0.58: the last step jumps over the peak.
     for keep_best, mean in ((True, 0.54), (False, 0.58)):
         attack = PGD(norm="linf", eps=0.2, steps=2, step_size=0.04, random_start=False, keep_best=keep_best)
         found = attack(Peak(), x, y, torch.arange(2))
         torch.testing.assert_close(found, torch.full_like(x, mean))
 
 
-def test_random_points_fill_the_ball() -> None:
+def test_random_points_are_uniform_in_the_ball() -> None:
     x = torch.full((4000, 1, 3, 3), 0.5)
     keys = fold(key(0, "ball"), torch.arange(4000))
     linf = Threat(norm="linf", eps=0.1).random_point(x, keys) - x
@@ -359,13 +358,13 @@ def test_random_points_fill_the_ball() -> None:
     assert abs(radius.mean() - 0.9) < 0.01
 
 
-def test_margin_is_positive_exactly_on_errors() -> None:
+def test_the_margin_is_positive_exactly_on_misclassifications() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0]])
     assert margin(logits, torch.tensor([0, 2])).tolist() == [-1, 2]
 
 
-def test_a_minimum_norm_attack_of_another_norm_counts_inside_the_threat(images, linear_model) -> None:  # type: ignore[no-untyped-def]
-    """Its smallest changes are judged in the threat, not cut off at eps in its own norm."""
+def test_a_minimum_norm_attack_in_another_norm_counts_inside_the_threat(images, linear_model) -> None:  # type: ignore[no-untyped-def]
+    """Its smallest perturbations are judged in the threat, and not clipped at eps in their own norm."""
     x, _, keys = images
     y = linear_model(x).argmax(1)
     threat = Threat(norm="linf", eps=0.1)
@@ -380,8 +379,8 @@ def test_restarts_without_a_random_start_are_refused() -> None:
         PGD(norm="linf", eps=0.1, restarts=3, random_start=False)
 
 
-class Steps(nn.Module):
-    """A linear model behind a staircase: its gradient is zero everywhere."""
+class Quantised(nn.Module):
+    """A linear model of a quantised mean: its gradient is zero everywhere."""
 
     def forward(self, x: Tensor) -> Tensor:
         mean = (x.flatten(1).mean(1) * 50).floor() / 50
@@ -392,32 +391,32 @@ def test_evolution_strategies_succeed_where_gradients_are_zero() -> None:
     x, y = torch.full((3, 1, 2, 2), 0.5), torch.zeros(3, dtype=torch.long)
     keys = fold(key(0, "steps"), torch.arange(3))
     threat = {"norm": "linf", "eps": 0.1}
-    by_values = EvolutionStrategies(**threat, steps=10, samples=100, sigma=0.05)(Steps(), x, y, keys)
-    assert (Steps()(by_values).argmax(1) == 1).all()
+    x_adv = EvolutionStrategies(**threat, steps=10, samples=100, sigma=0.05)(Quantised(), x, y, keys)
+    assert (Quantised()(x_adv).argmax(1) == 1).all()
     with pytest.raises(ValueError, match=r"samples=7 is odd"):
         EvolutionStrategies(**threat, samples=7)
 
 
-def test_nes_spends_the_queries_of_the_paper() -> None:
-    """1,220,000 queries of an image that is never fooled; a fooled image is dropped."""
-    asked: list[int] = []
+def test_nes_uses_the_number_of_queries_of_the_paper() -> None:
+    """1,220,000 queries for an image that is never fooled; a fooled image is dropped."""
+    sizes: list[int] = []
 
-    class Rock(nn.Module):
+    class Constant(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            asked.append(len(x))
+            sizes.append(len(x))
             return torch.tensor([[1.0, 0.0]]).expand(len(x), 2)
 
     x = torch.full((1, 1, 1, 1), 0.5)
-    NES(norm="linf", eps=0.031, chunk=20_000)(Rock(), x, torch.zeros(1, dtype=torch.long), torch.arange(1))
-    assert sum(asked) - 100 == 20 * 100 + 20 * 1_000 + 60 * 20_000  # and one query at the start of each step
-    asked.clear()
-    NES(norm="linf", eps=0.031)(Rock(), x, torch.ones(1, dtype=torch.long), torch.arange(1))
-    assert sum(asked) == 1
+    NES(norm="linf", eps=0.031, chunk=20_000)(Constant(), x, torch.zeros(1, dtype=torch.long), torch.arange(1))
+    assert sum(sizes) - 100 == 20 * 100 + 20 * 1_000 + 60 * 20_000  # and one query at the start of each step
+    sizes.clear()
+    NES(norm="linf", eps=0.031)(Constant(), x, torch.ones(1, dtype=torch.long), torch.arange(1))
+    assert sum(sizes) == 1
     with pytest.raises(ValueError, match="nes is the published L-inf attack"):
         NES(norm="l2", eps=0.5)
 
 
-def test_an_estimate_is_the_gradient_of_a_linear_margin() -> None:
+def test_the_estimate_approximates_the_gradient_of_a_linear_margin() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)).double()
     x, key_1 = torch.full((1, 1, 4, 4), 0.5).double(), fold(3, torch.arange(1))
@@ -436,7 +435,7 @@ def test_a_transfer_without_a_source_is_an_error(images) -> None:  # type: ignor
         Transfer(source=None, attack=PGD(norm="linf", eps=0.1))(nn.Flatten(), x, y, keys)
 
 
-def test_broken_attacks_are_refused_with_the_reason() -> None:
+def test_faulty_foolbox_attacks_are_refused_with_the_reason() -> None:
     for name in ("L2FMNAttack", "PointwiseAttack"):
         with pytest.raises(ValueError, match=f"foolbox's {name} is not to be used: it"):
             FoolboxAttack(getattr(foolbox.attacks, name)(), THREATS[1])
@@ -444,7 +443,7 @@ def test_broken_attacks_are_refused_with_the_reason() -> None:
 
 def test_an_image_without_a_starting_point_does_not_affect_the_others() -> None:
     class Half(nn.Module):
-        """Images whose first pixel is black are class 0 whatever is done to the rest; noise keeps it so."""
+        """An image whose first pixel is bright is class 0 whatever its other pixels are."""
 
         def forward(self, x: Tensor) -> Tensor:
             score = torch.where(x[:, 0, 0, 0] < 0.5, x.flatten(1).mean(1) - 0.55, x.new_tensor(-1.0))
@@ -468,7 +467,7 @@ def test_an_image_without_a_starting_point_does_not_affect_the_others() -> None:
     assert torch.equal(found[3:], x[3:])
 
 
-def everything(threat: Threat) -> dict[str, Attack]:
+def all_attacks(threat: Threat) -> dict[str, Attack]:
     own: dict[str, Attack] = {name: make(threat) for name, make in MAKERS.items() if name != "transfer"}
     own["restarts"] = PGD(norm=threat.norm, eps=threat.eps, steps=7, restarts=3, loss="kl")
     own["apgd_kl"] = APGD(norm=threat.norm, eps=threat.eps, steps=7, restarts=2, loss="kl")
@@ -483,9 +482,9 @@ def everything(threat: Threat) -> dict[str, Attack]:
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 10])
-@pytest.mark.parametrize("name", everything(THREATS[0]))
+@pytest.mark.parametrize("name", all_attacks(THREATS[0]))
 def test_no_attack_costs_more_than_max_queries(name: str, classes: int) -> None:
-    """On images that are never fooled, where the forecast should not be far above the cost."""
+    """On images that are never fooled, where ``max_queries`` should also be close to the cost."""
     torch.manual_seed(0)
     x = torch.rand(3, 1, 6, 6)
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, 20), KWTA(0.3), nn.Linear(20, classes)).eval()
@@ -494,20 +493,20 @@ def test_no_attack_costs_more_than_max_queries(name: str, classes: int) -> None:
     if classes < 4 and ("dlr" in name or name == "apgd_t"):
         return
     counted = QueryCounter(model.requires_grad_(False), x, y, tiny)
-    attack = everything(tiny)[name]
+    attack = all_attacks(tiny)[name]
     found = attack(counted, x, y, torch.arange(3))
     assert (model(found).argmax(1) == y).all()
     forwards, backwards = attack.max_queries(classes) or (0, 0)
-    # The library's FAB gives up on some images, so AutoAttack's is an upper bound alone.
+    # The library's FAB stops early on some images, so AutoAttack's is only an upper bound.
     slack = 3.0 if isinstance(attack, AutoAttack) else 1.05
     assert counted.forwards <= 3 * forwards <= slack * counted.forwards + 60
     assert counted.backwards <= 3 * backwards <= slack * counted.backwards
-    # The relaxed network may err where the model does not.
+    # The relaxed network may misclassify images that the model classifies correctly.
     assert counted.queries.sum() == counted.forwards or name == "relaxed_transfer"
 
 
-class Breaking(nn.Module):
-    """Gives NaN, or a tie that is an error, where the image is bright."""
+class BreaksOnBright(nn.Module):
+    """Returns NaN, or a tie that counts as misclassified, where the image is bright."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -533,10 +532,10 @@ class Breaking(nn.Module):
         EvolutionStrategies(norm="linf", eps=0.1, steps=20, samples=40, sigma=0.02),
     ],
 )
-def test_errors_by_nan_and_ties_are_kept(attack: Attack, kind: str) -> None:
-    """The judge counts NaN and ties won by a wrong class as errors; no attack loses one it found."""
+def test_misclassifications_by_nan_and_ties_are_returned(attack: Attack, kind: str) -> None:
+    """The judge counts NaN and ties won by a wrong class as misclassified."""
     torch.manual_seed(0)
-    model = Breaking(kind)
+    model = BreaksOnBright(kind)
     x = 0.5 + 0.01 * torch.randn(8, 3, 4, 4)
     y = torch.ones(8, dtype=torch.long)
     assert not misclassified(model(x), y).any()
@@ -545,7 +544,7 @@ def test_errors_by_nan_and_ties_are_kept(attack: Attack, kind: str) -> None:
     assert misclassified(model(x_adv), y).all()
 
 
-def test_the_ranking_margin_is_positive_exactly_where_the_judge_finds_an_error() -> None:
+def test_the_ranking_margin_is_positive_exactly_where_the_judge_finds_a_misclassification() -> None:
     nan, inf = math.nan, math.inf
     logits = torch.tensor([
         [0, 1, 0], [1, 0, 0], [1, 1, 0], [0, 1, 1], [nan, 1, 0], [0, nan, 0], [inf, inf, 0], [0, inf, inf],

@@ -1,4 +1,4 @@
-"""audit(): the command's numbers for a model in memory, with nothing of the caller's changed."""
+"""audit() gives the command's results for a model in memory, and leaves the caller's objects unchanged."""
 
 import json
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def network() -> nn.Module:
     )
 
 
-def test_an_audit_gives_the_records_and_numbers_of_the_command(
+def test_an_audit_gives_the_records_and_results_of_the_command(
     composed: Callable[..., DictConfig], tmp_path: Path, digits: Any
 ) -> None:
     cfg = composed(*TINY, "evaluation.checks_n=8", f"paths.outputs={tmp_path / 'out'}")
@@ -69,11 +69,11 @@ def test_an_audit_gives_the_records_and_numbers_of_the_command(
         assert found[part] == expected[part], part
     for record in commands.glob("*.npz"):
         with np.load(record) as theirs, np.load(tmp_path / "kept" / record.name) as ours:
-            for column in set(theirs.files) - {"seconds", "checksum"}:  # the checksum is of the seconds, too
+            for column in set(theirs.files) - {"seconds", "checksum"}:  # the checksum covers the seconds
                 assert np.array_equal(theirs[column], ours[column]), (record.name, column)
 
 
-def test_floating_point_and_own_attacks_are_taken_and_the_model_is_left_as_it_was(digits: Any) -> None:
+def test_float_images_and_own_attacks_are_accepted_and_the_model_is_restored(digits: Any) -> None:
     x, y = digits
     model = network().train()
     next(model.parameters()).requires_grad_(False)
@@ -103,7 +103,7 @@ def test_floating_point_and_own_attacks_are_taken_and_the_model_is_left_as_it_wa
             r"^x: is float64 from 2.0 to 2.0; expected uint8, or floating point",
         ),
         ({"x": np.full((4, 1, 8, 8), np.nan)}, r"^x: is float64 from nan"),
-        ({"y": np.array([0, 1, 2])}, r"^y: is int64 \(3,\); expected integers of shape \(4,\)"),
+        ({"y": np.array([0, 1, 2])}, r"^y: is int64 \(3,\); expected integers from 0, of shape \(4,\)"),
         (
             {"y": np.array([0, 1, 2, 10])},
             r"^model: returns \(2, 10\) for 2 images, and the largest label is 10",
@@ -113,7 +113,7 @@ def test_floating_point_and_own_attacks_are_taken_and_the_model_is_left_as_it_wa
         ({"overrides": ["attack.pgd.steps=many"]}, r"^attack\.pgd\.steps='many'"),
     ],
 )
-def test_what_does_not_fit_is_one_message(change: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_one_message(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {
         "x": np.zeros((4, 1, 8, 8), np.uint8), "y": np.arange(4), "threat": THREAT, "suite": "quick",
     }  # fmt: skip
@@ -121,7 +121,7 @@ def test_what_does_not_fit_is_one_message(change: dict[str, Any], message: str) 
         audit(network(), **(arguments | change))
 
 
-def test_an_application_that_uses_hydra_itself_is_not_disturbed(
+def test_hydra_is_left_as_the_application_initialised_it(
     composed: Callable[..., DictConfig], digits: Any
 ) -> None:
     before = GlobalHydra.instance().hydra

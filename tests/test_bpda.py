@@ -1,4 +1,4 @@
-"""BPDA: exact forward, soft backward, and stronger than plain PGD on winner-take-all networks."""
+"""BPDA: exact forward, relaxed backward, and stronger than plain PGD on winner-take-all networks."""
 
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ ACTIVATIONS = [KWTA(0.3), KWTA(k=3, by="magnitude"), KWTA(0.5, over="channel"), 
 
 
 def soft(module: nn.Module, x: Tensor, temperature: float) -> Tensor:
-    """The relaxations written out, row by row and unit by unit."""
+    """The relaxations as loops over rows and units."""
     if isinstance(module, LWTA):
         out = torch.zeros_like(x)
         deviation = x.flatten(1).std(1).detach()
@@ -54,13 +54,13 @@ def test_forward_is_exact_and_backward_is_the_relaxation(module: nn.Module) -> N
     assert not torch.allclose(found, plain)
 
 
-def test_bfloat16_stays_bfloat16() -> None:
+def test_a_relaxation_keeps_bfloat16() -> None:
     module, x = KWTA(0.3), torch.randn(2, 20, dtype=torch.bfloat16, requires_grad=True)
     with relaxed([(module, RELAXATIONS[KWTA])], 0.1, exact_forward=False):
         assert module(x).dtype == torch.bfloat16
 
 
-def test_a_low_temperature_gives_the_plain_gradient() -> None:
+def test_a_low_temperature_approaches_the_plain_gradient() -> None:
     module, x = KWTA(0.3), torch.randn(2, 50, dtype=torch.float64, requires_grad=True)
     with relaxed([(module, RELAXATIONS[KWTA])], 1e-9):
         (found,) = torch.autograd.grad(module(x).sum(), x)
@@ -111,8 +111,8 @@ def test_a_user_can_give_a_relaxation_of_their_own_activation() -> None:
     assert Threat(norm="linf", eps=0.1).distance(attack(model, x, y, torch.arange(4)), x).max() <= 0.1 + 1e-6
 
 
-def random_winners(seed: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """A random k-WTA network in float64, images of noise, and its answers."""
+def random_kwta_network(seed: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """A random k-WTA network in float64, images of noise, and its predictions."""
     torch.manual_seed(seed)
     facts = {"num_classes": 10, "in_channels": 1, "image_size": (8, 8)}
     model = MLP(partial(KWTA, ratio=0.1), hidden=[200, 200], **facts).double().eval().requires_grad_(False)
@@ -120,8 +120,8 @@ def random_winners(seed: int) -> tuple[nn.Module, Tensor, Tensor]:
     return model, x, model(x).argmax(1)
 
 
-def test_it_fools_kwta_networks_that_plain_pgd_does_not() -> None:
-    """At the same steps and restarts, over four networks; in float64, and with margins of many images."""
+def test_bpda_fools_more_images_of_kwta_networks_than_plain_pgd() -> None:
+    """With the same steps and restarts, over four networks in float64."""
     threat = Threat(norm="linf", eps=0.03)
     effort: Any = {"norm": "linf", "eps": 0.03, "steps": 20, "restarts": 2}
     attacks: dict[str, Attack] = {
@@ -133,7 +133,7 @@ def test_it_fools_kwta_networks_that_plain_pgd_does_not() -> None:
     }
     robust = dict.fromkeys(attacks, 0)
     for seed in range(4):
-        model, x, y = random_winners(seed)
+        model, x, y = random_kwta_network(seed)
         keys = fold(key(seed, "test"), torch.arange(len(x)))
         for name, attack in attacks.items():
             x_adv = attack(model, x, y, keys)
@@ -148,7 +148,7 @@ def test_it_fools_kwta_networks_that_plain_pgd_does_not() -> None:
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_it_stays_in_the_ball_and_in_range(norm: str) -> None:
+def test_adversarial_images_stay_in_the_ball_and_in_range(norm: str) -> None:
     threat = Threat(norm=norm, eps=0.3)  # type: ignore[arg-type]
     torch.manual_seed(0)
     facts = {"num_classes": 4, "in_channels": 1, "image_size": (4, 4)}
@@ -164,7 +164,7 @@ def test_it_stays_in_the_ball_and_in_range(norm: str) -> None:
         assert (model(x_adv).argmax(1) != y).any()
 
 
-def test_a_step_size_is_for_ascent_pgd_alone() -> None:
+def test_a_step_size_is_accepted_with_ascent_pgd_only() -> None:
     BPDA(norm="linf", eps=0.1, step_size=0.01, ascent="pgd")
     with pytest.raises(ValueError, match="ascent=anneal sets its own; expected null"):
         BPDA(norm="linf", eps=0.1, step_size=0.01)

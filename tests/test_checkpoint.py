@@ -17,8 +17,7 @@ from kwta_exp.checkpoint import load_into, read_state, read_weights, save_state,
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.records import ATTACK_COLUMNS, Record
 from kwta_exp.results_file import read_results
-from kwta_exp.sealed import seal
-from kwta_exp.storage import trained_ratio
+from kwta_exp.sealed import seal, trained_ratio
 
 
 class Hostile:
@@ -157,5 +156,5 @@ def test_only_safetensors_are_searched_for_a_trained_ratio(tmp_path: Path) -> No
     torch.save(KWTA(0.25).state_dict(), tmp_path / "w.pth")
     assert trained_ratio(tmp_path / "w.pth") is None
     (tmp_path / "w.safetensors").write_bytes(b"\x08" + 7 * b"\0" + b'{"a": 1}')
-    with pytest.raises(UserError, match="not a whole safetensors file"):
+    with pytest.raises(UserError, match="not a complete safetensors file"):
         trained_ratio(tmp_path / "w.safetensors")

@@ -1,4 +1,4 @@
-"""Ours against the libraries' on trained ReLU networks: the same accuracy, and ours not the weaker."""
+"""Our attacks on trained ReLU networks are at least as strong as the libraries', and within one point."""
 
 import os
 from functools import partial
@@ -48,8 +48,8 @@ def trained(dataset: Dataset, epochs: int, path: Path) -> tuple[nn.Module, Tenso
     model.eval().requires_grad_(False)
     test = first_test_images(images, 500, CPU)
     x, y = to_float(test.x), test.y
-    right = model(x).argmax(1) == y
-    return model, x[right], y[right]
+    clean_correct = model(x).argmax(1) == y
+    return model, x[clean_correct], y[clean_correct]
 
 
 SETTINGS: list[tuple[Dataset, int, dict[Norm, float]]] = [
@@ -60,7 +60,7 @@ SETTINGS: list[tuple[Dataset, int, dict[Norm, float]]] = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dataset", "epochs", "radii"), SETTINGS, ids=["digits", "fashion_mnist"])
-def test_attacks_reach_what_the_libraries_reach(
+def test_attacks_are_as_strong_as_the_libraries(
     dataset: Dataset, epochs: int, radii: dict[Norm, float], tmp_path: Path
 ) -> None:
     if not dataset.present():
@@ -72,24 +72,24 @@ def test_attacks_reach_what_the_libraries_reach(
     theirs = foolbox.attacks
     likeliest = model(x).scatter(1, y[:, None], float("-inf")).argsort(1, descending=True)
 
-    def left(x_adv: Tensor) -> float:
+    def robust_accuracy(x_adv: Tensor) -> float:
         return 100 * (model(x_adv).argmax(1) == y).double().mean().item()
 
-    def foolboxs(attack: foolbox.attacks.base.Attack, eps: float) -> float:
-        return left(attack(foolbox.PyTorchModel(model, bounds=(0, 1)), x, y, epsilons=eps)[1])
+    def of_foolbox(attack: foolbox.attacks.base.Attack, eps: float) -> float:
+        return robust_accuracy(attack(foolbox.PyTorchModel(model, bounds=(0, 1)), x, y, epsilons=eps)[1])
 
-    def authors(loss: str, norm: Norm, eps: float) -> float:
-        """Auto-PGD as published, from where ours starts."""
+    def of_authors(loss: str, norm: Norm, eps: float) -> float:
+        """Robust accuracy under the authors' Auto-PGD, from the starting point of ours."""
         apgd = APGDAttack(
             model, n_iter=100, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, seed=0, loss=loss
         )
         apgd.init_hyperparam(x)
         start = Threat(norm=norm, eps=eps).random_point(x, fold(0, keys))
-        return left(apgd.attack_single_run(x, y, x_init=start)[3])
+        return robust_accuracy(apgd.attack_single_run(x, y, x_init=start)[3])
 
-    def authors_targeted(norm: Norm, eps: float) -> float:
-        """The same towards each of three classes; what one finds counts."""
-        standing = torch.ones(len(x), dtype=torch.bool)
+    def of_authors_targeted(norm: Norm, eps: float) -> float:
+        """The same for targeted Auto-PGD, over three target classes."""
+        robust = torch.ones(len(x), dtype=torch.bool)
         apgd = APGDAttack_targeted(
             lambda z: model(z), n_iter=50, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, seed=0
         )
@@ -97,8 +97,8 @@ def test_attacks_reach_what_the_libraries_reach(
         for number in range(3):
             apgd.y_target = likeliest[:, number]
             start = Threat(norm=norm, eps=eps).random_point(x, fold(number, keys))
-            standing &= model(apgd.attack_single_run(x, y, x_init=start)[3]).argmax(1) == y
-        return 100 * standing.double().mean().item()
+            robust &= model(apgd.attack_single_run(x, y, x_init=start)[3]).argmax(1) == y
+        return 100 * robust.double().mean().item()
 
     for norm, eps in radii.items():
         linf = norm == "linf"
@@ -120,17 +120,19 @@ def test_attacks_reach_what_the_libraries_reach(
             steps=STEPS, rel_stepsize=2.5 / STEPS, random_start=False
         )
         libraries = {
-            "FGSM": foolboxs(fgsm, eps),
-            "MIM": foolboxs(mim, eps),
-            "PGD": foolboxs(pgd, eps),
-            "APGD": authors("ce", norm, eps),
-            "APGD-DLR": authors("dlr", norm, eps),
-            "APGD-T": authors_targeted(norm, eps),
+            "FGSM": of_foolbox(fgsm, eps),
+            "MIM": of_foolbox(mim, eps),
+            "PGD": of_foolbox(pgd, eps),
+            "APGD": of_authors("ce", norm, eps),
+            "APGD-DLR": of_authors("dlr", norm, eps),
+            "APGD-T": of_authors_targeted(norm, eps),
         }
-        pairs = {name: (left(attack(model, x, y, keys)), libraries[name]) for name, attack in ours.items()}
+        pairs = {
+            name: (robust_accuracy(attack(model, x, y, keys)), libraries[name]) for name, attack in ours.items()
+        }
         for name, (mine, library) in pairs.items():
-            at = f"{type(dataset).__name__} {norm} eps {eps}, n = {len(x)}"
-            print(f"{at}: {name} {mine:.2f}%, library {library:.2f}%")
-            assert 20 <= library <= 80, "an eps that tells attacks apart"
+            setting = f"{type(dataset).__name__} {norm} eps {eps}, n = {len(x)}"
+            print(f"{setting}: {name} {mine:.2f}%, library {library:.2f}%")
+            assert 20 <= library <= 80, "expected an eps at which attacks differ"
             assert abs(mine - library) <= 1
             assert mine <= library

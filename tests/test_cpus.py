@@ -1,4 +1,4 @@
-"""The suite runs under each setting the machine can follow; what it cannot, and what fails, is said."""
+"""tests.cpus runs the suite under each setting that the CPU supports, and reports the others and failures."""
 
 import os
 import subprocess
@@ -12,13 +12,13 @@ import torch
 
 from kwta_exp import hardware
 from tests import cpus
-from tests.cpus import INSTRUCTIONS, PRETENDED, Outcome, main, missing, outcome_of, settings
+from tests.cpus import INSTRUCTIONS, SIMULATED_CPU, Outcome, main, missing, outcome_of, settings
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    ("can", "expected"),
+    ("has", "expected"),
     [
         ({}, set()),
         ({"avx2", "fma3"}, {("ATEN_CPU_CAPABILITY", "avx2"), ("ONEDNN_MAX_CPU_ISA", "AVX2")}),
@@ -26,14 +26,16 @@ ROOT = Path(__file__).parent.parent
     ],
     ids=["none", "avx2", "all"],
 )
-def test_only_what_the_cpu_has_is_emulated(can: Any, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: MappingProxyType(dict.fromkeys(can, True)))
+def test_only_settings_that_the_cpu_supports_are_run(
+    has: Any, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: MappingProxyType(dict.fromkeys(has, True)))
     runs = {item for variables in settings().values() for item in variables.items() if not missing(variables)}
     assert runs & set(INSTRUCTIONS) == expected | {("ATEN_CPU_CAPABILITY", "default")}
-    assert {value for name, value in runs if name == PRETENDED} == set(cpus.CPUS)
+    assert {value for name, value in runs if name == SIMULATED_CPU} == set(cpus.CPUS)
 
 
-def test_failures_and_crashes_are_counted_and_end_in_status_1(
+def test_failures_and_crashes_are_counted_and_give_status_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, body in {"fine": "pass", "wrong": "assert False", "crash": "__import__('os')._exit(3)"}.items():
@@ -58,17 +60,17 @@ def test_failures_and_crashes_are_counted_and_end_in_status_1(
 
 
 @pytest.mark.parametrize("cpu", cpus.CPUS, indirect=True)
-def test_a_pretended_cpu_answers_everywhere(cpu: str) -> None:
+def test_hardware_reports_the_simulated_cpu(cpu: str) -> None:
     device = torch.device("cpu")
     assert (hardware.computes_in_bfloat16(device), hardware.has_matrix_units(device)) == cpus.CPUS[cpu]
 
 
-def test_runs_in_a_forked_process_pretend_too() -> None:
+def test_a_forked_run_simulates_the_cpu_too() -> None:
     code = (
         "import io, sys, tests.forked as forked; from kwta_exp import hardware; sys.stdin = io.StringIO();"
         "forked._load = bool; forked._serve(); print(hardware.has_matrix_units(None))"
     )
-    environment = os.environ | {PRETENDED: "amx"}
+    environment = os.environ | {SIMULATED_CPU: "amx"}
     answered = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""Weights by URL: nothing is read that has no checksum or another one; no server keeps a run for ever."""
+"""Weights from a URL: read only if their checksum is given and matches; no server can block a run for ever."""
 
 import contextlib
 import hashlib
@@ -22,14 +22,14 @@ SHA256 = hashlib.sha256(b"weights").hexdigest()
 
 @pytest.fixture
 def published(tmp_path: Path) -> str:
-    """A URL of bytes whose checksum is :data:`SHA256`."""
+    """The URL of a file whose checksum is :data:`SHA256`."""
     path = tmp_path / "net work.pth"
     path.write_bytes(b"weights")
     return path.as_uri()
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers as its path says."""
+    """Gives the answer that its path names."""
 
     def log_message(self, *args: object) -> None: ...
 
@@ -104,7 +104,7 @@ OVER = threading.Event()
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    """The URL of a server of this machine that has all of :data:`ANSWERS`."""
+    """The URL of a local server that gives all of :data:`ANSWERS`."""
     OVER.clear()
     listening = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     listening.daemon_threads = True
@@ -119,7 +119,7 @@ def server() -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def _small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "MOST_BYTES", 100_000)
+    monkeypatch.setattr(download, "MAX_BYTES", 100_000)
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
 
@@ -134,19 +134,19 @@ def test_a_file_with_the_right_checksum_is_fetched_once(published: str, tmp_path
 
 
 @pytest.mark.parametrize("answer", ["right", "unannounced", "to-right", "to-right-endless"])
-def test_a_server_s_file_is_fetched(answer: str, server: str, tmp_path: Path) -> None:
+def test_a_file_from_a_server_is_fetched(answer: str, server: str, tmp_path: Path) -> None:
     assert fetch(f"{server}/{answer}/net.pth", SHA256, tmp_path).read_bytes() == b"weights"
     assert [path.name for path in tmp_path.iterdir()] == [f"{SHA256[:16]}-net.pth"]
 
 
-def test_without_a_checksum_it_is_told_and_nothing_more(published: str, tmp_path: Path) -> None:
+def test_without_a_checksum_the_error_gives_it_and_the_file_is_not_read(published: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"weights_sha256=null.*add weights_sha256={SHA256}"):
         fetch(published, None, tmp_path / "kept")
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["unverified-net_work.pth"]
 
 
-def test_another_checksum_is_refused_and_nothing_is_kept(published: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"weights_sha256=0{64}.*nothing of it was read or kept"):
+def test_a_file_with_another_checksum_is_deleted(published: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"weights_sha256=0{64}.*it was deleted"):
         fetch(published, "0" * 64, tmp_path / "data" / "kept")
     assert [path.name for path in tmp_path.iterdir()] == ["net work.pth"]
 
@@ -168,7 +168,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("sha256", [None, SHA256], ids=["unverified", "verified"])
 @pytest.mark.parametrize("answer", REFUSED)
-def test_a_server_s_mischief_is_one_message_and_leaves_nothing(
+def test_a_failed_download_is_one_message_and_leaves_no_file(
     answer: str, sha256: str | None, server: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"^weights=http://127.*: cannot be fetched \(") as caught:
@@ -181,12 +181,12 @@ def test_a_server_s_mischief_is_one_message_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("answer", "limit", "said"),
     [
-        ("drip", "MOST_SECONDS", "not done after 0.5 seconds"),
-        ("headers", "SILENCE_SECONDS", "no answer within 0.5 seconds"),
-        ("stall", "SILENCE_SECONDS", r"timed out|no answer within 0\.5 seconds"),
+        ("drip", "MAX_SECONDS", "not complete after 0.5 seconds"),
+        ("headers", "TIMEOUT_SECONDS", "no answer within 0.5 seconds"),
+        ("stall", "TIMEOUT_SECONDS", r"timed out|no answer within 0\.5 seconds"),
     ],
 )
-def test_a_server_that_takes_its_time_is_left(
+def test_a_slow_server_times_out(
     answer: str, limit: str, said: str, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, limit, 0.5)
@@ -213,7 +213,7 @@ def test_a_closed_port_is_one_message(tmp_path: Path) -> None:
         ("http://example.org/a", "data:text/plain,x", None),
     ],
 )
-def test_a_redirect_leads_to_no_weaker_scheme(url: str, target: str, found: str | None) -> None:
+def test_a_redirect_to_a_weaker_scheme_is_refused(url: str, target: str, found: str | None) -> None:
     if found is not None:
         assert download._redirected(url, target) == found
         return
@@ -232,12 +232,12 @@ MALFORMED = {
     "http://example.org/a\r\nHost: b": "spaces or control characters",
     "http://example.org/\x1b[31m": "spaces or control characters",
     "http://example.org/\u202egnp": "spaces or control characters",
-    "http://" + "a" * 10_000: "10,007 characters; expected 2,000 at most",
+    "http://" + "a" * 10_000: "10,007 characters; expected at most 2,000",
     "ftp://example.org/a.pth": "expected a path, or a URL of https, http, file",
     "data://text/plain,x": "expected a path, or a URL",
     "://": "expected a path, or a URL",
     "file://example.org/net.pth": "expected a file of this machine",
-    "http://user:secret@example.org/net.pth": "holds a user or a password",
+    "http://user:secret@example.org/net.pth": "contains a user or password",
     "file:///dev/zero": "cannot be fetched (a device, not a file)",
     "file:///": "cannot be fetched (a folder, not a file)",
     "file:///nowhere/net.pth": "cannot be fetched (no such file)",
@@ -271,11 +271,11 @@ def test_a_malformed_url_is_one_message(url: str, tmp_path: Path) -> None:
         ("/" + "x" * 500 + ".safetensors", "x" * 88 + ".safetensors"),
     ],
 )
-def test_a_url_names_a_file_of_the_folder_alone(path: str, name: str) -> None:
+def test_the_file_name_from_a_url_stays_in_the_folder(path: str, name: str) -> None:
     assert download._checked_name(f"https://example.org{path}") == name
 
 
-def test_a_pipe_is_no_file_to_fetch(tmp_path: Path) -> None:
+def test_a_pipe_is_not_fetched(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="a named pipe, not a file"):
         fetch((tmp_path / "pipe").as_uri(), None, tmp_path)
@@ -287,7 +287,7 @@ def test_a_folder_that_cannot_be_written_is_one_message(published: str, tmp_path
         fetch(published, SHA256, tmp_path / "file" / "weights")
 
 
-def test_an_interruption_leaves_nothing(
+def test_an_interrupted_download_leaves_no_file(
     published: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*args: object) -> None:
@@ -299,7 +299,7 @@ def test_an_interruption_leaves_nothing(
     assert not (tmp_path / "kept").exists()
 
 
-def test_a_cut_connection_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_connection_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def cut(*args: object, **kwargs: object) -> None:
         raise http.client.IncompleteRead(b"half")
 
@@ -309,6 +309,6 @@ def test_a_cut_connection_is_one_message(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_a_url() -> None:
+def test_urls_are_told_from_paths() -> None:
     assert is_url("https://example.org/a.pth")
     assert not is_url("C:/a.pth")

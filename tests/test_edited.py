@@ -1,4 +1,4 @@
-"""Edited run folders: one message, the same numbers, or numbers that follow from what is there."""
+"""Commands on edited run folders give one message, the same numbers, or numbers that follow from the files."""
 
 import resource
 import shutil
@@ -33,34 +33,34 @@ from tests.test_whole import QUICK, only
 
 COMMANDS = ["verify", "compare", "curve", "transfer", "judge"]
 
-OF_RECORDS = ["compare", "verify", "curve"]
-"""Those that read more than the network: all that an edit of records or results can reach."""
+READ_RECORDS = ["compare", "verify", "curve"]
+"""The commands that read records or results."""
 
-OF_NETWORK = ["verify", "transfer", "judge"]
-"""Those that build the network again: all that an edit of the configuration or the weights can reach."""
+BUILD_NETWORK = ["verify", "transfer", "judge"]
+"""The commands that read the configuration and the weights."""
 
 SECRET = "hunter2-of-the-environment"
 
 MEMORY = 12 * 2**30
-"""Bytes of address space beyond which a case fails, instead of bringing the machine down."""
+"""The limit on address space, in bytes: a case that exceeds it fails and does not take the machine down."""
 
-BELIEVED = ("config.yaml", "checkpoints/best.safetensors", "checkpoints/last.safetensors")
-"""What decides the numbers of the commands that judge anew."""
+NETWORK_FILES = ("config.yaml", "checkpoints/best.safetensors", "checkpoints/last.safetensors")
+"""The files that decide the numbers of the commands that build the network."""
 
 
 @dataclass(frozen=True)
 class World:
-    """A finished run to be copied, the readers, and what they say of it untouched."""
+    """A finished run to be copied, the commands that read it, and their answers on the untouched run."""
 
     run: Path
     case: Path
     readers: Readers
     expected: dict[str, Answer]
 
-    def sent(self) -> Path:
+    def fresh_copy(self) -> Path:
         """A fresh copy of the run's folder."""
         shutil.rmtree(self.case, ignore_errors=True)
-        folder = self.case / f"sent-{self.run.parent.name}" / self.run.name
+        folder = self.case / f"copy-of-{self.run.parent.name}" / self.run.name
         shutil.copytree(self.run, folder)
         self.readers.work.mkdir()
         return folder
@@ -87,7 +87,7 @@ def world(
     case = tmp_path / "case"
     readers = Readers(finished, case / "work", capsys, caplog)
     made = World(finished, case, readers, {})
-    untouched = made.sent()
+    untouched = made.fresh_copy()
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     made.expected.update(readers.answers(untouched, COMMANDS))
@@ -99,9 +99,9 @@ def world(
 
 
 def tree(folder: Path, without: Path) -> list[tuple[str, int, int]]:
-    """Everything below ``folder``, with what changes when it is written."""
+    """Everything below ``folder`` but ``without``, with its time of modification and size."""
     found = [(path, path.lstat()) for path in sorted(folder.rglob("*")) if without not in (path, *path.parents)]
-    return [(str(path), about.st_mtime_ns, about.st_size if path.is_file() else 0) for path, about in found]
+    return [(str(path), stat.st_mtime_ns, stat.st_size if path.is_file() else 0) for path, stat in found]
 
 
 def is_consistent(run: Path) -> bool:
@@ -109,43 +109,46 @@ def is_consistent(run: Path) -> bool:
     for path in run.glob("evaluation/*/results.json"):
         results = read_json(path)
         with np.load(path.parent / "clean.npz") as clean:
-            right = set(clean["index"][clean["prediction"] == clean["label"]].tolist())
+            clean_correct = set(clean["index"][clean["prediction"] == clean["label"]].tolist())
             n = len(clean["index"])
-        standing = set(right)
+        robust = set(clean_correct)
         for name in results["attacks"]:
             with np.load(path.parent / f"{name}.npz") as rows:
-                standing -= set(rows["index"][rows["fooled"]].tolist())
-        found = (len(right) / n, len(standing) / n)
+                robust -= set(rows["index"][rows["fooled"]].tolist())
+        found = (len(clean_correct) / n, len(robust) / n)
         if found != (results["clean"]["accuracy"], results["worst_case"]["robust_accuracy"]):
             return False
     return True
 
 
-def believed(run: Path) -> list[str]:
-    return [sha256_of_file(run / name) for name in BELIEVED]
+def network_digests(run: Path) -> list[str]:
+    return [sha256_of_file(run / name) for name in NETWORK_FILES]
 
 
 def commands(name: str) -> list[str]:
-    """Those that an edit can reach."""
+    """The commands that an edit can affect."""
     kind = name.partition(":")[0]
     if kind in ("file", "folder"):
         return COMMANDS
     if kind == "images":
         return ["verify"]
-    return OF_NETWORK if kind in ("config", "overrides", "environment.json", "weights") else OF_RECORDS
+    return BUILD_NETWORK if kind in ("config", "overrides", "environment.json", "weights") else READ_RECORDS
 
 
-def case(number: int, world: World, most: int = len(COMMANDS)) -> dict[str, str]:
-    """Edit number ``number``: what became of it, for each command, or the first ``most`` of them."""
+def case(number: int, world: World, max_commands: int = len(COMMANDS)) -> dict[str, str]:
+    """Make edit number ``number`` and run each command: whether it gives a message, the same or other numbers.
+
+    Odd numbers are forged: the checksums are updated after the edit.
+    """
     name = list(EDITS)[number // 2 % len(EDITS)]
     forged, rng = number % 2 == 1, Random(number)
-    run = world.sent()
+    run = world.fresh_copy()
     EDITS[name](run, rng)
     if forged:
         forge(run)
     before = tree(world.case.parent, world.readers.work)
     became = {}
-    for command in commands(name)[:most]:
+    for command in commands(name)[:max_commands]:
         expected = world.expected[command].numbers
         with time_limit(60, f"{number} ({name}): {command}"):
             answer = getattr(world.readers, command)(run)
@@ -167,16 +170,16 @@ def case(number: int, world: World, most: int = len(COMMANDS)) -> dict[str, str]
 
 
 def follows(run: Path, command: str, untouched: Path) -> bool:
-    """Whether other numbers than those of the untouched run follow from what is there."""
-    if command in ("compare", "curve") or believed(run) == believed(untouched):
+    """Whether numbers that differ from the untouched run's follow from the edited files."""
+    if command in ("compare", "curve") or network_digests(run) == network_digests(untouched):
         return is_consistent(run)
     return True
 
 
-def check(numbers: Iterable[int], world: World, most: int = len(COMMANDS)) -> Counter[tuple[str, str]]:
+def check(numbers: Iterable[int], world: World, max_commands: int = len(COMMANDS)) -> Counter[tuple[str, str]]:
     became: Counter[tuple[str, str]] = Counter()
     for number in numbers:
-        for command, what in case(number, world, most).items():
+        for command, what in case(number, world, max_commands).items():
             became[command, what] += 1
     return became
 
@@ -184,20 +187,20 @@ def check(numbers: Iterable[int], world: World, most: int = len(COMMANDS)) -> Co
 FORGED = [
     "results: an attack renamed everywhere", "results: any value", "results: more images",
     "evaluation.json: batch size", "environment.json: any value", "config: any value",
-    "config: a key of Hydra's", "config: another class",
-    "config: a wide network", "config: a very deep network", "config: large images", "config: data in a place",
+    "config: a Hydra key", "config: another class",
+    "config: a wide network", "config: a very deep network", "config: large images", "config: data to download",
     "config: an alias", "config: other types", "overrides: an option", "record: a column dropped",
-    "record: other rows", "images: strange", "weights: strange", "file: a pipe",
+    "record: other rows", "images: corrupted", "weights: corrupted", "file: a pipe",
 ]  # fmt: skip
 
 
-def test_twenty_edited_folders(world: World) -> None:
-    became = check([2 * list(EDITS).index(name) + 1 for name in FORGED], world, most=1)
+def test_twenty_forged_folders_give_a_message_or_numbers_that_follow(world: World) -> None:
+    became = check([2 * list(EDITS).index(name) + 1 for name in FORGED], world, max_commands=1)
     assert sum(count for (_, what), count in became.items() if what == "message") >= len(FORGED) / 2
 
 
 @pytest.mark.slow
-def test_a_hundred_edited_folders(world: World) -> None:
+def test_a_hundred_edited_folders_give_a_message_or_numbers_that_follow(world: World) -> None:
     became = check(range(2 * len(EDITS)), world)
     assert sum(count for (_, what), count in became.items() if what == "message") > len(EDITS), became
 
@@ -213,7 +216,7 @@ def test_a_hundred_edited_folders(world: World) -> None:
         ("threat", {"_partial_": False}),
     ],
 )
-def test_keys_of_hydra_are_not_taken_from_a_folder(group: str, more: dict[str, Any]) -> None:
+def test_hydra_keys_in_a_run_folder_are_refused(group: str, more: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=rf"weights=x: its {group} holds _\w+_=.*; expected {group}=\.\.\."):
         require_trusted({"_target_": "torch.nn.ReLU", **more}, group, "weights=x", allowed=())
 
@@ -221,16 +224,16 @@ def test_keys_of_hydra_are_not_taken_from_a_folder(group: str, more: dict[str, A
 @pytest.mark.parametrize(
     "path", sorted(CONF.glob("activation/*")) + sorted(CONF.glob("model/*")), ids=lambda p: p.stem
 )
-def test_every_option_of_this_project_is_taken_from_a_folder(path: Path) -> None:
+def test_every_option_of_this_project_is_trusted_in_a_run_folder(path: Path) -> None:
     content = {key: value for key, value in yaml.safe_load(path.read_text()).items() if key != "defaults"}
     require_trusted(content, path.parent.name, "weights=x", allowed=("${activation}",))
 
 
-def test_synthetic_images_have_a_largest_size() -> None:
+def test_too_many_synthetic_images_are_refused() -> None:
     assert Synthetic(channels=3, image_size=224, train=1000).shape == (3, 224, 224)
-    for much in ({"image_size": 100_000}, {"train": 10**10}, {"num_classes": 10**10}, {"channels": 10**30}):
+    for values in ({"image_size": 100_000}, {"train": 10**10}, {"num_classes": 10**10}, {"channels": 10**30}):
         with pytest.raises(ValueError, match=r"synthetic images of shape .*; expected 268,435,456 at most"):
-            Synthetic(**much)
+            Synthetic(**values)
 
 
 HUGE = {
@@ -249,7 +252,7 @@ def test_a_network_larger_than_its_weights_is_not_built(size: str, tmp_path: Pat
         planned_network(plan, plan.dataset.load())
 
 
-def test_weights_are_held_to_the_shape_of_a_network_before_it_is_built() -> None:
+def test_weights_must_have_the_shapes_of_the_network() -> None:
     with torch.device("meta"):
         shape = torch.nn.Linear(10**9, 10**9)
     with pytest.raises(UserError, match=r"misshapen: .*weight \(3, 3\) \(expected \(1000000000, "):

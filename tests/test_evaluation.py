@@ -1,4 +1,4 @@
-"""The evaluation judges every returned image, counts per image, and continues after a stop."""
+"""An evaluation judges every returned image, counts queries per image, and continues after a stop."""
 
 import io
 import os
@@ -37,7 +37,7 @@ RUN = {"name": "test", "seed": 0}
 
 
 class Threshold(nn.Module):
-    """Class 1 where the mean pixel exceeds 0.5, with a margin that is easy to compute."""
+    """Predicts class 1 where the mean pixel exceeds 0.5."""
 
     def forward(self, x: Tensor) -> Tensor:
         mean = x.flatten(1).mean(1)
@@ -45,7 +45,7 @@ class Threshold(nn.Module):
 
 
 def images(*means: float, labels: list[int] | None = None) -> Split:
-    """One grey 2x2 image for each mean; labels are correct for the threshold unless given."""
+    """One grey 2x2 image for each mean; by default with the labels that :class:`Threshold` predicts."""
     x = torch.tensor(means)[:, None, None, None].expand(-1, 1, 2, 2).mul(255).round().to(torch.uint8)
     y = torch.tensor(labels) if labels else (x[:, 0, 0, 0] > 127).long()
     return Split(x.contiguous(), y, torch.arange(len(means)) + 100)
@@ -63,7 +63,7 @@ def judge(folder: Path, split: Split, suite: dict[str, Any], model: nn.Module | 
     return outcome.clean, outcome.records, summarise(RUN, evaluation, outcome)
 
 
-def test_worst_case_is_per_example_not_the_minimum_of_averages(tmp_path: Path) -> None:
+def test_the_worst_case_is_per_image_and_not_the_minimum_of_averages(tmp_path: Path) -> None:
     split = images(0.45, 0.55, 0.8, 0.2)
     _, records, results = judge(tmp_path, split, {"up": shift(0.09), "down": shift(-0.09)})
     # Each attack alone fools one image of four; together they fool two.
@@ -75,7 +75,7 @@ def test_worst_case_is_per_example_not_the_minimum_of_averages(tmp_path: Path) -
     assert results["worst_case"]["by"] == {"up": 0.25, "down": 0.25}
 
 
-def test_an_image_wrong_clean_is_never_robust_and_never_attacked(tmp_path: Path) -> None:
+def test_a_misclassified_clean_image_is_not_robust_and_not_attacked(tmp_path: Path) -> None:
     split = images(0.8, 0.8, 0.8, labels=[1, 0, 1])
     clean, records, results = judge(tmp_path, split, {"nothing": shift(0.0)})
     assert clean.columns["prediction"].tolist() == [1, 1, 1]
@@ -95,7 +95,7 @@ def test_images_outside_the_ball_are_projected(tmp_path: Path, norm_name: Any) -
     assert results["worst_case"]["robust_accuracy"] == 0
 
 
-def test_nan_pixels_are_replaced_and_nan_logits_are_errors(tmp_path: Path) -> None:
+def test_nan_pixels_are_replaced_and_nan_logits_are_misclassifications(tmp_path: Path) -> None:
     split = images(0.8, 0.2)
     for value in ("nan", "inf", "-inf"):
         for norm_name in ("linf", "l2"):
@@ -124,7 +124,7 @@ def test_margins_and_digests_identify_each_image(tmp_path: Path) -> None:
     assert records["up"].columns["digest"].tolist() == clean.columns["digest"].tolist()
 
 
-def test_intervals_are_wilsons(tmp_path: Path) -> None:
+def test_confidence_intervals_are_wilsons(tmp_path: Path) -> None:
     _, _, results = judge(tmp_path, images(*[0.8] * 9, 0.2, labels=[1] * 10), {})
     p, n, z = 0.9, 10, norm.ppf(0.975)
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
@@ -151,24 +151,25 @@ def test_a_stopped_evaluation_continues_to_the_same_rows(tmp_path: Path, calls: 
     attacks = {"a": PGD(norm="linf", eps=0.1, steps=3), "b": PGD(norm="linf", eps=0.1, steps=4, restarts=2)}
     _, whole, _ = judge(tmp_path / "whole", split, attacks, model)
 
-    left = calls
+    remaining = calls
 
-    class Tiring(PGD):
+    class StopsAfterCalls(PGD):
         def __call__(self, *arguments: Any) -> Tensor:
-            nonlocal left
-            left -= 1
-            if left < 0:
+            nonlocal remaining
+            remaining -= 1
+            if remaining < 0:
                 raise Stopped
             return super().__call__(*arguments)
 
-    def tiring(attack: PGD) -> PGD:
-        return Tiring(norm="linf", eps=0.1, steps=attack.steps, restarts=attack.restarts)
+    def stopping(attack: PGD) -> PGD:
+        return StopsAfterCalls(norm="linf", eps=0.1, steps=attack.steps, restarts=attack.restarts)
 
     stops = 0
     while True:
         try:
-            left = calls
-            _, pieces, _ = judge(tmp_path / "pieces", split, {k: tiring(v) for k, v in attacks.items()}, model)
+            remaining = calls
+            suite = {name: stopping(attack) for name, attack in attacks.items()}
+            _, pieces, _ = judge(tmp_path / "pieces", split, suite, model)
             break
         except Stopped:
             stops += 1
@@ -206,7 +207,7 @@ def test_attacks_that_use_global_generators_are_reproducible(tmp_path: Path) -> 
     assert np.random.get_state()[1].tolist() == before[1]
 
 
-def test_records_of_other_images_are_set_aside(tmp_path: Path) -> None:
+def test_records_of_other_images_are_renamed(tmp_path: Path) -> None:
     judge(tmp_path, images(0.8, 0.2), {})
     split = images(0.8, 0.2)
     clean, _, _ = judge(tmp_path, Split(split.x, split.y, split.index + 1), {})
@@ -214,25 +215,25 @@ def test_records_of_other_images_are_set_aside(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("clean.npz.damaged-*"))) == 1
 
 
-@pytest.mark.parametrize("kept", ["up-0", "down-0"])
-def test_an_attack_whose_kept_images_are_lost_runs_again(tmp_path: Path, kept: str) -> None:
+@pytest.mark.parametrize("saved", ["up-0", "down-0"])
+def test_an_attack_whose_saved_images_are_damaged_runs_again(tmp_path: Path, saved: str) -> None:
     split, suite = images(0.45, 0.55, 0.8), {"up": shift(0.09), "down": shift(-0.09)}
     _, before, _ = judge(tmp_path, split, suite, save_images=True)
-    path = tmp_path / "images" / f"{kept}.npz"
-    whole = read_arrays(path)
+    path = tmp_path / "images" / f"{saved}.npz"
+    undamaged = read_arrays(path)
     path.write_bytes(path.read_bytes()[:-9])
     _, after, _ = judge(tmp_path, split, suite, save_images=True)
     assert {name: array.tolist() for name, array in read_arrays(path).items()} == {
-        name: array.tolist() for name, array in whole.items()
+        name: array.tolist() for name, array in undamaged.items()
     }
     for name in suite:
         assert after[name].columns["fooled"].tolist() == before[name].columns["fooled"].tolist()
     assert [found.name.split("-")[0] for found in tmp_path.glob("*.damaged-*")] == [
-        f"{kept.split('-')[0]}.npz.damaged"
+        f"{saved.split('-')[0]}.npz.damaged"
     ]
 
 
-def test_all_passes_are_counted() -> None:
+def test_the_query_counter_counts_all_passes() -> None:
     x = torch.rand(5, 1, 2, 2)
     network = random_net()
     model = QueryCounter(network, x, network(x).argmax(1), THREAT)
@@ -246,12 +247,12 @@ def test_all_passes_are_counted() -> None:
 
 
 @pytest.mark.parametrize("norm_name", ["linf", "l2"])
-def test_passes_are_counted_for_their_image_until_it_is_fooled(norm_name: Any) -> None:
+def test_the_query_counter_counts_per_image_until_it_is_fooled(norm_name: Any) -> None:
     x = torch.tensor([0.2, 0.45, 0.9])[:, None, None, None].expand(-1, 1, 2, 2).clone()
     threat = Threat(norm=norm_name, eps=0.1 if norm_name == "linf" else 0.2)
     model = QueryCounter(Threshold(), x, torch.tensor([0, 0, 1]), threat)
     model(x)
-    model(torch.cat([x[2:], x[1:2], x[1:2] + 0.15]))  # dropped, disordered, repeated; an error outside the ball
+    model(torch.cat([x[2:], x[1:2], x[1:2] + 0.15]))  # dropped, reordered, repeated; an error outside the ball
     assert model.queries.tolist() == [1, 3, 2]
     fooling = (x[1:2] + 0.08).requires_grad_()
     model(fooling).sum().backward()  # a gradient after the success does not count
@@ -265,12 +266,12 @@ def test_passes_are_counted_for_their_image_until_it_is_fooled(norm_name: Any) -
 
 
 @pytest.mark.parametrize("attack", [lambda m, x, y, k: x[:1], lambda m, x, y, k: None, lambda m, x: x])
-def test_an_attack_that_fails_is_named(tmp_path: Path, attack: Any) -> None:
+def test_the_error_of_a_failing_attack_names_it(tmp_path: Path, attack: Any) -> None:
     with pytest.raises(UserError, match=r"attack\.mine: (ValueError|TypeError)"):
         judge(tmp_path, images(0.8, 0.2), {"mine": attack})
 
 
-def test_the_table_says_it_in_80_columns(tmp_path: Path) -> None:
+def test_the_results_table_fits_80_columns(tmp_path: Path) -> None:
     _, _, results = judge(
         tmp_path, images(0.45, 0.55, 0.8, 0.2), {"up": shift(0.09), "projected_gradient": shift(0)}
     )
@@ -281,7 +282,7 @@ def test_the_table_says_it_in_80_columns(tmp_path: Path) -> None:
         assert expected in text, text
 
 
-def test_the_table_of_long_names_and_large_numbers_fits_80_columns(
+def test_the_results_table_of_long_names_and_large_numbers_fits_80_columns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, _, results = judge(tmp_path, images(0.45, 0.55, 0.8, 0.2), {"bpda_apgd": shift(0.09)})
@@ -332,7 +333,7 @@ class Flicker(nn.Module):
         return torch.stack([torch.zeros_like(mean), torch.where(wrong, 1.0, -1.0).to(mean)], dim=1)
 
 
-def test_an_unconfirmed_error_is_no_success(tmp_path: Path) -> None:
+def test_an_unconfirmed_misclassification_does_not_count_as_fooled(tmp_path: Path) -> None:
     split = images(0.45, 0.46, labels=[0, 0])
     _, records, results = judge(tmp_path, split, {"up": shift(0.09)}, model=Flicker())
     assert records["up"].columns["prediction"].tolist() == [1, 1]
@@ -341,8 +342,8 @@ def test_an_unconfirmed_error_is_no_success(tmp_path: Path) -> None:
     assert results["worst_case"]["robust_accuracy"] == 1
 
 
-class Single(nn.Module):
-    """A threshold that does not run in float64."""
+class Float32Only(nn.Module):
+    """A :class:`Threshold` that does not run in float64."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float64:
@@ -350,9 +351,9 @@ class Single(nn.Module):
         return Threshold()(x)
 
 
-def test_errors_of_float32_networks_are_confirmed(tmp_path: Path) -> None:
+def test_misclassifications_of_float32_networks_are_confirmed(tmp_path: Path) -> None:
     split = images(0.45, 0.8)
-    _, records, _ = judge(tmp_path, split, {"up": shift(0.09)}, model=Single())
+    _, records, _ = judge(tmp_path, split, {"up": shift(0.09)}, model=Float32Only())
     assert records["up"].columns["fooled"].tolist() == [True, False]
     assert not records["up"].columns["unconfirmed"].any()
 
@@ -382,8 +383,8 @@ def test_adversarial_images_are_saved(tmp_path: Path) -> None:
         np.testing.assert_allclose(file["x_adv"], split.x[:2] / 255 + 0.1, atol=1e-6)
 
 
-class Hold(nn.Module):
-    """A network of a class that a worker process must import."""
+class Importable(nn.Module):
+    """A network whose class a worker process must import."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -403,17 +404,17 @@ def grey(model: nn.Module, n: int) -> Split:
     return Split(split.x, model(split.x / 255).argmax(1), split.index)
 
 
-def test_two_processes_give_the_results_of_one(tmp_path: Path) -> None:
-    model = Hold()
+def test_two_processes_give_the_same_results_as_one(tmp_path: Path) -> None:
+    model = Importable()
     split = grey(model, 11)
     suite = {"a": PGD(norm="linf", eps=0.1, steps=3), "no": not_applicable, "b": APGD(norm="linf", eps=0.1)}
-    _, one, alone = judge(tmp_path / "one", split, suite, model)
-    _, two, together = judge(tmp_path / "two", split, suite, model, processes=2)
+    _, one, of_one = judge(tmp_path / "one", split, suite, model)
+    _, two, of_two = judge(tmp_path / "two", split, suite, model, processes=2)
     for name in ("a", "b"):
         for column, values in one[name].columns.items():
             np.testing.assert_array_equal(values, two[name].columns[column])
         assert one[name].forwards == two[name].forwards > 0
-    assert alone["inapplicable"] == together["inapplicable"] == {"no": "no such layer"}
+    assert of_one["inapplicable"] == of_two["inapplicable"] == {"no": "no such layer"}
 
 
 def test_an_attack_that_cannot_be_pickled_is_one_message(tmp_path: Path) -> None:
@@ -427,10 +428,10 @@ def failing(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
 
 def test_a_process_that_dies_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"evaluation\.processes=2: a process died"):
-        judge(tmp_path, grey(Hold(), 5), {"mine": failing}, Hold(), processes=2)
+        judge(tmp_path, grey(Importable(), 5), {"mine": failing}, Importable(), processes=2)
 
 
-def test_a_budget_leaves_out_attacks_beyond_it(tmp_path: Path) -> None:
+def test_attacks_beyond_the_budget_are_left_out(tmp_path: Path) -> None:
     suite = {
         "small": PGD(norm="linf", eps=0.1, steps=3),  # 4 forward, 3 backward
         "large": PGD(norm="linf", eps=0.1, steps=300),
@@ -440,12 +441,12 @@ def test_a_budget_leaves_out_attacks_beyond_it(tmp_path: Path) -> None:
     split = images(0.8, 0.2)
     _, records, results = judge(tmp_path, split, suite, budget=2 * (7 + 5))
     assert list(records) == ["small", "unknown", "last"]
-    said = "left out: up to 1,202 passes, of which evaluation.budget=24 leaves 10"
-    assert results["inapplicable"]["large"] == said
+    reason = "left out: up to 1,202 passes, of which evaluation.budget=24 leaves 10"
+    assert results["inapplicable"]["large"] == reason
     assert list(judge(tmp_path / "b", split, suite, budget=2 * (7 + 5) - 1)[1]) == ["small", "unknown"]
 
 
-def test_a_long_suite_is_announced_with_its_cost(
+def test_the_cost_of_a_long_suite_is_logged_before_it_starts(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     suite = {"small": PGD(norm="linf", eps=0.1, steps=3), "mine": shift(0.0)}
@@ -458,7 +459,7 @@ def test_a_long_suite_is_announced_with_its_cost(
     assert "no forecast for mine" in caplog.text
 
 
-def test_the_judge_pads_every_batch() -> None:
+def test_the_judge_pads_every_batch_to_the_same_size() -> None:
     sizes: list[int] = []
 
     class Watched(Threshold):
@@ -504,8 +505,8 @@ CHUNKED = {
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), KWTA(0.1)], ids=["relu", "kwta"])
-def test_chunks_of_any_size_give_the_same_outcomes_in_float64(activation: nn.Module, tmp_path: Path) -> None:
-    """In float32, jumps amplify rounding, and rounding depends on the batch."""
+def test_batch_size_does_not_change_outcomes_in_float64(activation: nn.Module, tmp_path: Path) -> None:
+    """In float32 rounding depends on the batch, and discontinuities amplify it."""
     network, split = trained_on_digits(activation, 60)
     model = InDouble(network)
     found = [judge(tmp_path / str(size), split, CHUNKED, model, batch_size=size)[1] for size in (60, 7)]
@@ -518,10 +519,10 @@ def test_chunks_of_any_size_give_the_same_outcomes_in_float64(activation: nn.Mod
 
 
 def test_an_attack_that_becomes_inapplicable_midway_leaves_no_files(tmp_path: Path) -> None:
-    """Its earlier chunks do not count, and the other attacks run on all images."""
+    """Its earlier chunks are discarded, and the other attacks run on all images."""
     calls = 0
 
-    def fickle(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+    def inapplicable_later(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
         if calls > 1:
@@ -529,7 +530,7 @@ def test_an_attack_that_becomes_inapplicable_midway_leaves_no_files(tmp_path: Pa
         return x + 0.09
 
     split = images(0.45, 0.46, 0.47, 0.2)
-    suite = {"fickle": fickle, "up": shift(0.09)}
+    suite = {"fickle": inapplicable_later, "up": shift(0.09)}
     _, records, results = judge(tmp_path, split, suite, diagnostic_n=1, save_images=True)
     assert list(records) == ["up"]
     assert records["up"].columns["index"].tolist() == [100, 101, 102, 103]
@@ -537,8 +538,8 @@ def test_an_attack_that_becomes_inapplicable_midway_leaves_no_files(tmp_path: Pa
     assert not list(tmp_path.glob("**/fickle*"))
 
 
-def test_a_network_that_draws_random_numbers_is_judged_reproducibly(tmp_path: Path) -> None:
-    class Restless(nn.Module):
+def test_a_stochastic_network_is_judged_reproducibly(tmp_path: Path) -> None:
+    class Stochastic(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return Threshold()(x + 0.2 * torch.randn_like(x))
 
@@ -546,12 +547,12 @@ def test_a_network_that_draws_random_numbers_is_judged_reproducibly(tmp_path: Pa
     rows = []
     for name in "ab":
         torch.rand(len(rows) + 1)  # another state of the global generator
-        clean, records, _ = judge(tmp_path / name, split, {"up": shift(0.05)}, Restless())
+        clean, records, _ = judge(tmp_path / name, split, {"up": shift(0.05)}, Stochastic())
         rows.append((clean.columns["margin"].tolist(), records["up"].columns["margin"].tolist()))
     assert rows[0] == rows[1]
 
 
-def test_passes_of_the_relaxed_network_count_but_its_errors_do_not(tmp_path: Path) -> None:
+def test_passes_of_a_relaxed_network_count_but_its_misclassifications_do_not(tmp_path: Path) -> None:
     model, split = trained_on_digits(KWTA(0.1))
     attack = RelaxedTransfer(norm="linf", eps=0.1, steps=5, restarts=2, temperatures=[3.0])
     _, records, _ = judge(tmp_path, split, {"relaxed_transfer": attack}, model, batch_size=200)
@@ -560,6 +561,6 @@ def test_passes_of_the_relaxed_network_count_but_its_errors_do_not(tmp_path: Pat
     assert rows["steps"][~rows["fooled"]].tolist() == [10] * int((~rows["fooled"]).sum())
 
 
-def test_an_attack_the_classes_are_too_few_for_is_named(tmp_path: Path) -> None:
+def test_the_error_of_an_attack_that_needs_more_classes_names_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"attack\.dlr: IndexError"):
         judge(tmp_path, images(0.8, 0.2), {"dlr": PGD(norm="linf", eps=0.1, loss="dlr")})

@@ -1,4 +1,4 @@
-"""One flipped bit, anywhere in a run folder, is noticed or changes nothing."""
+"""A flipped bit anywhere in a run folder is detected or makes no difference."""
 
 import logging
 import random
@@ -26,7 +26,7 @@ from tests.readers import quiet as quiet
 from tests.test_whole import QUICK, only, outcome
 
 UNFINISHED = "checkpoints/state.pt"
-"""The only file whose flips are tried in a run that was stopped after its first epoch."""
+"""The one file whose flips are tried in a run that was stopped after its first epoch, not in a finished run."""
 
 FILES: dict[str, Callable[[Path], Any]] = {
     "checkpoints/best.safetensors": read_weights,
@@ -44,7 +44,7 @@ FILES: dict[str, Callable[[Path], Any]] = {
     "environment.json": read_json,
     "metrics.jsonl": read_lines,
 }
-"""Every kind of file that is read back, and its reader."""
+"""The reader of every kind of file that is read back."""
 
 COMMANDS: dict[str, list[str]] = {
     "checkpoints/best.safetensors": ["verify", "judge"],
@@ -59,25 +59,25 @@ COMMANDS: dict[str, list[str]] = {
     "overrides.yaml": ["judge"],
     "environment.json": ["judge"],
 }
-"""The commands that read a file, beside the one that made it."""
+"""The commands, other than the one that made a file, that read it."""
 
 ALL = ["verify", "compare", "curve", "judge"]
 
 
 class StoppedError(Exception):
-    """The process ends here."""
+    """Raised where the process is stopped."""
 
 
 @dataclass(frozen=True)
 class World:
-    """A run that is finished, and the same stopped after its first epoch; both to be copied to ``outputs``."""
+    """A finished run and the same run stopped after its first epoch, both to be copied to ``outputs``."""
 
     outputs: Path
     finished: Path
     stopped: Path
 
     def restored(self, name: str) -> Path:
-        """The run's folder, as it was."""
+        """A fresh copy of the run's folder."""
         shutil.rmtree(self.outputs, ignore_errors=True)
         shutil.copytree(getattr(self, name), self.outputs)
         return only(self.outputs, "*/s0-*")
@@ -104,7 +104,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @dataclass(frozen=True)
 class Flip:
-    """Flip number ``number``: which file, and which bit of it."""
+    """A flip of one bit, chosen by ``number``."""
 
     number: int
 
@@ -113,21 +113,21 @@ class Flip:
         return list(FILES)[self.number % len(FILES)]
 
     def apply(self, run: Path) -> Path:
-        """Flip the bit; headers and trailers, which decide most, as often as all the rest."""
+        """Flip the bit. Two thirds of the flips are in the first and last 400 bytes: headers and trailers."""
         rng = random.Random(self.number)
         path = rng.choice(sorted(run.glob(self.file)))
         content = bytearray(path.read_bytes())
         edge = min(len(content), 400)
-        at = rng.choice(
+        position = rng.choice(
             [rng.randrange(edge), len(content) - 1 - rng.randrange(edge), rng.randrange(len(content))]
         )
-        content[at] ^= 1 << rng.randrange(5)
+        content[position] ^= 1 << rng.randrange(5)
         path.write_bytes(content)
         return path
 
 
 def plain(content: Any) -> Any:
-    """What a reader gave, to be compared."""
+    """A reader's result as values that can be compared."""
     if isinstance(content, torch.Tensor):
         content = content.numpy()
     if isinstance(content, np.ndarray):
@@ -138,33 +138,33 @@ def plain(content: Any) -> Any:
 
 
 def read(flip: Flip, path: Path) -> Any:
-    """What the file's reader makes of it, or that it noticed."""
+    """What the file's reader returns; ``UserError`` if it detects the flip."""
     try:
         return plain(FILES[flip.file](path))
     except UserError as error:
         return UserError if str(path) in str(error) else error
 
 
-def test_a_flipped_bit_is_noticed_by_the_reader_of_its_file(world: World) -> None:
-    noticed = 0
+def test_a_reader_detects_a_flipped_bit_or_returns_the_same(world: World) -> None:
+    detected = 0
     for number in range(10 * len(FILES)):
         flip = Flip(number)
         run = world.restored("finished")
         path = flip.apply(run)
         untouched = world.finished / path.relative_to(world.outputs)
         after = read(flip, path)
-        noticed += after is UserError
+        detected += after is UserError
         assert after is UserError or after == read(flip, untouched), (number, path)
-    assert noticed > 8 * len(FILES)
+    assert detected > 8 * len(FILES)
 
 
 def whole_case(flip: Flip, world: World, readers: Readers, expected: dict[str, Any]) -> str:
-    """Flip, ask every command, repeat the one that made the run; what became of the flip."""
+    """Flip a bit, run every command that reads the file, repeat the run; return what became of the flip."""
     run = world.restored("stopped" if flip.file == UNFINISHED else "finished")
     path = flip.apply(run)
-    told = False
+    reported = False
     for name, answer in readers.answers(run, COMMANDS.get(flip.file, [])).items():
-        told |= answer.numbers is None
+        reported |= answer.numbers is None
         assert answer.numbers in (None, expected[name]), (name, answer)
     readers.caplog.clear()
     launch(world.outputs, *QUICK)
@@ -175,7 +175,7 @@ def whole_case(flip: Flip, world: World, readers: Readers, expected: dict[str, A
     with readers.caplog.at_level(logging.INFO):
         launch(world.outputs, *QUICK)
     assert "already finished" in readers.caplog.text
-    return "recovered" if recovered else "told" if told else "harmless"
+    return "recovered" if recovered else "reported" if reported else "harmless"
 
 
 def check(numbers: range, world: World, readers: Readers) -> Counter[tuple[str, str]]:

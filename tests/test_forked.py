@@ -1,4 +1,4 @@
-"""The forked run.py does what the one in a process of its own does."""
+"""run.py in a fork behaves as in a new process."""
 
 import subprocess
 from pathlib import Path
@@ -9,12 +9,12 @@ from tests.conftest import run_py, run_py_forked
 
 
 @pytest.mark.parametrize("overrides", [["activation.ratio=1.5"], ["--cfg", "job"]])
-def test_a_fork_says_what_a_process_says(overrides: list[str], tmp_path: Path) -> None:
+def test_a_fork_has_the_output_and_status_of_a_new_process(overrides: list[str], tmp_path: Path) -> None:
     forked, own = (run(*overrides, cwd=tmp_path) for run in (run_py_forked, run_py))
     assert (forked.returncode, forked.stdout, forked.stderr) == (own.returncode, own.stdout, own.stderr)
 
 
-def test_a_fork_trains_to_the_same_bits(tmp_path: Path) -> None:
+def test_a_fork_trains_the_same_weights_bit_for_bit(tmp_path: Path) -> None:
     weights = []
     for run in (run_py, run_py_forked):
         outputs = tmp_path / run.__name__
@@ -25,7 +25,7 @@ def test_a_fork_trains_to_the_same_bits(tmp_path: Path) -> None:
     assert weights[0] == weights[1]
 
 
-def test_forks_know_nothing_of_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forks_do_not_share_their_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KWTA_EXP_TEST", "here")
     shown = run_py_forked(
         "paths.data=${oc.env:KWTA_EXP_TEST,nowhere}", "--cfg", "job", "--resolve", cwd=tmp_path
@@ -38,7 +38,7 @@ def test_forks_know_nothing_of_each_other(tmp_path: Path, monkeypatch: pytest.Mo
     assert "data: nowhere" in shown.stdout
 
 
-def test_a_fork_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+def test_a_fork_that_exceeds_its_timeout_is_killed(tmp_path: Path) -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         run_py_forked(f"paths.outputs={tmp_path}", "training.epochs=100000", timeout=2)
     assert run_py_forked("activation.ratio=1.5", cwd=tmp_path).returncode == 1

@@ -1,4 +1,4 @@
-"""Random command lines: each gives a plan or one message, and writes no file."""
+"""Random command lines: each reaches the run or gives one message, and neither writes a file."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -46,19 +46,19 @@ RESERVED = {
 }
 
 
-def keys_of(node: Any, at: str = "") -> Iterator[str]:
-    """Every dotted key of a configuration but Hydra's own."""
+def keys_of(node: Any, parent: str = "") -> Iterator[str]:
+    """Every dotted key of a configuration except Hydra's own."""
     if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
         return
     for name in map(str, node):
-        if at or name != "hydra":
-            key = f"{at}.{name}" if at else name
+        if parent or name != "hydra":
+            key = f"{parent}.{name}" if parent else name
             yield key
             yield from keys_of(node._get_node(name), key)
 
 
 class CommandLines:
-    """Seeded random overrides, from the existing groups, options and keys."""
+    """Seeded random overrides made of the existing groups, options and keys."""
 
     def __init__(self, composed: Callable[..., DictConfig]) -> None:
         self.groups = Tree.of([CONF]).groups
@@ -84,7 +84,7 @@ class CommandLines:
         option = rng.choice(self.groups[group])
         reserved = rng.choice(sorted(RESERVED))
         parents = sorted({key.rpartition(".")[0] for key in keys if "." in key})
-        at = rng.randrange(len(key))
+        position = rng.randrange(len(key))
         return rng.choice([
             *[f"{key}={value}"] * 12,
             f"{group}={value}",
@@ -98,18 +98,18 @@ class CommandLines:
             f"++{key}={value}",
             f"+{rng.choice(parents)}.more={value}",
             f"+x.y={value}",
-            f"{key[:at]}{key[at + 1:]}={value}",
+            f"{key[:position]}{key[position + 1:]}={value}",
             *[f"++{rng.choice(parents)}.{reserved}={rng.choice(RESERVED[reserved])}"] * 3,
             value.lstrip("-"),  # a leading one makes it an option, which argparse refuses
         ])  # fmt: skip
 
 
 class ReachedError(Exception):
-    """Raised where the run's folder would be made."""
+    """Raised in place of making the run's folder."""
 
 
 def outcome(overrides: list[str]) -> str | None:
-    """The message that ``python run.py OVERRIDES`` would end with, or ``None`` where it would begin to run."""
+    """The error message of ``python run.py OVERRIDES``; ``None`` if the run would start."""
     try:
         message = message_of(overrides)
     except ReachedError:
@@ -119,7 +119,7 @@ def outcome(overrides: list[str]) -> str | None:
 
 
 @pytest.fixture
-def nothing_is_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def no_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def stop(*anything: object) -> None:
         raise ReachedError
 
@@ -149,12 +149,12 @@ def check(numbers: range, tmp_path: Path) -> None:
     assert messages > len(numbers) / 3  # enough of them are wrong for a useful test
 
 
-@pytest.mark.usefixtures("nothing_is_run")
-def test_forty_fuzzed_command_lines(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("no_run")
+def test_forty_random_command_lines_give_one_message_or_reach_the_run(tmp_path: Path) -> None:
     check(range(40), tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("nothing_is_run")
-def test_three_hundred_fuzzed_command_lines(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("no_run")
+def test_three_hundred_random_command_lines_give_one_message_or_reach_the_run(tmp_path: Path) -> None:
     check(range(1000, 1300), tmp_path)

@@ -135,7 +135,7 @@ NO_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "device": (lambda path: path.symlink_to("/dev/zero"), "is a device, not a file"),
     "folder": (lambda path: path.mkdir(), "is a folder, not a file"),
     "link to a folder": (lambda path: path.symlink_to("/"), "is a folder, not a file"),
-    "broken link": (lambda path: path.symlink_to("nowhere"), "is a link to what is not there"),
+    "dangling": (lambda path: path.symlink_to("nowhere"), "is a broken link"),
     "loop": (lambda path: path.symlink_to(path.name), "is Too many levels of symbolic links"),
 }
 

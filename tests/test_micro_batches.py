@@ -1,4 +1,4 @@
-"""Attacks call the model in micro-batches, and the size of these changes no result."""
+"""Attacks call the model in micro-batches, whose size does not change results."""
 
 import copy
 from pathlib import Path
@@ -28,7 +28,7 @@ from tests.test_evaluation import InDouble
 
 
 class Watched(nn.Module):
-    """Records the size of each batch; some of the images are fooled at once, some late, some never."""
+    """Records the size of each batch. Some images are fooled at once, some late, some never."""
 
     def __init__(self, activation: nn.Module) -> None:
         super().__init__()
@@ -61,11 +61,11 @@ def images_for(activation: nn.Module, n: int = IMAGES) -> tuple[Watched, Tensor,
 EPS = 0.04
 ATTACKS: dict[str, Any] = {
     "pgd": PGD(norm="linf", eps=EPS, steps=10),
-    "l2, several runs": PGD(norm="l2", eps=4 * EPS, steps=5, restarts=3),
-    "momentum, no start": PGD(norm="linf", eps=EPS, steps=7, momentum=1.0, random_start=False),
-    "towards targets": PGD(norm="linf", eps=EPS, steps=5, targets=3, loss="margin"),
-    "away from the prediction": PGD(norm="linf", eps=EPS, steps=5, loss="kl"),
-    "for training": PGD(norm="linf", eps=EPS, steps=5, keep_best=False),
+    "l2, restarts": PGD(norm="l2", eps=4 * EPS, steps=5, restarts=3),
+    "momentum, no random start": PGD(norm="linf", eps=EPS, steps=7, momentum=1.0, random_start=False),
+    "targeted": PGD(norm="linf", eps=EPS, steps=5, targets=3, loss="margin"),
+    "kl": PGD(norm="linf", eps=EPS, steps=5, loss="kl"),
+    "last iterate": PGD(norm="linf", eps=EPS, steps=5, keep_best=False),
     "apgd": APGD(norm="linf", eps=EPS, steps=30, restarts=2),
     "apgd, targets": APGD(norm="l2", eps=4 * EPS, steps=20, targets=2, loss="dlr"),
     "apgd, kl": APGD(norm="linf", eps=EPS, steps=20, loss="kl"),
@@ -76,22 +76,22 @@ BPDAS: dict[str, Any] = {
     "bpda": BPDA(norm="linf", eps=EPS, steps=15, restarts=2),
     "bpda, l2": BPDA(norm="l2", eps=4 * EPS, steps=8, restarts=1, loss="ce"),
     "bpda, kl": BPDA(norm="linf", eps=EPS, steps=8, restarts=2, loss="kl"),
-    "bpda of pgd": BPDA(norm="linf", eps=EPS, steps=8, restarts=3, ascent="pgd"),
-    "bpda of apgd": BPDA(norm="linf", eps=EPS, steps=20, restarts=2, ascent="apgd"),
+    "bpda, pgd": BPDA(norm="linf", eps=EPS, steps=8, restarts=3, ascent="pgd"),
+    "bpda, apgd": BPDA(norm="linf", eps=EPS, steps=20, restarts=2, ascent="apgd"),
     "relaxed_transfer": RelaxedTransfer(norm="linf", eps=EPS, steps=8, restarts=3),
 }
 
 
 @pytest.mark.parametrize("max_batch_size", [1, 7, 1000])
 @pytest.mark.parametrize("name", [*ATTACKS, *BPDAS])
-def test_batch_composition_does_not_change_results(name: str, max_batch_size: int) -> None:
+def test_the_size_of_micro_batches_does_not_change_results(name: str, max_batch_size: int) -> None:
     model, x, y, keys = images_for(KWTA(0.3) if name in BPDAS else nn.Tanh())
     attack = (ATTACKS | BPDAS)[name]
     expected = attack(model, x, y, keys)
-    queries, most = sum(model.sizes), max(model.sizes)
-    assert most == IMAGES
+    queries = sum(model.sizes)
+    assert max(model.sizes) == IMAGES
     fooled = model(expected).argmax(1) != y
-    assert 0 < fooled.sum() < IMAGES or name == "for training"
+    assert 0 < fooled.sum() < IMAGES or name == "last iterate"
     model.sizes.clear()
 
     found = attack(model, x, y, keys, max_batch_size=max_batch_size)
@@ -101,22 +101,22 @@ def test_batch_composition_does_not_change_results(name: str, max_batch_size: in
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
-def test_micro_batches_stay_full_while_fooled_images_drop_out() -> None:
-    """Four batches at a time need fewer calls of the model than one batch after the other."""
+def test_a_chunk_of_several_batches_needs_fewer_calls_of_the_model() -> None:
+    """Fooled images drop out, and the micro-batches are filled with the rest."""
     attack = PGD(norm="linf", eps=2 * EPS, steps=40)
     model, x, y, keys = images_for(nn.Tanh(), 48)
     attack(model, x, y, keys, max_batch_size=12)
-    together = list(model.sizes)
+    in_chunk = list(model.sizes)
     model.sizes.clear()
     for some in torch.arange(len(x)).split(12):
         attack(model, x[some], y[some], keys[some])
     one_by_one = model.sizes
 
-    assert sum(together) == sum(one_by_one)
-    assert len(together) < 0.7 * len(one_by_one)
+    assert sum(in_chunk) == sum(one_by_one)
+    assert len(in_chunk) < 0.7 * len(one_by_one)
 
 
-def test_batches_are_halved_when_memory_runs_out() -> None:
+def test_micro_batches_are_halved_when_memory_runs_out() -> None:
     class Small(Watched):
         def forward(self, x: Tensor) -> Tensor:
             if len(x) > 11:
@@ -138,18 +138,18 @@ def test_batches_are_halved_when_memory_runs_out() -> None:
     found = attack(model, x[:2], y, torch.arange(2))
     torch.testing.assert_close(found, attack(Watched(nn.Tanh()).eval(), x[:2], y, torch.arange(2)))
 
-    def hopeless(x: Tensor) -> Tensor:
+    def always_fails(x: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        MicroBatches(hopeless, None).logits(x)
+        MicroBatches(always_fails, None).logits(x)
 
 
 def test_an_evaluation_never_exceeds_its_batch_size(tmp_path: Path, cpu: str) -> None:
-    """Although it hands several batches to an attack on independent images; and the outcome is the same."""
+    """An attack receives a chunk of several batches. The outcomes do not depend on the batch size."""
     torch.manual_seed(1)
     network: nn.Module = nn.Sequential(nn.Flatten(), nn.Linear(48, 30), nn.Tanh(), nn.Linear(30, 5))
-    exact = InDouble(copy.deepcopy(network))  # of which rounding decides no outcome
+    exact = InDouble(copy.deepcopy(network))  # rounding decides no outcome
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(256, (70, 3, 4, 4), generator=generator, dtype=torch.uint8)
     y = exact(x / 255).argmax(1)
@@ -183,7 +183,7 @@ def test_an_evaluation_never_exceeds_its_batch_size(tmp_path: Path, cpu: str) ->
     assert (outcomes[0] == outcomes[2]).all()
 
 
-def test_input_gradient_leaves_weights_without_gradients() -> None:
+def test_input_gradient_leaves_no_gradients_on_weights() -> None:
     layer = nn.Linear(3, 2)
     gradient, _, value = input_gradient(layer, torch.ones(4, 3), torch.zeros(4), lambda z, y: z.sum(1))
     assert torch.allclose(gradient, layer.weight.sum(0).expand(4, 3))

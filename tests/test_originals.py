@@ -1,5 +1,5 @@
-"""The study's networks: its names and shapes, and its arithmetic, written here a second time from the paper's
-side: plain functions of a state dict, with no module of the project in them.
+"""The paper's networks: parameter names, shapes and outputs. The reference implementations are plain functions
+of a state dict that use no module of this project.
 """
 
 import json
@@ -43,7 +43,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 
 def random_weights(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
-    """Weights of a size that neither explodes nor dies, and BatchNorm statistics that are not the defaults."""
+    """Weights that keep activations in range, and BatchNorm statistics that are not the defaults."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, shape in shapes.items():
@@ -67,14 +67,14 @@ def test_original_state_dicts_load_strictly(name: str, tmp_path: Path) -> None:
 
 
 def winners(x: Tensor, ratio: float = 0.1) -> Tensor:
-    """k-WTA over the volume, by sorting."""
+    """k-WTA over all units of an image, by sorting."""
     flat = x.flatten(1)
     k = max(1, int(ratio * flat.shape[1]))
     return x * (flat >= flat.sort(1).values[:, -k, None]).view_as(x)
 
 
 class Reference:
-    """A state dict with the few operations that the study's networks are made of."""
+    """A state dict with the operations that the paper's networks use."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         self.w = {name: value.double() for name, value in weights.items()}
@@ -102,17 +102,17 @@ def resnet(r: Reference, x: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
     for stage in range(1, 5):
         block = 0
         while r.has(f"layer{stage}.{block}.conv1"):
-            at = f"layer{stage}.{block}"
+            name = f"layer{stage}.{block}"
             stride = 2 if stage > 1 and block == 0 else 1
-            if r.has(f"{at}.conv3"):
-                out = act(r.bn(f"{at}.bn1", r.conv(f"{at}.conv1", x)))
-                out = act(r.bn(f"{at}.bn2", r.conv(f"{at}.conv2", out, stride)))
-                out = r.bn(f"{at}.bn3", r.conv(f"{at}.conv3", out))
+            if r.has(f"{name}.conv3"):
+                out = act(r.bn(f"{name}.bn1", r.conv(f"{name}.conv1", x)))
+                out = act(r.bn(f"{name}.bn2", r.conv(f"{name}.conv2", out, stride)))
+                out = r.bn(f"{name}.bn3", r.conv(f"{name}.conv3", out))
             else:
-                out = act(r.bn(f"{at}.bn1", r.conv(f"{at}.conv1", x, stride)))
-                out = r.bn(f"{at}.bn2", r.conv(f"{at}.conv2", out))
-            if r.has(f"{at}.shortcut.0"):
-                x = r.bn(f"{at}.shortcut.1", r.conv(f"{at}.shortcut.0", x, stride))
+                out = act(r.bn(f"{name}.bn1", r.conv(f"{name}.conv1", x, stride)))
+                out = r.bn(f"{name}.bn2", r.conv(f"{name}.conv2", out))
+            if r.has(f"{name}.shortcut.0"):
+                x = r.bn(f"{name}.shortcut.1", r.conv(f"{name}.shortcut.0", x, stride))
             x = act(out + x)
             block += 1
     return r.linear("linear", F.avg_pool2d(x, 4).flatten(1))
@@ -123,12 +123,12 @@ def wide_resnet(r: Reference, x: Tensor, act: Callable[[Tensor], Tensor]) -> Ten
     for group in range(1, 4):
         block = 0
         while r.has(f"block{group}.layer.{block}.conv1"):
-            at = f"block{group}.layer.{block}"
+            name = f"block{group}.layer.{block}"
             stride = 2 if group > 1 and block == 0 else 1
-            activated = act(r.bn(f"{at}.bn1", x))
-            out = r.conv(f"{at}.conv2", act(r.bn(f"{at}.bn2", r.conv(f"{at}.conv1", activated, stride))))
-            if r.has(f"{at}.convShortcut"):
-                x = r.conv(f"{at}.convShortcut", activated, stride)
+            activated = act(r.bn(f"{name}.bn1", x))
+            out = r.conv(f"{name}.conv2", act(r.bn(f"{name}.bn2", r.conv(f"{name}.conv1", activated, stride))))
+            if r.has(f"{name}.convShortcut"):
+                x = r.conv(f"{name}.convShortcut", activated, stride)
             x = x + out
             block += 1
     return r.linear("fc", F.avg_pool2d(act(r.bn("bn1", x)), 8).flatten(1))
@@ -139,9 +139,9 @@ def densenet(r: Reference, x: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor
     for block in range(1, 5):
         layer = 0
         while r.has(f"dense{block}.{layer}.conv1"):
-            at = f"dense{block}.{layer}"
-            new = r.conv(f"{at}.conv1", act(r.bn(f"{at}.bn1", x)))
-            new = r.conv(f"{at}.conv2", act(r.bn(f"{at}.bn2", new)))
+            name = f"dense{block}.{layer}"
+            new = r.conv(f"{name}.conv1", act(r.bn(f"{name}.bn1", x)))
+            new = r.conv(f"{name}.conv2", act(r.bn(f"{name}.bn2", new)))
             x = torch.cat([new, x], 1)  # the new channels first
             layer += 1
         if block < 4:
@@ -160,7 +160,7 @@ PARITY = [
 
 
 @pytest.mark.parametrize(("name", "reference", "is_sparse"), PARITY, ids=[name for name, _, _ in PARITY])
-def test_networks_compute_what_the_originals_do(
+def test_networks_compute_the_outputs_of_the_originals(
     name: str, reference: Callable[..., Tensor], is_sparse: bool
 ) -> None:
     weights = random_weights(SHAPES[name])
@@ -186,7 +186,7 @@ def test_each_stage_has_its_own_ratio() -> None:
 
 
 @pytest.mark.parametrize(("depth", "biased"), [(18, 0), (50, 0), (101, 0), (152, 0), (50, 1)])
-def test_relu_bottleneck_networks_may_have_biased_blocks(depth: int, biased: int) -> None:
+def test_conv_bias_adds_biases_to_bottleneck_blocks_only(depth: int, biased: int) -> None:
     model = ResNet(nn.ReLU, depth=depth, width=4, conv_bias=bool(biased), **colour)  # type: ignore[arg-type]
     names = [name for name in model.state_dict() if "conv" in name or "shortcut.0" in name]
     blocks = {18: 8, 50: 16, 101: 33, 152: 50}[depth]
@@ -196,16 +196,16 @@ def test_relu_bottleneck_networks_may_have_biased_blocks(depth: int, biased: int
     assert "conv1.bias" not in with_bias  # never the stem
 
 
-def test_the_imagenet_stem() -> None:
-    study = ResNet(sparse, stem_activation=sparse, depth=50, width=4, **colour)
-    assert isinstance(study.act, KWTA)
-    assert study.conv1.stride == (1, 1)
+def test_the_7x7_stem_halves_the_resolution_twice() -> None:
+    paper = ResNet(sparse, stem_activation=sparse, depth=50, width=4, **colour)
+    assert isinstance(paper.act, KWTA)
+    assert paper.conv1.stride == (1, 1)
     large = ResNet(sparse, depth=50, width=4, stem="7x7", **colour)
     x = torch.rand(1, 3, 224, 224)
     assert large.pool(large.act(large.bn1(large.conv1(x)))).shape == (1, 4, 56, 56)
 
 
-def test_vgg_has_the_originals_names() -> None:
+def test_vgg_has_the_parameter_names_of_the_original() -> None:
     model = VGG(nn.ReLU, depth=16, **colour)
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     assert shapes["features.0.weight"] == [64, 3, 3, 3]
@@ -218,7 +218,7 @@ def test_vgg_has_the_originals_names() -> None:
 
 @pytest.mark.parametrize("size", [28, 32, 64, 224])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_every_family_takes_every_size(size: int, channels: int) -> None:
+def test_every_network_takes_every_image_size(size: int, channels: int) -> None:
     facts = {"num_classes": 7, "in_channels": channels}
     x = torch.rand(2, channels, size, size)
     for model in (
@@ -233,6 +233,6 @@ def test_every_family_takes_every_size(size: int, channels: int) -> None:
             assert model.eval()(x).shape == (2, 7)
 
 
-def test_a_depth_that_is_none_is_refused() -> None:
+def test_an_impossible_depth_is_refused() -> None:
     with pytest.raises(ValueError, match=r"depth=21 is not 6n \+ 4"):
         WideResNet(sparse, depth=21, **colour)

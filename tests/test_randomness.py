@@ -1,12 +1,12 @@
-"""Streams that depend on key and position alone, and look random."""
+"""Random numbers depend on key and position alone, and are uniform or normal."""
 
 import torch
 
 from kwta_exp.randomness import fold, key, normal, permutation, uniform
 
 
-def test_keys_differ_by_seed_and_purpose_and_never_change() -> None:
-    # Pinned: a change here changes every seeded result there is.
+def test_keys_differ_by_seed_and_purpose_and_are_pinned() -> None:
+    # A change here would change every seeded result.
     assert key(0, "order", 1) == 4489457307835839548
     pinned = uniform(torch.tensor([key(0, "a"), -5]), (2,))
     assert pinned.flatten().tolist() == [
@@ -18,7 +18,7 @@ def test_keys_differ_by_seed_and_purpose_and_never_change() -> None:
     assert len({key(0, "a"), key(1, "a"), key(0, "b"), key(0, "a", 0), key(0, "a", 1)}) == 5
 
 
-def test_an_image_draws_the_same_in_any_batch() -> None:
+def test_batch_composition_does_not_change_what_an_image_draws() -> None:
     keys = fold(key(3, "noise"), torch.arange(100))
     together = uniform(keys, (3, 5))
     alone = torch.cat([uniform(k[None], (3, 5)) for k in keys])
@@ -32,7 +32,7 @@ def test_uniform_is_uniform() -> None:
     assert u.dtype == torch.float32
     assert u.min() >= 0
     assert u.max() < 1
-    # 200,000 draws: each of 20 bins holds 10,000 +- 97; six deviations leave no room for luck.
+    # 200,000 draws: each of 20 bins holds 10,000 +- 97; the tolerance is six standard deviations.
     counts = torch.histc(u, 20, 0, 1)
     assert (counts - 10_000).abs().max() < 6 * 97
     # Neighbouring streams and neighbouring positions are uncorrelated (standard error 0.0022).
@@ -49,7 +49,7 @@ def test_normal_is_normal() -> None:
     assert z.isfinite().all()
 
 
-def test_permutation() -> None:
+def test_a_permutation_has_every_index_and_depends_on_its_key() -> None:
     assert permutation(50, 7).sort().values.tolist() == list(range(50))
     assert torch.equal(permutation(50, 7), permutation(50, 7))
     assert not torch.equal(permutation(50, 7), permutation(50, 8))

@@ -192,7 +192,7 @@ def test_a_folder_deleted_during_training_is_one_message(
         return "deleted"
 
     monkeypatch.setattr(experiment, "_epoch_line", delete)
-    with pytest.raises(ConfigError, match=r"was deleted or replaced while it was written; the same command"):
+    with pytest.raises(ConfigError, match=r"deleted or replaced during the run; run the same command"):
         launch(tmp_path, *QUICK)
     assert not list(tmp_path.glob("*/s0-*"))
     monkeypatch.undo()
@@ -301,7 +301,7 @@ def test_malformed_results_are_one_message_and_are_made_again(
         Stored.read(folder)
     launch(outputs, *QUICK)
     assert (
-        Stored.read(folder).standing.mean()
+        Stored.read(folder).outcome.robust.mean()
         == read_json(folder / "results.json")["worst_case"]["robust_accuracy"]
     )
 

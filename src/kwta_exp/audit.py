@@ -1,4 +1,4 @@
-"""Attack any network, and say whether its robust accuracy can be believed.
+"""Attack any network and report whether its robust accuracy can be believed.
 
     from kwta_exp.audit import audit
     from kwta_exp.attacks import Threat
@@ -6,7 +6,7 @@
     results = audit(model, x_test, y_test, Threat(norm="linf", eps=8 / 255), suite="strong")
     print(results["worst_case"]["robust_accuracy"], results["masking"]["verdict"])
 
-The same as ``python run.py training=none`` does with a checkpoint, for a model that is already in memory.
+This is ``python run.py training=none`` for a model in memory instead of a checkpoint.
 """
 
 import tempfile
@@ -39,21 +39,21 @@ def audit(
     folder: Path | str | None = None,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Attack ``model`` on ``x``, and say how robust it is and whether to believe that.
+    """Attack ``model`` on ``x`` and return its robust accuracy and the verdict.
 
-    The numbers are those that ``python run.py training=none weights=... suite=SUITE OVERRIDES`` gives for the
-    same weights and test images.
+    The results are those of ``python run.py training=none weights=... suite=SUITE OVERRIDES`` for the same
+    weights and test images.
 
     Args:
-        model: images float32 ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``, on any one device. Its mode and
-            its parameters' ``requires_grad`` are restored before this returns.
+        model: maps images float32 ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``; on any one device. The mode
+            of its modules and its parameters' ``requires_grad`` are restored afterwards.
         x: test images ``(N, C, H, W)``: uint8, or floating point in [0, 1].
         y: their labels, integers ``(N,)`` in 0..K-1.
-        threat: the allowed changes of an image.
+        threat: the perturbations that attacks may use.
         suite: the name of a file in ``conf/suite`` (``"quick"``, ``"strong"``, ...), or attacks by name.
-        folder: for the records of every image; a second call with the same arguments continues there.
-            ``None`` keeps none.
-        overrides: values of the configuration, as on the command line: ``["evaluation.n=500", "seed=1",
+        folder: keeps the record of each image; a second call with the same arguments continues there.
+            ``None`` keeps no records.
+        overrides: configuration values, as on the command line: ``["evaluation.n=500", "seed=1",
             "attack.pgd.steps=100"]``.
 
     Returns:
@@ -61,7 +61,7 @@ def audit(
         ``["worst_case"]``, ``["masking"]``.
 
     Raises:
-        UserError: for images, labels or a value that do not fit, or an attack that fails.
+        UserError: if the images, labels or an override are invalid, or an attack fails.
     """
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     chosen = ["suite=none"] if not isinstance(suite, str) else [f"suite={suite}"]
@@ -90,14 +90,14 @@ def audit(
 
 
 def _images(x: Tensor | npt.NDArray[Any], y: Tensor | npt.NDArray[Any]) -> Images:
-    """Checked test images; floating-point multiples of 1/255 become the uint8 pixels they came from."""
+    """Check the test images. Floating-point pixels that are multiples of 1/255 become uint8."""
     pixels = x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
     labels = y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
     if pixels.ndim != 4 or not len(pixels):
         raise UserError(f"x: has shape {pixels.shape}; expected images (N, C, H, W)")
     if labels.shape != (len(pixels),) or labels.dtype.kind not in "iu" or labels.min() < 0:
         raise UserError(
-            f"y: is {labels.dtype} {labels.shape}; expected integers of shape ({len(pixels)},), counted from 0"
+            f"y: is {labels.dtype} {labels.shape}; expected integers from 0, of shape ({len(pixels)},)"
         )
     if pixels.dtype != np.uint8:
         if pixels.dtype.kind != "f" or not (pixels.min() >= 0 and pixels.max() <= 1):
@@ -106,9 +106,9 @@ def _images(x: Tensor | npt.NDArray[Any], y: Tensor | npt.NDArray[Any]) -> Image
                 " in [0, 1] (normalisation belongs in the model)"
             )
         pixels = pixels.astype(np.float32)
-        bytes_of = np.rint(pixels * 255).astype(np.uint8)
-        if np.array_equal(bytes_of.astype(np.float32) / np.float32(255), pixels):
-            pixels = bytes_of
+        as_uint8 = np.rint(pixels * 255).astype(np.uint8)
+        if np.array_equal(as_uint8.astype(np.float32) / np.float32(255), pixels):
+            pixels = as_uint8
     labels = labels.astype(np.int64)
     return Images(pixels, labels, pixels, labels)
 
@@ -119,7 +119,7 @@ def _check_logits(model: nn.Module, images: Split) -> None:
     if logits.dim() != 2 or int(images.y.max()) >= logits.shape[1]:
         raise UserError(
             f"model: returns {tuple(logits.shape)} for {min(2, len(images))} images, and the largest label is"
-            f" {int(images.y.max())}; expected logits (N, K) with K above it"
+            f" {int(images.y.max())}; expected logits (N, K) with a larger K"
         )
 
 

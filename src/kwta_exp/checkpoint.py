@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from kwta_exp.errors import DamagedError, UserError
-from kwta_exp.received import require_plain, require_untangled
-from kwta_exp.sealed import seal, unseal
-from kwta_exp.storage import aside, is_extra_state, read_metadata, with_metadata, write_bytes
+from kwta_exp.received import refuse_pickle_bomb, refuse_zip_bomb
+from kwta_exp.sealed import is_extra_state, read_metadata, seal, unseal, with_metadata
+from kwta_exp.storage import set_aside, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +42,9 @@ def read_weights(path: Path) -> Weights:
         UserError: if the file is missing, damaged, a decompression bomb, no state dict, or would run code.
     """
     try:
-        require_plain(path)
+        refuse_zip_bomb(path)
         if path.suffix != ".safetensors":
-            require_untangled(path)
+            refuse_pickle_bomb(path)
     except (OSError, ValueError) as error:
         raise UserError(f"weights={path}: {error}; expected a checkpoint") from error
     if path.suffix == ".safetensors":
@@ -52,7 +52,7 @@ def read_weights(path: Path) -> Weights:
         try:
             return safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"weights={path}: not a whole safetensors file ({error})") from error
+            raise UserError(f"weights={path}: not a complete safetensors file ({error})") from error
     content = _unwrap(_load_plain(path, f"weights={path}"))
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
@@ -199,7 +199,9 @@ def read_state_or_set_aside(path: Path) -> dict[str, Any] | None:
     try:
         return read_state(path) if path.exists() else None
     except DamagedError as error:
-        log.warning("training starts from the beginning: %s; kept as %s", error, aside(path, ".damaged").name)
+        log.warning(
+            "training starts from the beginning: %s; kept as %s", error, set_aside(path, ".damaged").name
+        )
         return None
 
 

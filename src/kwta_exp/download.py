@@ -1,4 +1,4 @@
-"""Fetching one file from a URL, trusted by its checksum alone."""
+"""Download one file from a URL. It is used only if it has the SHA-256 that the user gave."""
 
 import contextlib
 import hashlib
@@ -25,19 +25,19 @@ log = logging.getLogger(__name__)
 
 SCHEMES = ("https", "http", "file")
 
-LONGEST_URL = 2000
-"""Characters; servers take no more than about so many."""
+MAX_URL_CHARACTERS = 2000
+"""Servers accept about this many."""
 
-MOST_BYTES = 4 * 2**30
-"""A longer response is cut, and nothing of it kept."""
+MAX_BYTES = 4 * 2**30
+"""A longer download is stopped and deleted."""
 
-SILENCE_SECONDS = 60.0
-"""How long a server may send nothing, or take to begin its answer."""
+TIMEOUT_SECONDS = 60.0
+"""The longest wait for the first response, and between two blocks of data."""
 
-MOST_SECONDS = 3600.0
-"""How long it all may take."""
+MAX_SECONDS = 3600.0
+"""The longest time for the whole download."""
 
-MOST_REDIRECTS = 10
+MAX_REDIRECTS = 10
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _BLOCK = 2**20
@@ -49,14 +49,14 @@ def is_url(text: str) -> bool:
 
 
 def fetch(url: str, sha256: str | None, folder: Path) -> Path:
-    """The file behind ``url``, kept in ``folder`` under its name and checksum.
+    """Download the file at ``url`` to ``folder``, unless it is there already.
 
-    Without a checksum the file is fetched but not read, and the error gives its checksum. A download that is
-    incomplete, too slow or has another checksum leaves no file behind.
+    Without a checksum the file is downloaded but not read, and the error gives its checksum. If the download
+    is incomplete, is too slow or has another checksum, no file is left behind.
 
     Raises:
-        UserError: if the file cannot be had within :data:`MOST_BYTES` and :data:`MOST_SECONDS`, has another
-            checksum, or none was given.
+        UserError: if the file cannot be downloaded within :data:`MAX_BYTES` and :data:`MAX_SECONDS`, has
+            another checksum, or no checksum was given.
     """
     name = _checked_name(url)
     if sha256 is not None:
@@ -66,50 +66,52 @@ def fetch(url: str, sha256: str | None, folder: Path) -> Path:
     with _temporary_in(folder, url) as temporary:
         try:
             log.info("fetching %s", url)
-            found = _copy(url, temporary)
+            found = _download_to(temporary, url)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise UserError(f"weights={_shown(url)}: cannot be fetched ({_reason(error)})") from error
+            raise UserError(f"weights={_redacted(url)}: cannot be fetched ({_reason(error)})") from error
         if sha256 is None:
             fetched = temporary.replace(folder / f"unverified-{name}")
             raise UserError(
                 "weights_sha256=null: a checkpoint from a URL is loaded only if its SHA-256 is given."
-                f" The file now at {fetched} has SHA-256 {found}; if that is the one you mean,"
+                f" The file now at {fetched} has SHA-256 {found}; if this is the file you expect,"
                 f" add weights_sha256={found}"
             )
         if found != sha256:
             raise UserError(
-                f"weights_sha256={sha256}: {_shown(url)} has SHA-256 {found}; nothing of it was read or kept"
+                f"weights_sha256={sha256}: the file at {_redacted(url)} has SHA-256 {found}; it was deleted"
             )
         return temporary.replace(kept)
 
 
 def _checked_name(url: str) -> str:
-    """A file name from the last part of a URL that is fit to be fetched."""
+    """Check that ``url`` can be fetched, and return a file name made from its last part."""
     try:
-        if len(url) > LONGEST_URL:
-            raise ValueError(f"{len(url):,} characters; expected {LONGEST_URL:,} at most")
+        if len(url) > MAX_URL_CHARACTERS:
+            raise ValueError(f"{len(url):,} characters; expected at most {MAX_URL_CHARACTERS:,}")
         if not url.isprintable() or " " in url:
-            raise ValueError("holds spaces or control characters; expected %20 and the like")
+            raise ValueError("contains spaces or control characters; expected them encoded, such as %20")
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in SCHEMES:
             raise ValueError(f"expected a path, or a URL of {', '.join(SCHEMES)}")
         if "@" in parts.netloc:
-            raise ValueError("holds a user or a password, which logs and records would keep; expected none")
+            raise ValueError(
+                "contains a user or password, which would end up in logs and records; expected none"
+            )
         if parts.scheme == "file":
             if parts.netloc not in ("", "localhost"):
                 raise ValueError("expected a file of this machine, file:///...")
         elif not parts.hostname or parts.port == 0:
-            raise ValueError("expected a host, and a port above 0 if any")
-    except ValueError as error:  # urlsplit's and its port's among them
-        raise UserError(f"weights={_shown(url)}: {error}") from error
+            raise ValueError("expected a host and, if any, a port above 0")
+    except ValueError as error:  # urlsplit() and .port raise some, too
+        raise UserError(f"weights={_redacted(url)}: {error}") from error
     return as_name(urllib.parse.unquote(parts.path).rpartition("/")[2]) or "weights"
 
 
-def _shown(url: str) -> str:
-    """``url`` as a message shows it: not its user and password, and no more than the beginning."""
-    scheme, found, rest = url.partition("://")
+def _redacted(url: str) -> str:
+    """``url`` for a message: without user and password, and cut if it is long."""
+    scheme, separator, rest = url.partition("://")
     host, slash, path = rest.partition("/")
-    shown = f"{scheme}{found}{host.rpartition('@')[2]}{slash}{path}"
+    shown = f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
     return shown if len(shown) <= 200 else f"{shown[:200]}..."
 
 
@@ -121,7 +123,7 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _temporary_in(folder: Path, url: str) -> Iterator[Path]:
-    """A new file that is gone at the end, unless it was renamed, and so is the folder if it was made for it."""
+    """A temporary file in ``folder``. Unless it was renamed, it is deleted with every folder made for it."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     temporary = None
     try:
@@ -129,7 +131,9 @@ def _temporary_in(folder: Path, url: str) -> Iterator[Path]:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=PARTIAL)
         except OSError as error:
-            raise UserError(f"paths.data: cannot keep {_shown(url)} in {folder}: {error.strerror}") from error
+            raise UserError(
+                f"paths.data: cannot keep {_redacted(url)} in {folder}: {error.strerror}"
+            ) from error
         os.close(descriptor)
         temporary = Path(name)
         yield temporary
@@ -141,17 +145,18 @@ def _temporary_in(folder: Path, url: str) -> Iterator[Path]:
                 path.rmdir()
 
 
-def _copy(url: str, to: Path) -> str:
-    """Write what is behind ``url`` to a file, and say its hex SHA-256."""
+def _download_to(path: Path, url: str) -> str:
+    """Write the content of ``url`` to a file and return its hex SHA-256."""
     started, digest, size = time.monotonic(), hashlib.sha256(), 0
-    with _opened(url) as (source, length), to.open("wb") as target:
-        while size <= MOST_BYTES and (block := source.read1(_BLOCK)):
+    with _opened(url) as (source, length), path.open("wb") as target:
+        _check_size(length or 0)
+        while block := source.read1(_BLOCK):
             size += len(block)
+            _check_size(size)
             digest.update(block)
             target.write(block)
-            if time.monotonic() - started > MOST_SECONDS:
-                raise TimeoutError(f"not done after {MOST_SECONDS:g} seconds, with {size:,} bytes")
-        _require_size(size)
+            if time.monotonic() - started > MAX_SECONDS:
+                raise TimeoutError(f"not complete after {MAX_SECONDS:g} seconds and {size:,} bytes")
         if length is not None and size != length:
             raise ValueError(f"ended after {size:,} of {length:,} bytes")
         target.flush()
@@ -159,74 +164,71 @@ def _copy(url: str, to: Path) -> str:
     return digest.hexdigest()
 
 
-def _require_size(size: int | None) -> None:
-    if size is not None and size > MOST_BYTES:
-        raise ValueError(f"longer than {MOST_BYTES:,} bytes")
+def _check_size(size: int) -> None:
+    if size > MAX_BYTES:
+        raise ValueError(f"longer than {MAX_BYTES:,} bytes")
 
 
 @contextlib.contextmanager
 def _opened(url: str) -> Iterator[tuple[Any, int | None]]:
-    """What is behind ``url``, to be read, and how many bytes it says that there are."""
+    """The content of ``url`` as a binary stream, and the length that the source declares."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme == "file":
         path = Path(urllib.request.url2pathname(parts.path))
-        length: int | None = regular_size(path)
-        _require_size(length)
+        length = regular_size(path)
         with path.open("rb") as file:
             yield file, length
     else:
-        with _answer(url) as response:
-            length = response.length
-            _require_size(length)
-            yield response, length
+        with _response(url) as response:
+            yield response, response.length
 
 
-def _answer(url: str) -> Any:
-    """The response to a request, once its headers are there.
+def _response(url: str) -> Any:
+    """The response to a request, once its headers have arrived.
 
-    A server can keep its reader waiting with a byte a minute, and so can a name that does not resolve, so
-    another thread waits for them.
+    A thread waits for them: a server can send a byte a minute, and resolving a name can take for ever, so that
+    the socket's own timeout does not limit the wait.
     """
-    answers: queue.Queue[Any] = queue.Queue(1)
+    results: queue.Queue[Any] = queue.Queue(1)
 
-    def ask() -> None:
+    def request() -> None:
         try:
-            answers.put(_followed(url))
+            results.put(_open_redirected(url))
         except BaseException as error:
-            answers.put(error)
+            results.put(error)
 
-    threading.Thread(target=ask, daemon=True).start()
+    threading.Thread(target=request, daemon=True).start()
     try:
-        answer = answers.get(timeout=SILENCE_SECONDS)
+        result = results.get(timeout=TIMEOUT_SECONDS)
     except queue.Empty:
-        raise TimeoutError(f"no answer within {SILENCE_SECONDS:g} seconds") from None
-    if isinstance(answer, BaseException):
-        raise answer
-    return answer
+        raise TimeoutError(f"no answer within {TIMEOUT_SECONDS:g} seconds") from None
+    if isinstance(result, BaseException):
+        raise result
+    return result
 
 
-def _followed(url: str) -> Any:
-    """The response at the end of the redirects, whose own bodies, endless perhaps, are not read."""
+def _open_redirected(url: str) -> Any:
+    """The response at the end of the redirects. A redirect's own body, which may be endless, is not read."""
     opener = urllib.request.OpenerDirector()
     for handler in ("Proxy", "HTTP", "HTTPS", "HTTPDefaultError"):
         opener.add_handler(getattr(urllib.request, f"{handler}Handler")())
     opener.add_handler(urllib.request.HTTPErrorProcessor())
-    for _ in range(MOST_REDIRECTS):
+    for _ in range(MAX_REDIRECTS):
         try:
-            return opener.open(url, timeout=SILENCE_SECONDS)
+            return opener.open(url, timeout=TIMEOUT_SECONDS)
         except urllib.error.HTTPError as error:
             target = error.headers.get("Location") if error.code in _REDIRECTS else None
             if target is None:
                 raise
             error.close()
             url = _redirected(url, target)
-    raise ValueError(f"redirects more than {MOST_REDIRECTS} times")
+    raise ValueError(f"redirects more than {MAX_REDIRECTS} times")
 
 
 def _redirected(url: str, target: str) -> str:
-    """Where ``target`` leads from ``url``: from http to https, or within either."""
+    """The URL of a redirect. Its scheme must be that of ``url``, or https."""
     found = urllib.parse.urljoin(url, target)
     old, new = (urllib.parse.urlsplit(each).scheme for each in (url, found))
     if new not in (old, "https"):
-        raise ValueError(f"redirects from {old} to {_shown(found)}, which is not followed")
+        raise ValueError(f"redirects from {old} to {_redacted(found)}, which is not followed")
     return found

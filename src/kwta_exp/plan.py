@@ -30,8 +30,9 @@ from kwta_exp.recorded import PLACES, RecordedRun
 from kwta_exp.results_file import read_results
 from kwta_exp.run_folder import RunFolder, compare_commits, config_is_intact, finished_evaluation, readable
 from kwta_exp.runtime import Runtime
+from kwta_exp.sealed import read_metadata, trained_ratio
 from kwta_exp.settings import Inputs, Settings
-from kwta_exp.storage import held, read_metadata, sha256_of_file, trained_ratio, write_json
+from kwta_exp.storage import guarded, sha256_of_file, write_json
 from kwta_exp.trust import local_code
 
 log = logging.getLogger(__name__)
@@ -163,7 +164,7 @@ class Plan:
         from kwta_exp.report.terminal import results_table
 
         if not _is_latest(results, self.folder.results):
-            with held(self.folder.path):
+            with guarded(self.folder.path):
                 write_json(self.folder.results, results)
         evaluation = self.folder.path / "evaluation" / results["evaluation"]["name"]
         log.info("already finished\n%s\n\nEverything is in %s", results_table(results), evaluation)

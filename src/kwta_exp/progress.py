@@ -1,4 +1,4 @@
-"""One progress bar, silent where nobody watches."""
+"""A progress bar, shown on terminals only."""
 
 import sys
 import time
@@ -11,10 +11,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 
 class Progress:
-    """A tqdm bar on stderr that shows a description, a count, an ETA and a few figures.
+    """A tqdm bar on stderr with a description, a count, an ETA and a few figures.
 
-    Off when stderr is not a terminal. Figures are drawn at most ten times a second; ask :attr:`due`
-    first where computing them costs something.
+    Disabled when stderr is not a terminal. Figures are drawn at most ten times a second: check :attr:`due`
+    before computing expensive ones.
     """
 
     def __init__(self, description: str, total: int, unit: str, start: int = 0) -> None:
@@ -46,18 +46,19 @@ class Progress:
         self._stack.close()
 
     def extend(self, amount: int) -> None:
-        """Add to the total."""
+        """Add ``amount`` to the total."""
         self._bar.total += amount
 
     def advance(self, amount: int = 1) -> None:
+        """Count ``amount`` more as done."""
         self._bar.update(amount)
 
     @property
     def due(self) -> bool:
-        """Whether figures shown now would be seen."""
+        """Whether figures shown now would be drawn."""
         return self.enabled and time.monotonic() >= self._next_draw
 
     def show(self, **figures: str) -> None:
-        """Put figures behind the bar."""
+        """Show figures to the right of the bar."""
         self._next_draw = time.monotonic() + 0.1
         self._bar.set_postfix(figures, refresh=False)

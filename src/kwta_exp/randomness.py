@@ -1,7 +1,7 @@
 """Random numbers that are a pure function of (seed, purpose, example, position).
 
-A generator has a state, and a state must be saved, restored and shared between processes. A
-counter-based stream has none: the noise of image 17 in epoch 3 is the same in any batch, on any
+A generator has state, which must be saved, restored and shared between processes. A counter-based
+stream has none: the noise of image 17 in epoch 3 is the same in any batch, on any
 device, before or after a resume. The mixing function is SplitMix64's finaliser (Steele, Lea and
 Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), computed in wrapping int64.
 """
@@ -60,9 +60,9 @@ def permutation(length: int, key: int) -> Tensor:
 
 @contextmanager
 def isolated(seed: int) -> Iterator[None]:
-    """Seed the global generators of torch, NumPy and Python, and put their states back after.
+    """Seed the global generators of torch, NumPy and Python, and restore their states afterwards.
 
-    For code of others that draws from them: inside, it sees ``seed`` and nothing else.
+    For third-party code that draws from them: what it draws depends on ``seed`` alone.
     """
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():

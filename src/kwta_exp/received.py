@@ -1,27 +1,27 @@
-"""Files that anybody may have made, looked at before they are read: what they are, and how large inside."""
+"""Checks made before a file from an untrusted source is read: its kind, and its size once expanded."""
 
 import contextlib
 import pickletools
 import stat
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
-MOST_EXPANDED = 2**32
-"""Bytes that an archive may always expand to."""
+MAX_EXPANDED_BYTES = 2**32
+"""An archive may always expand to this many bytes."""
 
-MOST_EXPANSION = 100
+MAX_EXPANSION = 100
 """A larger archive may expand to this multiple of its own size: images compress up to ten times."""
 
-MOST_YAML = 2**20
-MOST_VALUES = 10_000
-DEEPEST_YAML = 30
+MAX_YAML_CHARACTERS = 2**20
+MAX_YAML_VALUES = 10_000
+MAX_YAML_DEPTH = 30
 
-MOST_OBJECTS = 10**7
-"""Objects that the pickle in a torch file may stand for: hashing so many takes a second."""
+MAX_PICKLE_OBJECTS = 10**7
+"""Objects in the pickle of a torch file, counted once for each reference: hashing this many takes a second."""
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -33,98 +33,110 @@ _KINDS = {
 
 
 def regular_size(path: Path) -> int:
-    """Bytes of a regular file, or of the one that a link leads to; nothing is opened.
+    """The size in bytes of a regular file, or of the file that a link points to. Nothing is opened.
 
-    Anything else cannot be read to its end: a pipe waits for a writer, a device may go on for ever.
+    Other kinds of files cannot be read to the end: a pipe waits for a writer, a device may never end.
 
     Raises:
-        ValueError: saying what is there instead.
+        ValueError: if there is no regular file; the message says what is there instead.
     """
     try:
         found = path.stat()
     except FileNotFoundError as error:
-        there = "a link to what is not there" if path.is_symlink() else "no such file"
-        raise ValueError(there) from error
+        raise ValueError("a broken link" if path.is_symlink() else "no such file") from error
     except OSError as error:
         raise ValueError(error.strerror) from error
     if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f"{_KINDS.get(stat.S_IFMT(found.st_mode), 'no regular file')}, not a file")
+        raise ValueError(f"{_KINDS.get(stat.S_IFMT(found.st_mode), 'a special file')}, not a file")
     return found.st_size
 
 
-def require_plain(path: Path) -> None:
-    """Refuse what is no regular file, and an archive that would fill the memory.
+def refuse_zip_bomb(path: Path) -> None:
+    """Refuse anything but a regular file, and a zip archive that would fill the memory.
 
-    A zip archive, such as ``.npz`` and torch files are, is refused if its members together are larger than
-    :data:`MOST_EXPANDED` and than :data:`MOST_EXPANSION` times the file, or are packed in a way that bounds
-    nothing. Readers take no more of a member than the archive says that it holds.
+    ``.npz`` and torch files are zip archives. One is refused if its members together exceed both
+    :data:`MAX_EXPANDED_BYTES` and :data:`MAX_EXPANSION` times the file's size, or if a member's compression
+    method has no bounded ratio. Readers never read more of a member than its header declares.
 
     Raises:
-        ValueError: saying why.
-        OSError: if it cannot be read.
+        ValueError: with the reason.
+        OSError: if the file cannot be read.
     """
     size = regular_size(path)
     if zipfile.is_zipfile(path):
         try:
             with zipfile.ZipFile(path) as archive:
-                _refuse_bomb(archive.infolist(), size)
+                _check_members(archive.infolist(), size)
         except (zipfile.BadZipFile, NotImplementedError) as error:
             raise ValueError(str(error)) from error
 
 
-def plain_yaml(text: str) -> Any:
-    """The plain values in YAML of at most :data:`MOST_YAML` characters, nested within reason and not too many.
+def _check_members(members: Sequence[zipfile.ZipInfo], size: int) -> None:
+    if {member.compress_type for member in members} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+        raise ValueError("compressed by another method than deflate")
+    expanded = sum(member.file_size for member in members)
+    if expanded > max(MAX_EXPANDED_BYTES, MAX_EXPANSION * size):
+        raise ValueError(
+            f"{size:,} bytes that expand to {expanded:,}; expected at most {MAX_EXPANDED_BYTES:,} or"
+            f" {MAX_EXPANSION} times the file"
+        )
 
-    An alias stands for anything of any size, itself included, so there may be none.
+
+def plain_yaml(text: str) -> Any:
+    """Parse YAML that holds plain values only, within limits of length, depth and number of values.
+
+    Aliases are refused: through them a few bytes can expand without bound, or refer to themselves.
 
     Raises:
-        ValueError: saying what is wrong with it.
+        ValueError: with the reason.
     """
-    if len(text) > MOST_YAML:
-        raise ValueError(f"longer than {MOST_YAML:,} characters")
+    if len(text) > MAX_YAML_CHARACTERS:
+        raise ValueError(f"longer than {MAX_YAML_CHARACTERS:,} characters")
     depth = 0
     try:
         for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
-            if number > MOST_VALUES:
-                raise ValueError(f"more than {MOST_VALUES:,} keys and values")
+            if number > MAX_YAML_VALUES:
+                raise ValueError(f"more than {MAX_YAML_VALUES:,} keys and values")
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError("holds an alias; expected plain values")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEEPEST_YAML:
-                raise ValueError(f"nested more than {DEEPEST_YAML} deep")
+            if depth > MAX_YAML_DEPTH:
+                raise ValueError(f"nested more than {MAX_YAML_DEPTH} deep")
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"no plain YAML ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"not plain YAML ({str(error).splitlines()[0]})") from error
 
 
-def require_untangled(path: Path) -> None:
-    """Refuse a torch file whose pickles name few objects so often in each other that hashing them never ends.
+def refuse_pickle_bomb(path: Path) -> None:
+    """Refuse a torch file whose pickle refers to the same few objects so often that hashing them never ends.
 
-    A dictionary hashes its keys, and a tuple of a tuple twice, of a tuple twice, and so on, costs twice as much
-    with every three bytes. Nothing is built here; what is no pickle at all is left to its reader.
+    A dictionary hashes its keys. A tuple that holds one tuple twice, which holds another twice, and so on,
+    takes twice the time for every three bytes. No object is built here, and a file that is not a pickle is
+    accepted: its reader reports it.
 
     Raises:
-        ValueError: if so.
-        OSError: if it cannot be read.
+        ValueError: if the pickle exceeds :data:`MAX_PICKLE_OBJECTS`.
+        OSError: if the file cannot be read.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 if name.lower().endswith(".pkl"):
                     with archive.open(name) as pickled:
-                        _refuse_tangle(pickled)
+                        _check_pickle(pickled)
     else:
         with path.open("rb") as pickles:
-            for _ in range(5):  # a legacy file: a number, a version, a system, the content, the storages' keys
-                _refuse_tangle(pickles)
+            for _ in range(5):  # a legacy file: magic number, version, system, content, storage keys
+                _check_pickle(pickles)
 
 
-def _refuse_tangle(pickled: IO[bytes]) -> None:
-    """Follow the pickle's stack with the size of each object, written out, in its place."""
+def _check_pickle(pickled: IO[bytes]) -> None:
+    """Follow the pickle's stack, with the expanded size of each object in its place and ``None`` for a mark."""
     stack: list[int | None] = []
     memo: dict[object, int | None] = {}
-    with contextlib.suppress(IndexError, KeyError, UnicodeError, _ParseError):
-        for operation, argument in _operations(pickled):
+    size = 0
+    with contextlib.suppress(ValueError, IndexError, KeyError):  # not a pickle
+        for operation, argument, _ in pickletools.genops(pickled):
             if operation.name == "MARK":
                 stack.append(None)
             elif operation.name.endswith("PUT") or operation.name == "MEMOIZE":
@@ -132,41 +144,20 @@ def _refuse_tangle(pickled: IO[bytes]) -> None:
             elif operation.name.endswith("GET"):
                 stack.append(memo[argument])
             else:
-                size = 1 + _taken(stack, operation)
-                if size > MOST_OBJECTS:
-                    raise ValueError(f"more than {MOST_OBJECTS:,} objects in a few bytes")
+                size = 1 + _pop_operands(stack, operation)
+                if size > MAX_PICKLE_OBJECTS:
+                    break
                 stack += [size] * len(operation.stack_after)
+    if size > MAX_PICKLE_OBJECTS:
+        raise ValueError(f"a pickle bomb: more than {MAX_PICKLE_OBJECTS:,} objects in a few bytes")
 
 
-def _operations(pickled: IO[bytes]) -> Iterator[tuple[pickletools.OpcodeInfo, object]]:
-    try:
-        for operation, argument, _ in pickletools.genops(pickled):
-            yield operation, argument
-    except ValueError as error:
-        raise _ParseError from error
-
-
-class _ParseError(Exception):
-    """What is read is no pickle."""
-
-
-def _taken(stack: list[int | None], operation: pickletools.OpcodeInfo) -> int:
-    """Take what ``operation`` works on from the stack, and say how large it is in all."""
+def _pop_operands(stack: list[int | None], operation: pickletools.OpcodeInfo) -> int:
+    """Pop the operands of ``operation`` and return their total size."""
     size = 0
-    takes = list(operation.stack_before)
-    if pickletools.markobject in takes:
+    operands = list(operation.stack_before)
+    if pickletools.markobject in operands:
         while (item := stack.pop()) is not None:
             size += item
-        takes = takes[: takes.index(pickletools.markobject)]
-    return size + sum(stack.pop() or 0 for _ in takes)
-
-
-def _refuse_bomb(members: Sequence[zipfile.ZipInfo], size: int) -> None:
-    if {member.compress_type for member in members} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
-        raise ValueError("packed by another method than deflate")
-    expanded = sum(member.file_size for member in members)
-    if expanded > max(MOST_EXPANDED, MOST_EXPANSION * size):
-        raise ValueError(
-            f"{size:,} bytes that expand to {expanded:,}; expected {MOST_EXPANDED:,} or"
-            f" {MOST_EXPANSION} times the file at most"
-        )
+        operands = operands[: operands.index(pickletools.markobject)]
+    return size + sum(stack.pop() or 0 for _ in operands)

@@ -18,7 +18,7 @@ from pydantic import (
 
 from kwta_exp.errors import UserError
 from kwta_exp.fields import Norm, Sha256
-from kwta_exp.received import MOST_EXPANDED, regular_size
+from kwta_exp.received import MAX_EXPANDED_BYTES, regular_size
 from kwta_exp.storage import damaged, read_json, sha256_of_file
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -166,7 +166,7 @@ def changed_files(folder: Path, results: dict[str, Any]) -> Iterator[str]:
     """The files listed in ``results`` that are missing, or do not have the SHA-256 listed there."""
     for name, sha256 in results["evaluation"]["files"].items():
         try:
-            same = regular_size(folder / name) <= MOST_EXPANDED and sha256_of_file(folder / name) == sha256
+            same = regular_size(folder / name) <= MAX_EXPANDED_BYTES and sha256_of_file(folder / name) == sha256
         except ValueError:
             same = False
         if not same:

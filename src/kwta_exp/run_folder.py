@@ -16,16 +16,16 @@ from filelock import FileLock, Timeout
 from kwta_exp import environment
 from kwta_exp.errors import DamagedError, PrintableFormatter, UserError
 from kwta_exp.results_file import changed_files, read_results
+from kwta_exp.sealed import read_metadata
 from kwta_exp.storage import (
     PARTIAL,
-    aside,
+    check_guard,
     damaged,
-    held,
+    guarded,
     read_json,
     read_lines,
-    read_metadata,
     read_text_bytes,
-    refuse_to_leave,
+    set_aside,
     sha256_of_json,
     write_json,
     write_text,
@@ -124,7 +124,7 @@ class RunFolder:
 
     def set_aside(self) -> Path | None:
         """Rename an existing folder to ``...-before-<time>``; returns the new path."""
-        return aside(self.path, "-before") if self.path.exists() else None
+        return set_aside(self.path, "-before") if self.path.exists() else None
 
     def set_damaged_aside(self) -> None:
         """Rename damaged checkpoints and metrics; call with the lock held."""
@@ -169,7 +169,7 @@ def opened(
     with lock:
         if rerun and (kept := folder.set_aside()):
             log.info("rerun: the earlier results are kept in %s", kept)
-        with held(folder.path):
+        with guarded(folder.path):
             folder.remove_partial_files()
             _write_config(folder, texts, described)
             with _log_file(folder.log) as file_only:
@@ -240,7 +240,7 @@ class _FileHandler(logging.FileHandler):
 @contextmanager
 def _log_file(path: Path) -> Iterator[logging.Logger]:
     """Send all log messages and warnings to ``path`` as well; yields a logger that writes to ``path`` alone."""
-    refuse_to_leave(path)
+    check_guard(path)
     try:
         handler = _FileHandler(path, encoding="utf-8")
     except OSError as error:
@@ -302,7 +302,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _set_aside(path: Path) -> None:
-    log.warning("%s is damaged; kept as %s", path, aside(path, ".damaged").name)
+    log.warning("%s is damaged; kept as %s", path, set_aside(path, ".damaged").name)
 
 
 def is_evaluation(folder: Path) -> bool:

@@ -1,10 +1,10 @@
-"""Who fools whom: adversarial images of each network, tried on all.
+"""How adversarial examples transfer: those made for each network are tried on every other network.
 
     kwta-exp transfer RUN_FOLDER RUN_FOLDER... [--attack bpda] [--n 200] [--eps 8/255]
 
-Each run's network is attacked, and the adversarial images are tried on every other network, on the test images
-that it classifies correctly. All runs must be of the same data. The threat is the first run's unless a radius
-is given. If it is stopped, the same command continues.
+Each network is attacked on the test images that the target network classifies correctly. All runs must use the
+same data. The threat is the first run's, unless a radius is given. If the command is stopped, the same command
+continues.
 """
 
 import json
@@ -24,33 +24,33 @@ from kwta_exp.evaluation import Evaluation, summarise
 from kwta_exp.naming import as_name
 from kwta_exp.parts import built_suite, planned_network
 from kwta_exp.plan import Plan
-from kwta_exp.storage import held, sha256_of_file, sha256_of_json, write_text
+from kwta_exp.storage import guarded, sha256_of_file, sha256_of_json, write_text
 
 
 def overrides_for(attack: str, eps: float | None) -> list[str]:
-    """The overrides that give a plan one attack, an option of the group ``attack``, and a radius."""
+    """The overrides for one attack, an option of the group ``attack``, and a radius."""
     chosen = ["suite=none", f"+attack@attack.{attack}={attack}"]
     return chosen if eps is None else [*chosen, f"threat.eps={eps}"]
 
 
 def matrix(plans: Mapping[str, Plan], n: int | None, seed: int, work: Path) -> dict[str, Any]:
-    """Robust accuracies, ``{"threat", "attack", "n", "robust": {target: {source: accuracy}}}``.
+    """Measure robust accuracies, ``{"threat", "attack", "n", "robust": {target: {source: accuracy}}}``.
 
     Args:
-        plans: of judging each run (:func:`~kwta_exp.plan.plan_to_judge`, with :func:`overrides_for`), by name.
-        n: test images; ``None`` for all.
-        seed: of the attack.
-        work: where records are kept.
+        plans: for each run's name, a plan from :func:`~kwta_exp.plan.plan_to_judge` with :func:`overrides_for`.
+        n: the number of test images; ``None`` for all.
+        seed: seed of the attack.
+        work: folder for the records.
 
     Raises:
-        UserError: for runs of different data.
+        UserError: if the runs use different data.
     """
     first = next(iter(plans.values()))
     images, fingerprint = _images(plans)
     threat = build(first.cfg, "threat", Threat)
     ((name, attack),) = built_suite(first.cfg, threat).items()
     networks = {run: planned_network(plan, images).eval().requires_grad_(False) for run, plan in plans.items()}
-    suite = {run: _from(run, network, attack) for run, network in networks.items()}
+    suite = {run: _transfer_from(run, network, attack) for run, network in networks.items()}
     identity = {
         "weights": {run: plan.weights and sha256_of_file(plan.weights) for run, plan in plans.items()},
         "threat": [threat.norm, threat.eps],
@@ -60,7 +60,7 @@ def matrix(plans: Mapping[str, Plan], n: int | None, seed: int, work: Path) -> d
     folder = work / sha256_of_json(identity)[:10]
     test = first_test_images(images, n, torch.device("cpu"))
     robust: dict[str, dict[str, float]] = {}
-    with held(folder):
+    with guarded(folder):
         for target, network in networks.items():
             evaluation = Evaluation(network, test, suite, threat, folder / target, seed)
             found = summarise({"name": target}, evaluation, evaluation.run())
@@ -78,38 +78,38 @@ def matrix(plans: Mapping[str, Plan], n: int | None, seed: int, work: Path) -> d
 
 
 def names(folders: Sequence[Path]) -> dict[str, Path]:
-    """The run folders by names that tell them apart.
+    """The run folders by unique names.
 
     Raises:
-        UserError: if one is given twice.
+        UserError: if a folder is given twice.
     """
     named = {as_name(f"{path.resolve().parent.name}-{path.resolve().name}"): path for path in folders}
     if len(named) < len(folders):
-        raise UserError("RUN_FOLDER: given twice; expected different runs")
+        raise UserError("RUN_FOLDER: the same folder is given twice; expected different runs")
     return named
 
 
 def _images(plans: Mapping[str, Plan]) -> tuple[Images, str]:
-    """The data of all runs, and what tells it from other data."""
+    """The data that all runs use, and its fingerprint."""
     fingerprints = {plan.dataset.fingerprint(): name for name, plan in plans.items()}
     if len(fingerprints) > 1:
-        raise UserError(f"{', '.join(fingerprints.values())}: of different data; expected the same")
+        raise UserError(f"{', '.join(fingerprints.values())}: use different data; expected the same data")
     return next(iter(plans.values())).dataset.load(), next(iter(fingerprints))
 
 
-def _from(name: str, network: nn.Module, attack: Attack) -> Transfer:
+def _transfer_from(name: str, network: nn.Module, attack: Attack) -> Transfer:
     transfer = Transfer(source=name, attack=attack)
     transfer.connect(network)
     return transfer
 
 
 def text(found: Mapping[str, Any]) -> str:
-    """The matrix, a row for each source and a column for each target."""
+    """The matrix as text, with a row for each source and a column for each target."""
     targets = list(found["robust"])
     threat = found["threat"]
     lines = [
         f"robust accuracy, {threat['norm']} eps {threat['eps']:.4g}, {found['attack']}, n = {found['n']};"
-        " rows: network the images were made on, columns: network they were tried on",
+        " rows: source network, columns: target network",
     ]
     lines += [f"{number}: {name}" for number, name in enumerate(targets, 1)]
     lines.append(" " * 8 + "".join(f"{number:>8}" for number in range(1, len(targets) + 1)))

@@ -1,4 +1,4 @@
-"""The threat: which changes of an image an attacker may make."""
+"""The threat model: the perturbations of an image that an attack may use."""
 
 import math
 from collections.abc import Sequence
@@ -30,22 +30,23 @@ class Threat:
         return eps
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """The nearest allowed image (L-inf) or the radial projection, then clipped to [0, 1] (L2).
+        """Project images onto the ball, then clip them to [0, 1].
 
-        Clipping never leaves the ball: it moves every pixel towards ``x``.
+        Under L-inf the result is the nearest allowed image. Clipping never leaves the ball: it moves each pixel
+        towards ``x``.
         """
         if self.norm == "linf":
             return torch.minimum(torch.maximum(x_adv, x - self.eps), x + self.eps).clamp_(0, 1)
         return (x + self.bound(x_adv - x)).clamp_(0, 1)
 
     def bound(self, delta: Tensor) -> Tensor:
-        """The nearest change of norm ``eps`` or less, whatever pixels it leads to."""
+        """Project perturbations onto the ball of radius ``eps``, without regard to the pixel range."""
         if self.norm == "linf":
             return delta.clamp(-self.eps, self.eps)
         return delta * (self.eps / _l2(delta).clamp_min(1e-12)).clamp_max(1)
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        """The direction of unit norm that a linear loss rises fastest in; 0 where it is flat, or NaN."""
+        """The unit-norm direction of steepest ascent; 0 where the gradient is 0 or NaN."""
         gradient = gradient.nan_to_num(0.0)
         if self.norm == "linf":
             return gradient.sign()
@@ -68,19 +69,19 @@ class Threat:
     def random_edge_point(self, x: Tensor, keys: Tensor) -> Tensor:
         """A random corner of the ball (L-inf) or point of the sphere (L2) around each image, clipped to [0, 1].
 
-        One image may go with many keys.
+        One image may be combined with many keys: ``x`` broadcasts.
         """
         return self.project(x + self.eps * self.steepest(uniform(keys, x.shape[1:]) - 0.5), x)
 
     def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """The norm of each image's change, ``(N,)``."""
+        """The norm of each image's perturbation, ``(N,)``."""
         order = math.inf if self.norm == "linf" else 2
         distance: Tensor = torch.linalg.vector_norm((x_adv - x).flatten(1), ord=order, dim=1)
         return distance
 
 
 def check_radius(norm: str, eps: float, shape: Sequence[int] | None = None) -> None:
-    """Refuse a radius that holds every image there is, as one in units of 255 does.
+    """Reject a radius so large that the ball holds every image, such as one in units of 1/255.
 
     Args:
         norm: ``"linf"`` or ``"l2"``.
@@ -88,7 +89,7 @@ def check_radius(norm: str, eps: float, shape: Sequence[int] | None = None) -> N
         shape: (channels, height, width) of the images, which bounds an L2 radius.
 
     Raises:
-        ValueError: saying what was expected.
+        ValueError: with the largest radius that makes sense.
     """
     if norm == "linf" and eps > 1:
         hint = f"{eps:g}/255" if eps <= 255 else "8/255"

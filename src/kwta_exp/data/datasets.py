@@ -16,7 +16,7 @@ from kwta_exp.data.base import Dataset, Images, Int64, UInt8, channels_first
 from kwta_exp.data.torchvision import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
 from kwta_exp.errors import UserError
 from kwta_exp.fields import STRICT, AtLeastTwo
-from kwta_exp.received import regular_size, require_plain
+from kwta_exp.received import refuse_zip_bomb, regular_size
 from kwta_exp.storage import sha256_of_file, sha256_of_json
 
 log = logging.getLogger(__name__)
@@ -86,8 +86,8 @@ class Arrays(Dataset):
     def load(self) -> Images:
         names = ("x_train", "y_train", "x_test", "y_test")
         try:
-            # A pickled object could run code.
-            require_plain(Path(self.path))
+            # Pickled objects could run code, so they stay forbidden.
+            refuse_zip_bomb(Path(self.path))
             with Path(self.path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 if missing := [name for name in names if name not in file]:
                     raise UserError(

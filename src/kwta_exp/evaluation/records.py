@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kwta_exp.errors import DamagedError
 from kwta_exp.sealed import read_arrays, write_arrays
-from kwta_exp.storage import aside, damaged
+from kwta_exp.storage import damaged, set_aside
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class Record:
     @classmethod
     def anew(cls, path: Path, why: object) -> "Record":
         """Set the file aside and begin the record again."""
-        log.warning("judging anew: %s; kept as %s", why, aside(path, ".damaged").name)
+        log.warning("judging anew: %s; kept as %s", why, set_aside(path, ".damaged").name)
         return cls(path)
 
     def __len__(self) -> int:

@@ -109,7 +109,7 @@ _kept: WeakKeyDictionary[nn.Module, Proxy | None] = WeakKeyDictionary()
 """None for a network that has no proxy."""
 
 
-def following(network: nn.Module, sample: Tensor) -> nn.Module:
+def updated_proxy(network: nn.Module, sample: Tensor) -> nn.Module:
     """A proxy with the current weights of ``network``, made at the first call and updated at later ones.
 
     Arguments as for :class:`Proxy`. Returns ``network`` itself if no proxy can be made.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kwta_exp.attacks import Attack
 from kwta_exp.data.batches import Batch
 from kwta_exp.fields import STRICT, Rate, Share
-from kwta_exp.models.proxy import following
+from kwta_exp.models.proxy import updated_proxy
 
 Search = Literal["exact", "fast"]
 
@@ -102,7 +102,7 @@ def search(attack: Attack, model: nn.Module, batch: Batch, how: Search) -> Tenso
     """Adversarial images made on the network in eval mode, or on its proxy."""
     network = unwrapped(model)
     with eval_mode(network):
-        attacked = following(network, batch.x[:2]) if how == "fast" else network
+        attacked = updated_proxy(network, batch.x[:2]) if how == "fast" else network
         return attack(attacked, batch.x, batch.y, batch.keys)
 
 
