@@ -248,7 +248,7 @@ def _check_activation(weights: Path, activation: Mapping[str, Any], trains: bool
     """
     try:
         theirs = json.loads(read_metadata(weights).get("activation", "null"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return  # a file of somebody else's
     if not isinstance(theirs, dict) or "_target_" not in theirs:
         return
