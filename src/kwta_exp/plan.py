@@ -293,7 +293,7 @@ def _check_activation(weights: Path, activation: Mapping[str, Any], trains: bool
     metadata = read_metadata(weights)
     try:
         recorded = json.loads(metadata.get("activation", "null"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return  # not a file of this project
     if not isinstance(recorded, dict) or "_target_" not in recorded:
         return
