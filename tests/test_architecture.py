@@ -79,7 +79,7 @@ COMPILED = {"jit", "_jit", "_intrinsic"}
 
 
 def too_many_parameters(path: Path) -> list[str]:
-    """The functions of a file with more than seven parameters; constructors that mirror a YAML may have more."""
+    """A file's functions with more than seven parameters, except constructors that mirror a YAML."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):

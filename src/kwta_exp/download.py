@@ -55,8 +55,8 @@ def fetch(url: str, sha256: str | None, folder: Path) -> Path:
     is incomplete, is too slow or has another checksum, no file is left behind.
 
     Raises:
-        UserError: if the file cannot be downloaded within :data:`MAX_BYTES` and :data:`MAX_SECONDS`, has another
-            checksum, or no checksum was given.
+        UserError: if the file cannot be downloaded within :data:`MAX_BYTES` and :data:`MAX_SECONDS`, has
+            another checksum, or no checksum was given.
     """
     name = _checked_name(url)
     if sha256 is not None:
