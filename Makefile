@@ -55,8 +55,9 @@ bench-gpu: $(READY)  ## the same on a CUDA device
 calibrate: $(READY)  ## the verdict's thresholds and errors (an hour; wants FashionMNIST)
 	$(BIN)/python benchmarks/calibration.py
 
-results: $(READY)  ## docs/results.md from the records in docs/results/
+results: $(READY)  ## docs/results.md from the records in docs/results/, and the table of checks in docs/verdict.md
 	$(BIN)/python -m scripts.study page
+	$(BIN)/python -m scripts.verdict
 
 clean:  ## remove the environment and caches, never outputs/
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
