@@ -554,8 +554,8 @@ def test_five_kills_and_two_processes_do_not_change_records(tmp_path: Path) -> N
 
 
 def test_transfer_matrix_has_every_pair_of_runs(tmp_path: Path, finished: Path) -> None:
-    from kwta_exp.plan import plan_to_judge
-    from kwta_exp.transfer_matrix import Question, matrix, names, text
+    from kwta_exp.plan import Plan, plan_to_judge
+    from kwta_exp.transfer_matrix import matrix, names, overrides_for, text
 
     outputs = tmp_path / "relu"
     assert (
@@ -565,18 +565,23 @@ def test_transfer_matrix_has_every_pair_of_runs(tmp_path: Path, finished: Path) 
         == 0
     )
     folders = [only_folder(finished), only_folder(outputs)]
-    plans = {name: plan_to_judge(path, [], None, False) for name, path in names(folders).items()}
-    asked, work = Question("pgd", 30, 0.1), tmp_path / "work"
-    found = matrix(plans, asked, work)
-    (kwta, relu) = found["left"]
+
+    def plans(attack: str) -> dict[str, Plan]:
+        overrides = overrides_for(attack, 0.1)
+        return {name: plan_to_judge(path, overrides, None, False) for name, path in names(folders).items()}
+
+    pgd, work = plans("pgd"), tmp_path / "work"
+    found = matrix(pgd, 30, 0, work)
+    robust = found["robust"]
+    (kwta, relu) = robust
     assert "kwta0.1" in kwta
     assert "relu" in relu
-    assert found["left"][relu][relu] < found["left"][relu][kwta] <= found["left"][relu]["clean"]
-    assert matrix(plans, asked, work) == found
-    assert matrix(dict(reversed(plans.items())), asked, work)["left"] == found["left"]
+    assert robust[relu][relu] < robust[relu][kwta] <= robust[relu]["clean"]
+    assert matrix(pgd, 30, 0, work) == found
+    assert matrix(dict(reversed(pgd.items())), 30, 0, work)["robust"] == robust
     assert len(text(found).splitlines()) == 7
-    soft = matrix(plans, Question("bpda", 30, 0.1), work)
-    assert relu not in soft["left"][kwta]  # BPDA does not apply to ReLU
-    assert "n/a" in text(soft)
+    bpda = matrix(plans("bpda"), 30, 0, work)
+    assert relu not in bpda["robust"][kwta]  # BPDA is not applicable to the ReLU network
+    assert "n/a" in text(bpda)
     with pytest.raises(UserError, match="given twice"):
         names([folders[0], folders[0]])
