@@ -98,7 +98,7 @@ WRONG = [
     (["dataset=arrays", "dataset.path=float.npz"], "x_train is float64 (6, 8, 8, 1); expected uint8"),
     (
         ["dataset=arrays", "dataset.path=lacking.npz"],
-        "lacks x_train, x_test, y_test; expected x_train, y_train, x_test, y_test; found images, y_train",
+        "has no x_train, x_test, y_test; expected x_train, y_train, x_test, y_test; found images, y_train",
     ),
     (["scale=tiny", "dataset=arrays", "dataset.path=nowhere.npz"], "dataset.path=nowhere.npz: no such file"),
     (["scale=tiny", "dataset=image_folder", "dataset.root=nowhere"], "dataset.root=nowhere: no folder"),
