@@ -158,7 +158,7 @@ class Arrays(Dataset):
 _CHANNELS = (1, 2, 3, 4)
 """Usual numbers of channels."""
 
-MOST_SYNTHETIC = 2**28
+MAX_SYNTHETIC_VALUES = 2**28
 """The most values in all synthetic images; making them takes about 20 bytes a value."""
 
 
@@ -182,10 +182,10 @@ class Synthetic(Dataset):
 
     def __post_init__(self) -> None:
         images = self.num_classes + self.train + self.test
-        if (size := images * math.prod(self.shape)) > MOST_SYNTHETIC:
+        if (size := images * math.prod(self.shape)) > MAX_SYNTHETIC_VALUES:
             raise UserError(
                 f"dataset: {images:,} synthetic images of shape {self.shape} have {size:,} values;"
-                f" expected {MOST_SYNTHETIC:,} at most"
+                f" expected {MAX_SYNTHETIC_VALUES:,} at most"
             )
 
     @property

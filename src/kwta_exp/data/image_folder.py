@@ -28,7 +28,7 @@ READ_WHOLE = 2**32
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
 """The formats to decode, whatever the file name says; Pillow starts other programs for some others (EPS)."""
 
-MOST_PIXELS = 2**27
+MAX_PIXELS = 2**27
 """The most pixels in an image: 400 MB of memory."""
 
 RESIZE_OVER_CROP = 256 / 224
@@ -261,8 +261,8 @@ def _open(path: Path) -> Any:
 
 
 def _require_size(width: int, height: int) -> None:
-    if not 0 < width * height <= MOST_PIXELS:
-        raise ValueError(f"{width} x {height} pixels; expected at most {MOST_PIXELS:,} in all")
+    if not 0 < width * height <= MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels; expected at most {MAX_PIXELS:,} in all")
 
 
 def _centred(path: Path, size: int) -> "Tensor":
