@@ -251,7 +251,7 @@ def test_pgd_takes_the_steps_of_foolbox(norm: str, images) -> None:  # type: ign
     theirs = foolbox.attacks.LinfPGD if norm == "linf" else foolbox.attacks.L2PGD
     reference = theirs(steps=7, abs_stepsize=0.01, random_start=False)
     model.requires_grad_(False)
-    _, expected, _ = reference(foolbox.PyTorchModel(model, bounds=(0, 1)), x, y, epsilons=0.03)
+    _, expected, _ = reference(foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu"), x, y, epsilons=0.03)
     ours = PGD(norm=norm, eps=0.03, steps=7, step_size=0.01, random_start=False, keep_best=False)  # type: ignore[arg-type]
     torch.testing.assert_close(ours(model, x, y, keys), expected, rtol=0, atol=1e-9)
 

@@ -76,7 +76,9 @@ def test_attacks_are_as_strong_as_the_libraries(
         return 100 * (model(x_adv).argmax(1) == y).double().mean().item()
 
     def of_foolbox(attack: foolbox.attacks.base.Attack, eps: float) -> float:
-        return robust_accuracy(attack(foolbox.PyTorchModel(model, bounds=(0, 1)), x, y, epsilons=eps)[1])
+        return robust_accuracy(
+            attack(foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu"), x, y, epsilons=eps)[1]
+        )
 
     def of_authors(loss: str, norm: Norm, eps: float) -> float:
         """Robust accuracy under the authors' Auto-PGD, from the starting point of ours."""
