@@ -61,19 +61,10 @@ training.search=exact,fast seed=0,1,2 suite=quick runtime.threads=1`: PGD leaves
 k-WTA 0.1 trained with the exact search and 77.2, 79.2 and 79.7% trained with the fast one; BPDA leaves 40.0,
 52.5 and 51.7%, and 47.2, 53.6 and 57.2%. Seeds differ by as much.
 
-On an NVIDIA H200 (torch 2.11) the CUDA kernels give exactly what the CPU gives, but are not tuned yet. Forward
-passes of (128, C, H, W), milliseconds, against `torch.topk` with a mask, and ReLU:
-
-| values a row | float32 | topk | ReLU | bfloat16 | topk | ReLU |
-| --- | --- | --- | --- | --- | --- | --- |
-| 65,536 | 0.76 | 0.35 | 0.02 | 0.09 | 0.24 | 0.01 |
-| 32,768 | 0.08 | 0.20 | 0.01 | 0.08 | 0.13 | 0.01 |
-| 16,384 | 0.07 | 0.18 | 0.01 | 0.08 | 0.13 | 0.01 |
-| 8,192 | 0.07 | 0.13 | 0.01 | 0.09 | 0.14 | 0.01 |
-
-Long float32 rows are slower than `topk`, and at the shorter ones launching the kernel takes the time. The demo,
-an audit with `suite=strong`, bfloat16 adversarial training with `training.search=fast`, `runtime.compile=true`
-and `kwta-exp verify` ran there; the same weights had the same outcome on each of 64 images as on the CPU.
+`make bench-gpu` measures a GPU. On an NVIDIA H200 (torch 2.11) the kernels are correct but not tuned yet: a
+forward pass of (128, 64, 32, 32) takes 0.94 ms in float32, where `torch.topk` with a mask takes 0.33 and ReLU
+0.04, and 0.17 ms in bfloat16, channels last (ReLU 0.02); a step of PGD-10 training of ResNet-18 at batch 256
+takes 92 ms with `search=fast`, where the plain float32 loop takes 463.
 """
 
 

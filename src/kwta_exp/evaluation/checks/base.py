@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -119,14 +120,11 @@ class Subject:
         """The threat."""
         return self.evaluation.threat
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Images in [0, 1], labels and keys, batch by batch."""
+    @cached_property
+    def batches(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Images in [0, 1], labels and keys, batch by batch; read once for all checks."""
         keys = fold(key(self.evaluation.seed, "checks"), self.images.index)
-        return batches(self.images, keys, self.evaluation.batch_size)
-
-    def part(self, positions: npt.NDArray[np.intp]) -> Split:
-        """Some images of the evaluation."""
-        return part(self.evaluation.images, positions)
+        return list(batches(self.images, keys, self.evaluation.batch_size))
 
 
 PerImage = Callable[[nn.Module, Tensor, Tensor, Tensor, Threat], dict[str, Tensor]]
@@ -169,7 +167,7 @@ def per_image(*checks: Check) -> Callable[[PerImage], PerImage]:
 
     def register(function: PerImage) -> PerImage:
         def measured(subject: Subject) -> dict[str, float]:
-            pieces = [function(subject.network, *batch, subject.threat) for batch in subject.batches()]
+            pieces = [function(subject.network, *batch, subject.threat) for batch in subject.batches]
             return {name: _mean(torch.cat([piece[name] for piece in pieces])) for name in pieces[0]}
 
         measured.__name__ = getattr(function, "__name__", "per_image")

@@ -70,7 +70,7 @@ def outputs_are_random(
 )
 def random_search_finds_more(subject: Subject) -> dict[str, float]:
     """The share of the images that random search fools and no attack does."""
-    fooled = [random_search(subject.network, *batch, subject.threat) for batch in subject.batches()]
+    fooled = [random_search(subject.network, *batch, subject.threat) for batch in subject.batches]
     robust = subject.outcome.robust[subject.positions]
     return {"random_search_finds_more": float((torch.cat(fooled).cpu().numpy() & robust).mean())}
 

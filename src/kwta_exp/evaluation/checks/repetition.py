@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from kwta_exp.evaluation.checks.base import EVALUATING, Check, Subject, measurement
+from kwta_exp.evaluation.checks.base import EVALUATING, Check, Subject, measurement, part
 from kwta_exp.evaluation.evaluation import Evaluation
 from kwta_exp.evaluation.outcome import Outcome
 from kwta_exp.randomness import key
@@ -39,7 +39,8 @@ def repeating_finds_more(subject: Subject) -> dict[str, float]:
     more = 0
     if robust.any():
         repeated = replace(
-            evaluation, images=subject.part(np.flatnonzero(robust)), suite={name: evaluation.suite[name]},
+            evaluation, images=part(evaluation.images, np.flatnonzero(robust)),
+            suite={name: evaluation.suite[name]},
             seed=key(evaluation.seed, "again"), folder=evaluation.folder / "repeated", diagnostic_n=None,
             save_images=False, budget=None, search="exact",
         ).run()  # fmt: skip
