@@ -8,7 +8,8 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "kwta_exp"
 
 LAYERS = [
-    {"errors", "fields", "hardware", "randomness", "progress", "received"},
+    {"compiled", "errors", "fields", "hardware", "progress", "received"},
+    {"randomness"},
     {"activations", "environment", "storage", "runtime", "explain", "naming", "settings"},
     {"sealed", "download", "trust"},
     {"results_file"},
@@ -74,7 +75,7 @@ def test_the_guard_can_fail(tmp_path: Path) -> None:
     assert len(violations(bad, "activations.kwta")) == 3
 
 
-COMPILED = {"jit", "_jit", "_intrinsic"}
+COMPILED = {"jit", "_jit", "typed_intrinsic"}
 """Decorators of compiled kernels, which take scalars and arrays one by one."""
 
 

@@ -127,7 +127,7 @@ def _infinity(dtype: torch.dtype) -> int:
 @torch.library.impl("kwta_exp::keep", "CPU")
 def _keep_on_cpu(x: Tensor, k: int, per_channel: bool, by_magnitude: bool) -> tuple[Tensor, Tensor]:
     from kwta_exp.activations import selection_numba
-    from kwta_exp.activations.compiled import on_threads
+    from kwta_exp.compiled import on_threads
 
     dense, _ = _on_its_own_layout(x.detach(), per_channel)
     rows = _rows(dense, per_channel=per_channel)
@@ -147,7 +147,7 @@ def _keep_on_cpu(x: Tensor, k: int, per_channel: bool, by_magnitude: bool) -> tu
 @torch.library.impl("kwta_exp::pass_winners", "CPU")
 def _pass_on_cpu(gradient: Tensor, bits: Tensor, channels_last: bool) -> Tensor:
     from kwta_exp.activations import selection_numba
-    from kwta_exp.activations.compiled import on_threads
+    from kwta_exp.compiled import on_threads
 
     gradient = _laid_out(gradient.detach(), channels_last)
     passed = _fresh_like(gradient)
@@ -164,7 +164,7 @@ def _pass_on_cpu(gradient: Tensor, bits: Tensor, channels_last: bool) -> Tensor:
 @torch.library.impl("kwta_exp::kth_largest", "CPU")
 def _select_on_cpu(rows: Tensor, k: int) -> Tensor:
     from kwta_exp.activations import selection_numba
-    from kwta_exp.activations.compiled import on_threads
+    from kwta_exp.compiled import on_threads
 
     rows = rows.detach().contiguous()
     _require(k, rows)

@@ -1,10 +1,11 @@
 """CPU kernels that select the k largest values of each row: exact, without sorting, reading memory once.
 
-A row becomes integer keys of the same order, which fit into the core's own cache. Each pass counts the keys
-above three pivots, to narrow the interval that holds the threshold. The first pivots come from the previous
-row, later ones from interpolation (Floyd and Rivest, "Expected time bounds for selection", CACM 1975). Once
-the interval holds a few hundred keys, quickselect finds the threshold. The result is exact for any pivots;
-bad ones only leave more keys to quickselect.
+A value has an integer key of the same order, computed in registers. One pass over a row counts the keys above
+an interval that should hold the threshold, and gathers those inside. The interval comes from the previous row,
+else from a sample (Floyd and Rivest, "Expected time bounds for selection", CACM 1975); it is narrowed among the
+gathered keys, and quickselect finds the threshold in the few that remain. A second pass over the row, which
+lies in the core's own cache now, writes the winners. The result is exact for any interval; a bad one costs
+another pass.
 """
 
 import math
@@ -13,15 +14,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kwta_exp.activations.compiled import jit
+from kwta_exp.activations.vectors import (
+    LANES,
+    at_least,
+    bits_set,
+    fetch,
+    fetch_to_write,
+    load_word,
+    lowest,
+    pass_marked,
+    store_word,
+)
+from kwta_exp.compiled import jit
 
 _Array = npt.NDArray[Any]
 
 FEW = 256
-"""The number of keys at which quickselect takes over; shorter rows use it at once."""
+"""The number of values from which quickselect alone is slower than to narrow an interval first."""
 
 _PASSES = 6
 _SAMPLE = 512
+_AHEAD = 1024  # values to load before they are needed; CPUs do not load across pages of 4 KiB by themselves
 
 
 @jit
@@ -37,12 +50,13 @@ def select(first, last, rows, k, infinity, by_magnitude, thresholds):  # type: i
         by_magnitude: rank absolute values.
         thresholds: ``(N,)``, bits of the results; written to. A NaN may have other NaN bits.
     """
-    space = _space(rows)
-    guess = _NO_GUESS
+    order, highest = _order(rows, infinity, by_magnitude)
+    space, guess = _space(rows), _NO_GUESS
     for row in range(first, last):
-        _read(rows[row], infinity, by_magnitude, space[0])
-        key, guess = _kth(space, k, infinity, guess)
-        thresholds[row] = key if key >= 0 else np.iinfo(rows.dtype).min - key
+        key, guess = _kth(rows[row], k, order, highest, space, guess)
+        if key == highest and _nans(rows[row], order, highest) >= k:
+            key += 1
+        thresholds[row] = _value(rows.dtype.type(key), order)
 
 
 @jit
@@ -53,158 +67,218 @@ def keep(first, last, rows, k, infinity, by_magnitude, winners, bits):  # type: 
         winners: like ``rows``; written to.
         bits: uint8 ``(N, ceil(M / 8))``; written to. Bit ``j % 8`` of ``[i, j // 8]`` is set if value j wins.
     """
-    space = _space(rows)
-    keys, _, flags, words, _ = space
-    guess = _NO_GUESS
+    order, highest = _order(rows, infinity, by_magnitude)
+    space, guess = _space(rows), _NO_GUESS
     for row in range(first, last):
-        _read(rows[row], infinity, by_magnitude, keys)
-        key, guess = _kth(space, k, infinity, guess)
-        _flag_from(keys, min(key, infinity), space)  # with a NaN as threshold, only NaN and infinity pass
-        _pass_flagged(rows[row], flags, winners[row])
-        _pack(words, bits[row])
+        key, guess = _kth(rows[row], k, order, highest, space, guess)
+        _pass_from(rows[row], rows.dtype.type(key), order, winners[row], bits[row])
 
 
 @jit
 def pass_winners(first, last, gradients, bits, passed):  # type: ignore[no-untyped-def]
     """Write to ``passed`` the ``gradients`` of winners, and 0 elsewhere; integers ``(N, M)``."""
-    flags = np.empty(8 * bits.shape[1], np.uint8)
-    words = flags.view(np.uint64)
+    size, integer = gradients.shape[1], gradients.dtype.type
+    whole = size - size % LANES
     for row in range(first, last):
-        _unpack(bits[row], words)
-        _pass_flagged(gradients[row], flags, passed[row])
+        given, marks, out = gradients[row], bits[row], passed[row]
+        for at in range(0, whole, LANES):
+            fetch(given, at + _AHEAD)
+            fetch_to_write(out, at + _AHEAD)
+            pass_marked(given, at, load_word(marks, at // 8), out)
+        word = np.uint64(0)
+        for byte in range(whole // 8, marks.shape[0]):
+            word |= np.uint64(marks[byte]) << np.uint64(8 * (byte - whole // 8))
+        for i in range(size - whole):
+            out[whole + i] = given[whole + i] & -integer(word >> np.uint64(i) & np.uint64(1))
 
 
-_NO_GUESS = (0.0, 0.0)
+_NO_GUESS = (0.0, 0.0, 0.0)
+
+
+@jit
+def _order(rows, infinity, by_magnitude):  # type: ignore[no-untyped-def]
+    """What :func:`.vectors.at_least` needs to compute keys, and the key of infinity.
+
+    All bits of a negative value but the sign are flipped, so that the integers have the order of the values.
+    Then -infinity is moved to the least integer; negative NaNs, which lay below it, wrap around to the top.
+    """
+    integer = rows.dtype.type
+    least, most = np.iinfo(rows.dtype).min, np.iinfo(rows.dtype).max
+    shift = integer(least + infinity + 1)
+    flip, kept = (integer(0), integer(most)) if by_magnitude else (integer(most), integer(-1))
+    return (flip, kept, shift), np.int64(shift) + infinity
+
+
+@jit
+def _key(value, order):  # type: ignore[no-untyped-def]
+    # In unsigned arithmetic, because a signed overflow is undefined.
+    integer = type(value)
+    flip, kept, shift = order
+    if integer(np.uint64(value) << np.uint64(1)) == 0:  # 0 or -0
+        return shift
+    flipped = integer(value ^ flip if value < 0 else value) & kept
+    return integer(np.uint64(flipped) + np.uint64(shift))
 
 
 @jit
 def _space(rows):  # type: ignore[no-untyped-def]
-    """Scratch space for one row: keys, candidates, a flag byte per value (also as 8-byte words), pivots."""
-    size = rows.shape[1]
-    flags = np.zeros((size + 7) // 8 * 8, np.uint8)
-    keys, some, pivots = np.empty(size, rows.dtype), np.empty(size, rows.dtype), np.empty(3, rows.dtype)
-    return keys, some, flags, flags.view(np.uint64), pivots
+    """Scratch space: two lists of candidates, each with room for what follows its last element."""
+    return np.empty(rows.shape[1] + LANES, rows.dtype), np.empty(rows.shape[1] + LANES, rows.dtype)
 
 
 @jit
-def _read(row, infinity, by_magnitude, keys):  # type: ignore[no-untyped-def]
-    """Integers in the order of the values; -0 equals +0, every NaN is ``infinity + 1``."""
-    # Without these types Numba computes in 64 bits, which halves the vector width or worse.
-    integer = keys.dtype.type
-    magnitude, zero, nan = integer(np.iinfo(row.dtype).max), integer(0), integer(infinity + 1)
-    for i in range(row.shape[0]):
-        size = min(integer(row[i] & magnitude), nan)
-        keys[i] = integer(-size) if (row[i] < zero) & (size < nan) & (not by_magnitude) else size
+def _kth(row, k, order, highest, space, guess):  # type: ignore[no-untyped-def]
+    """The key of the k-th largest value, infinity if that is a NaN, and a guess for the next row.
 
+    A guess is that key, its mean change from row to row, and the mean distance between ranks near it.
+    """
+    some, others = space
+    size, least = row.shape[0], np.int64(np.iinfo(row.dtype).min)
+    low, at_low = least, size  # so many keys are not below: k or more
+    high, at_high = highest + 1, 0  # fewer than k; every NaN counts as infinity
+    last, change, slope = guess
 
-@jit
-def _kth(space, k, infinity, guess):  # type: ignore[no-untyped-def]
-    """The k-th largest key, and a guess for the next row: that key and the mean distance between ranks."""
-    keys, some, _, _, pivots = space
-    size = keys.shape[0]
-    low, at_low = np.int64(-infinity), size  # so many keys are not below: k or more
-    high, at_high = np.int64(infinity + 2), 0  # fewer than k
-    middle, slope = guess
-    spread = slope * size / 32
+    if size <= FEW:
+        for i in range(size):  # an assignment of slices takes 2.6 s to compile
+            some[i] = row[i]
+        return min(_ranked(some, size, k, order), highest), guess
 
+    # Narrow the interval in passes over the row, until it holds few enough to gather.
+    room, width, found = size // 8, 2.0, size
     for attempt in range(_PASSES):
-        if at_low - at_high <= FEW or high - low == 1:
-            break
-        if at_low < size and at_high > 0:
-            slope = (np.float64(high) - np.float64(low)) / (at_low - at_high)
-            middle, spread = low + slope * (at_low - k), slope * (2 * math.sqrt(at_low - at_high) + 8)
-            _around(middle, spread, infinity, pivots)
-        elif attempt == 0 and slope > 0:
-            _around(middle, spread, infinity, pivots)
-        elif attempt < 3:
-            _sampled(keys, k, 1.5 * 3**attempt, some, pivots)
+        if high == low + 1:
+            return low, (np.float64(low), change, slope)
+        if attempt == _PASSES - 1:
+            room = size
+        from_guess = attempt == 0 and slope > 0
+        if at_low - at_high <= room:
+            start, stop = low, high
+        elif from_guess:
+            spread = min(4 * change, slope * size / 32) + 8 * slope
+            start, stop = _around(last, spread, low, high)
         else:
+            start, stop = _sampled(row, (low, at_low, high, at_high), k, width, order, highest, some)
+        limit = room if stop > start + 1 else 0
+        above, found = _gather(row, size, start, stop, highest, order, limit, some)
+        if above < k <= above + found:
+            low, at_low, high, at_high = start, above + found, stop, above
+            if found <= limit:
+                break
+            continue
+        if above >= k:
+            low, at_low = stop, above
+        else:
+            high, at_high = start, above + found
+        if not from_guess:
+            width *= 3
+
+    # Narrow it further among those gathered.
+    base, between = at_high, found
+    for _ in range(_PASSES):
+        if between <= FEW // 2 or high == low + 1:
             break
-        counts = _count(keys, pivots)
-        for which in range(3):
-            pivot, count = pivots[which], counts[which]
-            if count >= k:
-                if pivot > low:
-                    low, at_low = np.int64(pivot), count
-            elif pivot < high:
-                high, at_high = np.int64(pivot), count
-
-    if at_low < size and at_high > 0:
-        slope = (np.float64(high) - np.float64(low)) / (at_low - at_high)
-    if high - low == 1:
-        return low, (np.float64(low), slope)
-    found = _between(low, high, space)
-    key = np.int64(_quickselect(some, found, found - (k - at_high)))
-    return key, (np.float64(key), slope)
-
-
-@jit
-def _around(middle, spread, infinity, pivots):  # type: ignore[no-untyped-def]
-    bound = np.float64(infinity)
-    pivots[0] = np.int64(min(max(middle - spread, -bound), bound))
-    pivots[1] = np.int64(min(max(middle, -bound), bound))
-    pivots[2] = np.int64(min(max(middle + spread + 1, -bound), bound))
+        slope = np.float64(np.uint64(high) - np.uint64(low)) / between
+        start, stop = _around(low + slope * (at_low - k), slope * (2 * math.sqrt(between) + 8), low, high)
+        above, inside = _gather(some, found, start, stop, highest, order, found, others)
+        above += base
+        if above >= k:
+            low, at_low = stop, above
+        elif above + inside < k:
+            high, at_high = start, above + inside
+        else:
+            low, at_low, high, at_high = start, above + inside, stop, above
+            some, others, base, found = others, some, above, inside
+        between = at_low - at_high
+    if high == low + 1:
+        key = low
+    else:
+        slope = np.float64(np.uint64(high) - np.uint64(low)) / between
+        key = min(_ranked(some, found, k - base, order), highest)
+    moved = abs(np.float64(key) - last)
+    change = slope * math.sqrt(size) if guess[2] == 0 else change + (moved - change) / 4
+    return key, (np.float64(key), change, slope)
 
 
 @jit
-def _sampled(keys, k, width, some, pivots):  # type: ignore[no-untyped-def]
-    """Pivots from a sample: the expected threshold, and ``width`` standard deviations on both sides."""
-    size = keys.shape[0]
-    count = min(size, _SAMPLE)
+def _around(middle, spread, low, high):  # type: ignore[no-untyped-def]
+    """The integers from ``middle - spread`` to above ``middle + spread``, within ``low`` and ``high``."""
+    least, most = np.float64(low), np.float64(high - 1)  # rounded, perhaps to outside of the interval
+    start = np.int64(min(max(middle - spread, least), most))
+    end = np.int64(min(max(middle + spread, least), most))
+    return min(max(start, low), high - 1), min(max(end, low), high - 1) + 1
+
+
+@jit
+def _sampled(row, interval, k, width, order, highest, some):  # type: ignore[no-untyped-def]
+    """Where a sample expects the threshold, and ``width`` standard deviations on both sides."""
+    low, at_low, high, at_high = interval
+    size = row.shape[0]
     # Steps of the golden section: a regular step could hit the same channel or column every time.
-    step, place = int(0.6180339887 * size) | 1, 0
-    for i in range(count):
-        some[i] = keys[place]
+    step, place, count = int(0.6180339887 * size) | 1, 0, 0
+    for _ in range(min(size // 8, _SAMPLE)):
+        key = min(np.int64(_key(row[place], order)), highest)
+        if low <= key < high:
+            some[count] = key
+            count += 1
         place = (place + step) % size
-    share = 1 - k / size
-    deviation = math.sqrt(count * share * (1 - share))
-    for which in range(3):
-        rank = int(count * share + (which - 1) * (width * deviation + 1))
-        pivots[which] = _quickselect(some, count, min(max(rank, 0), count - 1))
+    if count == 0:
+        return low, high
+    share = (at_low - k) / (at_low - at_high)
+    deviation = width * math.sqrt(count * share * (1 - share)) + 1
+    first = min(max(int(count * share - deviation), 0), count - 1)
+    last = min(max(int(count * share + deviation), 0), count - 1)
+    start = np.int64(_quickselect(some, count, first))
+    return start, np.int64(_quickselect(some, count, last)) + 1
 
 
 @jit
-def _count(keys, pivots):  # type: ignore[no-untyped-def]
-    """How many keys are not below each of three pivots."""
-    at_a = at_b = at_c = 0
-    for start in range(0, keys.shape[0], _BLOCK):
-        a, b, c = _count_block(keys[start : start + _BLOCK], pivots[0], pivots[1], pivots[2])
-        at_a += a
-        at_b += b
-        at_c += c
-    return at_a, at_b, at_c
+def _gather(values, count, start, stop, highest, order, limit, some):  # type: ignore[no-untyped-def]
+    """Count the keys from ``stop`` on, and those from ``start`` to below ``stop``.
 
-
-_BLOCK = 1 << 14  # such counts fit into 16 bits
+    If the latter are ``limit`` or fewer, ``some`` begins with their values. No key is above ``highest``.
+    """
+    integer = values.dtype.type
+    closed = np.uint64(0) if stop > highest else ~np.uint64(0)
+    lower, upper = integer(start), integer(min(stop, highest))
+    above = found = 0
+    whole = count - count % LANES
+    for at in range(0, whole, LANES):
+        fetch(values, at + _AHEAD)
+        over, inside = _take(values, at, ~np.uint64(0), order, (lower, upper, closed), (found, limit), some)
+        above += over
+        found += inside
+    if whole < count:  # a block that ends with the last value, of which some are in the block before
+        at = max(count - LANES, 0)
+        rest = (np.uint64(1) << np.uint64(count - whole)) - np.uint64(1)
+        rest <<= np.uint64(whole - at)
+        over, inside = _take(values, at, rest, order, (lower, upper, closed), (found, limit), some)
+        above += over
+        found += inside
+    return above, found
 
 
 @jit
-def _count_block(keys, a, b, c):  # type: ignore[no-untyped-def]
-    integer = keys.dtype.type
-    at_a = at_b = at_c = integer(0)
-    for i in range(keys.shape[0]):
-        at_a = integer(at_a + integer(keys[i] >= a))
-        at_b = integer(at_b + integer(keys[i] >= b))
-        at_c = integer(at_c + integer(keys[i] >= c))
-    return at_a, at_b, at_c
+def _take(values, at, counted, order, interval, filled, some):  # type: ignore[no-untyped-def]
+    """:func:`_gather` for those of 64 values that are ``counted``; ``filled`` is (found, limit)."""
+    lower, upper, closed = interval
+    found, limit = filled
+    over = at_least(values, at, order, upper) & closed & counted
+    inside = at_least(values, at, order, lower) & counted & ~over
+    number = bits_set(inside)
+    if inside != 0 and found + number <= limit:
+        while inside != 0:
+            some[found] = values[at + lowest(inside)]
+            found += 1
+            inside &= inside - np.uint64(1)
+    return bits_set(over), number
 
 
 @jit
-def _between(low, high, space):  # type: ignore[no-untyped-def]
-    """Gather the keys from ``low`` to below ``high`` at the start of ``some``; return their number."""
-    keys, some, flags, words, pivots = space
-    pivots[0], pivots[1] = low, high
-    lowest, above = pivots[0], pivots[1]
-    for i in range(keys.shape[0]):
-        flags[i] = np.uint8((keys[i] >= lowest) & (keys[i] < above))
-    found = 0
-    for word in range(words.shape[0]):
-        if words[word] != 0:
-            for i in range(8 * word, 8 * word + 8):
-                if flags[i] != 0:
-                    some[found] = keys[i]
-                    found += 1
-    return found
+def _ranked(values, count, k, order):  # type: ignore[no-untyped-def]
+    """The key of the k-th largest of the first ``count`` values, which become keys."""
+    for i in range(count):
+        values[i] = _key(values[i], order)
+    return np.int64(_quickselect(values, count, count - k))
 
 
 @jit
@@ -234,36 +308,45 @@ def _quickselect(values, count, position):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _flag_from(keys, key, space):  # type: ignore[no-untyped-def]
-    """Flag the keys that are at least ``key``."""
-    _, _, flags, _, pivots = space
-    pivots[0] = key
-    threshold = pivots[0]
-    for i in range(keys.shape[0]):
-        flags[i] = np.uint8(keys[i] >= threshold)
+def _pass_from(row, threshold, order, out, bits):  # type: ignore[no-untyped-def]
+    """Write the values whose key is at least ``threshold``, and their bits."""
+    size = row.shape[0]
+    whole, even = size - size % LANES, size - size % 8
+    for at in range(0, whole, LANES):
+        fetch_to_write(out, at + _AHEAD)
+        marked = at_least(row, at, order, threshold)
+        pass_marked(row, at, marked, out)
+        store_word(bits, at // 8, marked)
+    if whole < even and size >= LANES:  # once more, but ending with the last whole byte of bits
+        at = even - LANES
+        marked = at_least(row, at, order, threshold)
+        pass_marked(row, at, marked, out)
+        store_word(bits, at // 8, marked)
+        whole = even
+    for at in range(whole, size, 8):
+        byte = 0
+        for i in range(at, min(at + 8, size)):
+            if _key(row[i], order) >= threshold:
+                byte |= 1 << (i - at)
+                out[i] = row[i]
+            else:
+                out[i] = 0
+        bits[at // 8] = byte
 
 
 @jit
-def _pass_flagged(values, flags, out):  # type: ignore[no-untyped-def]
-    for i in range(values.shape[0]):
-        out[i] = values[i] if flags[i] != 0 else 0
-
-
-_GATHER = np.uint64(0x0102040810204080)
-_SPREAD = np.uint64(0x0101010101010101)
-_DIAGONAL = np.uint64(0x8040201008040201)
-_TOP = np.uint64(56)
+def _value(key, order):  # type: ignore[no-untyped-def]
+    """The bits of the value with this key."""
+    integer = type(key)
+    flip, _, shift = order
+    bits = integer(np.uint64(key) - np.uint64(shift))
+    return integer(bits ^ flip if bits < 0 else bits)
 
 
 @jit
-def _pack(words, bits):  # type: ignore[no-untyped-def]
-    """Eight flags of 0 or 1, a byte each, into one byte: the product moves byte i to bit 56 + i."""
-    for i in range(words.shape[0]):
-        bits[i] = (words[i] * _GATHER) >> _TOP
-
-
-@jit
-def _unpack(bits, words):  # type: ignore[no-untyped-def]
-    """One byte into eight, of which byte i is not 0 where bit i was set."""
-    for i in range(words.shape[0]):
-        words[i] = (np.uint64(bits[i]) * _SPREAD) & _DIAGONAL
+def _nans(row, order, highest):  # type: ignore[no-untyped-def]
+    """How many values are NaN."""
+    count = 0
+    for i in range(row.shape[0]):
+        count += _key(row[i], order) > highest
+    return count

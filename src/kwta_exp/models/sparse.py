@@ -150,7 +150,7 @@ class _Convolution(torch.autograd.Function):
 def _scattered(
     x: Tensor, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32], tables: Any, shape: Any
 ) -> Tensor:
-    from kwta_exp.activations.compiled import on_threads
+    from kwta_exp.compiled import on_threads
     from kwta_exp.models.sparse_numba import convolve
 
     out = torch.empty((len(x), *shape), dtype=x.dtype, memory_format=torch.channels_last)

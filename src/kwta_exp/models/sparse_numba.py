@@ -4,24 +4,19 @@ Each nonzero value is multiplied by a row of weights, one for every output chann
 pixel in its window. 64 sums are held in registers at a time; accumulation is in float32.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
-from kwta_exp.activations.compiled import jit
-
-LANES = 64
-"""Output channels computed at once, and values compared with 0 at once."""
+from kwta_exp.activations.vectors import LANES, element, lowest, typed_intrinsic
+from kwta_exp.compiled import jit
 
 ACCUMULATORS = 1 << 16
 """Sums that fit into a core's own cache."""
 
-_intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic
 _INT32, _INT64 = ir.IntType(32), ir.IntType(64)
 _VECTOR = ir.VectorType(ir.FloatType(), LANES)
 
@@ -77,7 +72,7 @@ def _gather(values, factors, rows, starts):  # type: ignore[no-untyped-def]
         for channel in range(0, channels - LANES + 1, LANES):
             left = _not_zero(flat, at + channel)
             while left != 0:
-                which = channel + _lowest(left)
+                which = channel + lowest(left)
                 factors[found] = np.uint32(flat[at + which]) << widen
                 rows[found] = which * LANES
                 found += 1
@@ -128,12 +123,12 @@ def _store(sums, out, channel):  # type: ignore[no-untyped-def]
             flat[to : to + channels - channel] = few[: channels - channel]
 
 
-@_intrinsic
+@typed_intrinsic
 def _not_zero(_: Any, values: Any, at: Any) -> Any:
     """One bit for each of the 64 values from ``at``: whether it is neither 0 nor -0."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = _element(context, builder, signature, arguments, 0, arguments[1])
+        pointer = element(context, builder, signature, arguments, 0, arguments[1])
         vector = ir.VectorType(pointer.type.pointee, LANES)
         bits = builder.load(builder.bitcast(pointer, vector.as_pointer()), align=2)
         doubled = builder.add(bits, bits)  # drops the sign
@@ -143,7 +138,7 @@ def _not_zero(_: Any, values: Any, at: Any) -> Any:
     return types.uint64(values, types.int64), generate
 
 
-@_intrinsic
+@typed_intrinsic
 def _round_to(_: Any, sums: Any, at: Any, out: Any, to: Any) -> Any:
     """Write the 64 ``sums`` from ``at`` to ``out`` from ``to``; bfloat16 is rounded to nearest even."""
 
@@ -152,9 +147,9 @@ def _round_to(_: Any, sums: Any, at: Any, out: Any, to: Any) -> Any:
             return ir.Constant(words, [number] * LANES)
 
         words = ir.VectorType(_INT32, LANES)
-        pointer = _element(context, builder, signature, arguments, 0, arguments[1])
+        pointer = element(context, builder, signature, arguments, 0, arguments[1])
         bits = builder.load(builder.bitcast(pointer, words.as_pointer()), align=4)
-        target = _element(context, builder, signature, arguments, 2, arguments[3])
+        target = element(context, builder, signature, arguments, 2, arguments[3])
         if target.type.pointee.width == 16:
             odd = builder.and_(builder.lshr(bits, same(16)), same(1))
             rounded = builder.add(bits, builder.add(odd, same(0x7FFF)))
@@ -167,17 +162,7 @@ def _round_to(_: Any, sums: Any, at: Any, out: Any, to: Any) -> Any:
     return types.void(sums, types.int64, out, types.int64), generate
 
 
-@_intrinsic
-def _lowest(_: Any, word: Any) -> Any:
-    """The position of the lowest bit set in ``word``, which is not 0."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
-
-    return types.int64(types.uint64), generate
-
-
-@_intrinsic
+@typed_intrinsic
 def _add_rows(
     _: Any, sums: Any, at: Any, weights: Any, start: Any, rows: Any, factors: Any, begin: Any, end: Any
 ) -> Any:
@@ -188,11 +173,11 @@ def _add_rows(
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        def element(which: int, position: Any) -> Any:
-            return _element(context, builder, signature, arguments, which, position)
+        def place(which: int, position: Any) -> Any:
+            return element(context, builder, signature, arguments, which, position)
 
         first, last = arguments[6], arguments[7]
-        target = builder.bitcast(element(0, arguments[1]), _VECTOR.as_pointer())
+        target = builder.bitcast(place(0, arguments[1]), _VECTOR.as_pointer())
         multiply_add = cgutils.get_or_insert_function(  # type: ignore[no-untyped-call]
             builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{LANES}f32"
         )
@@ -203,11 +188,11 @@ def _add_rows(
 
         builder.position_at_end(loop)
         i, sofar = builder.phi(_INT64), builder.phi(_VECTOR)
-        row = builder.sext(builder.load(element(4, i)), _INT64)
-        weight = element(2, builder.add(arguments[3], row))
+        row = builder.sext(builder.load(place(4, i)), _INT64)
+        weight = place(2, builder.add(arguments[3], row))
         weight = builder.load(builder.bitcast(weight, _VECTOR.as_pointer()), align=4)
         undefined = ir.Constant(_VECTOR, ir.Undefined)
-        factor = builder.insert_element(undefined, builder.load(element(5, i)), _INT32(0))
+        factor = builder.insert_element(undefined, builder.load(place(5, i)), _INT32(0))
         factor = builder.shuffle_vector(factor, undefined, ir.Constant(ir.VectorType(_INT32, LANES), None))
         added = builder.call(multiply_add, [factor, weight, sofar])
         following = builder.add(i, _INT64(1))
@@ -226,9 +211,3 @@ def _add_rows(
 
     integer = types.int64
     return types.void(sums, integer, weights, integer, rows, factors, integer, integer), generate
-
-
-def _element(context: Any, builder: Any, signature: Any, arguments: Any, which: int, position: Any) -> Any:
-    """A pointer to an element of the dense array that is argument number ``which``."""
-    array = context.make_array(signature.args[which])(context, builder, arguments[which])
-    return builder.gep(array.data, [position])
