@@ -8,7 +8,8 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "kwta_exp"
 
 LAYERS = [
-    {"compiled", "errors", "fields", "hardware", "progress", "received"},
+    {"allocator", "compiled", "errors", "fields", "hardware", "progress", "received"},
+    {"randomness_numba", "randomness_triton"},
     {"randomness"},
     {"activations", "environment", "storage", "runtime", "explain", "naming", "settings"},
     {"sealed", "download", "trust"},

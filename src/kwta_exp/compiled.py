@@ -48,16 +48,16 @@ def _team(member: Callable[[Any], None], threads: int) -> None:
     Numba's ``prange`` uses the same threads and is as fast, but takes 3 more seconds to compile a kernel.
     """
     if _gomp is not None:
-        ended = threading.Event()
+        ended: list[bool] = []
         caller = threading.get_ident()
 
         def noted(_: Any) -> None:
             member(None)
             if threading.get_ident() == caller:
-                ended.set()
+                ended.append(True)
 
         _gomp.GOMP_parallel(_MEMBER(noted), None, threads, 0)
-        if not ended.is_set():  # ctypes drops an exception that a signal handler raises in a callback
+        if not ended:  # ctypes drops an exception that a signal handler raises in a callback
             raise KeyboardInterrupt
         return
     others = [threading.Thread(target=member, args=(None,)) for _ in range(threads - 1)]

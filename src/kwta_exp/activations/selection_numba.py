@@ -122,8 +122,14 @@ def _key(value, order):  # type: ignore[no-untyped-def]
 
 @jit
 def _space(rows):  # type: ignore[no-untyped-def]
-    """Scratch space: two lists of candidates, each with room for what follows its last element."""
-    return np.empty(rows.shape[1] + LANES, rows.dtype), np.empty(rows.shape[1] + LANES, rows.dtype)
+    """Two lists for candidates, small enough for a core's own cache and for memory that is mapped already."""
+    return _two_lists(rows, max(rows.shape[1] // 8, min(rows.shape[1], FEW)))
+
+
+@jit
+def _two_lists(values, room):  # type: ignore[no-untyped-def]
+    """Each with ``room`` elements, and as many more as are read at once."""
+    return np.empty(room + LANES, values.dtype), np.empty(room + LANES, values.dtype)
 
 
 @jit
@@ -144,12 +150,13 @@ def _kth(row, k, order, highest, space, guess):  # type: ignore[no-untyped-def]
         return min(_ranked(some, size, k, order), highest), guess
 
     # Narrow the interval in passes over the row, until it holds few enough to gather.
-    room, width, found = size // 8, 2.0, size
+    room, width, found = some.shape[0] - LANES, 2.0, size
     for attempt in range(_PASSES):
         if high == low + 1:
             return low, (np.float64(low), change, slope)
         if attempt == _PASSES - 1:
             room = size
+            some, others = _two_lists(row, size)
         from_guess = attempt == 0 and slope > 0
         if at_low - at_high <= room:
             start, stop = low, high

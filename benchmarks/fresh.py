@@ -1,0 +1,66 @@
+"""Whether the cost of k-WTA varies from process to process: its forward pass against ReLU's, in new processes.
+
+    python -m benchmarks.fresh [--ratio 0.1] [--rounds 25] [--processes 10] [--json FILE]
+
+Each process times both sides in interleaved rounds at both batch sizes. It has its own memory: the C library maps
+a large output anew at each call, and whether the system then has large pages free is a matter of chance.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.op import SHAPE
+from benchmarks.timing import Row, arguments, interleaved, report
+from kwta_exp.activations import kwta
+from kwta_exp.allocator import keep_freed_memory
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> None:
+    asked = arguments(__doc__, rounds=25, ratio=0.1, processes=10, keep=0, child=0)
+    if asked.child:
+        if asked.child == 2:
+            keep_freed_memory()
+        print(json.dumps([milliseconds(batch, asked.ratio, asked.rounds) for batch in BATCHES]))
+        return
+    command = [sys.executable, "-m", "benchmarks.fresh", "--child", "2" if asked.keep else "1"]
+    command += ["--ratio", str(asked.ratio), "--rounds", str(asked.rounds)]
+    taken = []
+    for _ in range(asked.processes):
+        run = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        taken.append(json.loads(run.stdout))
+    rows, notes = [], []
+    for place, batch in enumerate(BATCHES):
+        ours, relu = ([process[place][side] for process in taken] for side in ("k-WTA", "ReLU"))
+        what = f"forward, float32, batch {batch}"
+        ratios = sorted(a / b for a, b in zip(ours, relu, strict=True))
+        middle = sorted(zip(ours, relu, strict=True), key=lambda pair: pair[0] / pair[1])[len(taken) // 2]
+        rows.append(Row(f"{what}, the process of median ratio", *_against(middle, "ReLU"), "ms", "cost", 1.5))
+        spread = (max(ours), min(ours))
+        rows.append(Row(f"{what}, the slowest process", *_against(spread, "the fastest"), "ms", "cost", 1.3))
+        each = ", ".join(f"{time:.2f}" for time in ours)
+        notes.append(f"- Batch {batch}, medians of k-WTA: {each} ms; against ReLU {ratios[0]:.2f} to {ratios[-1]:.2f}.")
+    report(f"k-WTA {asked.ratio:g} on {SHAPE} and half of it, {asked.processes} processes", rows, notes, asked)
+
+
+BATCHES = (SHAPE[0], SHAPE[0] // 2)
+
+
+def _against(pair: tuple[float, float], baseline: str) -> tuple[float, str, float]:
+    return pair[0], baseline, pair[1]
+
+
+def milliseconds(batch: int, ratio: float, rounds: int) -> dict[str, float]:
+    """The median time of a forward pass of each side in this process."""
+    x = torch.randn(batch, *SHAPE[1:], generator=torch.Generator().manual_seed(0))
+    times = interleaved({"k-WTA": lambda: kwta(x, ratio), "ReLU": lambda: torch.relu(x)}, rounds, warm=5)
+    return {name: 1000 * time for name, time in times.items()}
+
+
+if __name__ == "__main__":
+    main()

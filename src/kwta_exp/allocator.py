@@ -1,0 +1,23 @@
+"""The C library's memory allocator, set for tensors of the same sizes at every step."""
+
+import ctypes
+import sys
+
+
+def keep_freed_memory() -> bool:
+    """Let the process keep freed memory and use it again, instead of mapping pages anew; return whether it does.
+
+    By default GNU's C library maps each block of 32 MiB or more anew, and returns smaller ones to the system now
+    and then. A layer's output then costs a page fault per 4 KiB, which takes longer than most layers. This
+    concerns the whole process, and does nothing where the C library is another one. Memory that is free does not
+    go back to the system before the process ends.
+    """
+    if sys.platform != "linux":
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
+        return False
+    return bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of malloc.h
