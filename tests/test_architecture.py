@@ -8,6 +8,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "kwta_exp"
 
 LAYERS = [
+    {"randomness_triton"},
     {"errors", "fields", "hardware", "randomness", "progress", "received"},
     {"activations", "environment", "storage", "runtime", "explain", "naming", "settings"},
     {"sealed", "download", "trust"},

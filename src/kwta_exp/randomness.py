@@ -40,10 +40,30 @@ def fold(key: int | Tensor, data: Tensor) -> Tensor:
 
 def uniform(keys_N: Tensor, shape: Sequence[int]) -> Tensor:
     """Float32 numbers in [0, 1), shape ``(N, *shape)``, one stream for each key."""
-    size = math.prod(shape)
-    counter = torch.arange(1, size + 1, device=keys_N.device) * _GOLDEN
-    bits = _mix(keys_N[:, None] + counter)
-    return (_shift(bits, 40).float() * 2.0**-24).view(len(keys_N), *shape)
+    numbers: Tensor = torch.ops.kwta_exp.uniform(keys_N, math.prod(shape))
+    return numbers.view(len(keys_N), *shape)
+
+
+torch.library.define("kwta_exp::uniform", "(Tensor keys, int size) -> Tensor")
+
+
+@torch.library.impl("kwta_exp::uniform", "CPU")
+def _uniform_on_cpu(keys: Tensor, size: int) -> Tensor:
+    counter = torch.arange(1, size + 1) * _GOLDEN
+    bits = _mix(keys[:, None] + counter)
+    return _shift(bits, 40).float() * 2.0**-24
+
+
+@torch.library.impl("kwta_exp::uniform", "CUDA")
+def _uniform_on_cuda(keys: Tensor, size: int) -> Tensor:
+    from kwta_exp import randomness_triton
+
+    return randomness_triton.uniform(keys, size)
+
+
+@torch.library.register_fake("kwta_exp::uniform")  # type: ignore[untyped-decorator]
+def _uniform_shape(keys: Tensor, size: int) -> Tensor:
+    return keys.new_empty((len(keys), size), dtype=torch.float32)
 
 
 def normal(keys_N: Tensor, shape: Sequence[int]) -> Tensor:

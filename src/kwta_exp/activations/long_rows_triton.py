@@ -5,11 +5,11 @@ miss it in one row of ten thousand. The first read counts the keys above these t
 second gathers those in between, which fit into registers (Floyd and Rivest, "Expected time bounds for
 selection", CACM 1975). The third writes the winners.
 
-If the sample misses, or more than ``FEW`` keys are in between (in rows longer than about 100,000 values), more
-reads count: the first two interpolate linearly between the keys, and the others quarter the interval. So the
-result is exact for any sample, after 21 reads at most. Ties are cheap: where the two keys are the same, nothing
-is left to gather. By the test's count, normal values and the output of batch normalisation take 3 reads up to
-65,536 values, seldom 4, and rows of 802,816 values 4 to 6.
+If the sample misses, or more than ``FEW`` keys are in between (many ties, or rows longer than about 100,000
+values), more reads count: one tells whether all are ties, two interpolate linearly, and the others quarter the
+interval. So the result is exact for any sample, after about 22 reads at most. By the count of the tests, normal
+values and the output of batch normalisation take 3 reads up to 65,536 values, seldom 4, and ties 2 to 4; rows
+of 802,816 values take up to 5.
 
 All but the first read come from the L2 cache, if it holds a row for each multiprocessor. The gathered keys lie
 in the memory of the result, which the last read overwrites. A thread adds up its columns of the row alone.
@@ -40,8 +40,7 @@ def _in_tiles(  # type: ignore[no-untyped-def]
     low, high = tl.full([], 0, tl.uint32), tl.full([], (1 << BITS) - 1, tl.uint32)
     at_low, above = tl.zeros([ACROSS], tl.int32) + parts * DOWN, tl.zeros([ACROSS], tl.int32)
     between = parts * TILE
-    a, c, mean = _enclose(rows, k, M, MAGNITUDE, SAMPLE)
-    b = a + ((c - a) >> 1)
+    a, b, c, mean = _enclose(rows, k, M, MAGNITUDE, SAMPLE)
     passes = 0
     while (low < high) & (between > FEW):
         at_a, at_b, above_c = _count(rows, a, b, c, M, MAGNITUDE, DOWN, ACROSS)
@@ -54,6 +53,8 @@ def _in_tiles(  # type: ignore[no-untyped-def]
         passes += 1
         if passes <= 3:
             a, b, c = _interpolated(low, high, k - tl.sum(above, 0), between, DTYPE, MAGNITUDE)
+            if passes == 1:
+                a, c = low + 1, high - 1  # many ties are either at low or at high
         else:
             quarter = (high - low - 1) >> 2
             a = low + 1 + quarter
@@ -102,7 +103,7 @@ def _in_tiles(  # type: ignore[no-untyped-def]
 
 @_jit
 def _enclose(row, k, M, MAGNITUDE: tl.constexpr, SAMPLE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Two keys between which the k-th largest probably lies, and about the mean score, from a sample.
+    """From a sample: a key probably below the k-th largest, one near it, one above it, and a mean of scores.
 
     Each of ``SAMPLE`` equal parts of the row gives one value, at a random place in it: a regular step could
     hit the same channel or column every time.
@@ -122,12 +123,16 @@ def _enclose(row, k, M, MAGNITUDE: tl.constexpr, SAMPLE: tl.constexpr):  # type:
     margin = 4 * tl.sqrt(middle * (1 - share)) + 2
     below = (middle + margin).to(tl.int32) + 1  # ranks from the top
     over = (middle - margin).to(tl.int32)
-    end = tl.arange(0, 2)
-    ranks = tl.minimum(tl.maximum(tl.where(end == 0, below, over), 1), SAMPLE)
-    keys = tl.broadcast_to(_keys(x, MAGNITUDE)[None, :], [2, SAMPLE])
+    which = tl.arange(0, 4)
+    ranks = tl.where(which == 0, below, tl.where(which == 1, middle.to(tl.int32), over))
+    ranks = tl.minimum(tl.maximum(ranks, 1), SAMPLE)
+    keys = tl.broadcast_to(_keys(x, MAGNITUDE)[None, :], [4, SAMPLE])
     bit = BITS - 1
     found = _kth(keys, ranks, SAMPLE, bit)
-    return tl.sum(tl.where(end == 0, found, 0), 0), tl.sum(tl.where(end == 1, found, 0), 0), mean
+    a = tl.sum(tl.where(which == 0, found, 0), 0)
+    b = tl.sum(tl.where(which == 1, found, 0), 0)
+    c = tl.sum(tl.where(which == 2, found, 0), 0)
+    return a, b, c, mean
 
 
 @_jit

@@ -10,7 +10,6 @@ has multiprocessors leaves some idle.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -98,7 +97,7 @@ def pass_winners(gradients: Tensor, bits: Tensor) -> Tensor:
     N, M = gradients.shape
     with torch.cuda.device_of(gradients):
         block = _block(M)
-        _pass[(N, triton.cdiv(M, block))](gradients, bits, passed, M, BLOCK=block)
+        _pass[(N, -(-M // block))](gradients, bits, passed, M, BLOCK=block)
     return passed
 
 
@@ -110,7 +109,7 @@ def pass_gate(
     N, M = gradients.shape
     with torch.cuda.device_of(gradients):
         block = _block(M)
-        _pass_gate[(N, triton.cdiv(M, block))](
+        _pass_gate[(N, -(-M // block))](
             gradients, rows, thresholds, widths, passed, M, MAGNITUDE=by_magnitude, BLOCK=block
         )
     return passed
@@ -118,7 +117,12 @@ def pass_gate(
 
 def _block(size: int) -> int:
     """Values that a program of an elementwise kernel processes."""
-    return min(4096, max(128, triton.next_power_of_2(size)))
+    return min(4096, max(128, _power_of_two(size)))
+
+
+def _power_of_two(size: int) -> int:
+    """The smallest that is not below ``size``."""
+    return 1 << (size - 1).bit_length()
 
 
 def _require(rows: Tensor, k: int) -> tuple[int, int]:
@@ -148,12 +152,12 @@ def _launch(rows: Tensor, k: int, by_magnitude: bool, outputs: _Outputs, tempera
                 num_warps=_WARPS,
             )  # fmt: skip
             return
-        block = max(8, triton.next_power_of_2(M))
+        block = max(8, _power_of_two(M))
         together = max(1, _TOGETHER // block)
         options = {"num_warps": max(1, block // 1024)}
         if block >= 1024:
             options["maxnreg"] = 64  # else twice as many registers, and half the warps at a time
-        _in_registers[(triton.cdiv(N, together),)](
+        _in_registers[(-(-N // together),)](
             rows, *outputs, k, N, M, temperature, MAGNITUDE=by_magnitude,
             ROWS=together, BLOCK=block, **options,
         )  # fmt: skip
@@ -213,7 +217,7 @@ def _in_registers(  # type: ignore[no-untyped-def]
         tl.store(bits + where, packed.to(tl.uint8), mask=here[:, None] & (byte < bytes_in_row)[None, :])
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@_jit
 def _pass(gradients, bits, passed, M, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -224,7 +228,7 @@ def _pass(gradients, bits, passed, M, BLOCK: tl.constexpr):  # type: ignore[no-u
     tl.store(passed + row * M + column, tl.where(wins, gradient, 0.0).to(gradient.dtype), mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@_jit
 def _pass_gate(  # type: ignore[no-untyped-def]
     gradients, rows, thresholds, widths, passed, M, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr
 ):
