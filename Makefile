@@ -49,8 +49,8 @@ bench: $(READY)  ## time k-WTA, training, attacks and evaluation against baselin
 bench-page: $(READY)  ## the same, and docs/performance.md
 	$(BIN)/python -m benchmarks --page
 
-bench-gpu: $(READY)  ## the same on a CUDA device
-	$(BIN)/python -m benchmarks --device cuda
+bench-gpu: $(READY)  ## what k-WTA costs on a CUDA device, and docs/performance_gpu.md (at most 10 min)
+	$(BIN)/python -m benchmarks.gpu
 
 calibrate: $(READY)  ## the verdict's thresholds and errors (an hour; wants FashionMNIST)
 	$(BIN)/python benchmarks/calibration.py

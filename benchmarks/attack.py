@@ -1,16 +1,19 @@
 """PGD-20 on a k-WTA ResNet-18 that is never fooled, 64 images: ours against foolbox.
 
-    python -m benchmarks.attack [--rounds 3] [--images 64] [--steps 20] [--device cuda] [--json FILE]
+    python -m benchmarks.attack [--rounds 3] [--images 64] [--steps 20] [--json FILE]
 
 foolbox attacks the network with the published snippet for its activation, in float32. Ours searches on the
 fast proxy (``evaluation.search=fast``), and the network itself judges the result.
 """
 
+from collections.abc import Callable
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 
 import foolbox
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.baselines import PublishedKWTA
 from benchmarks.timing import Row, arguments, interleaved, report
@@ -25,36 +28,10 @@ EPS = 8 / 255
 
 def main() -> None:
     asked = arguments(__doc__, rounds=3, images=64, steps=20)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(asked.images, 3, 32, 32, generator=generator).to(asked.device)
-    y = torch.zeros(asked.images, dtype=torch.long, device=asked.device)
-    keys = torch.arange(asked.images, device=asked.device)
-    network = constant_network(KWTA(ratio=0.1), asked.device)
-    theirs = constant_network(PublishedKWTA(0.1), asked.device)
-    relu = constant_network(nn.ReLU(), asked.device)
-    searched = {id(each): (Proxy(each, x[:2]), Judge(each, asked.images)) for each in (network, relu)}
-    wrapped = foolbox.PyTorchModel(theirs, bounds=(0, 1), device=asked.device)
-
-    def ours(steps: int, attacked: nn.Module = network) -> None:
-        proxy, judge = searched[id(attacked)]
-        x_adv = PGD(norm="linf", eps=EPS, steps=steps)(proxy, x, y, keys)
-        assert (judge.logits(x_adv).argmax(1) == y).all(), (
-            "an image was fooled, so the sides took different numbers of steps"
-        )
-
-    def foolboxes(steps: int) -> None:
-        library = foolbox.attacks.LinfPGD(rel_stepsize=2.5 / steps, steps=steps)
-        assert not library(wrapped, x, y, epsilons=EPS)[2].any()
-
-    sides = {
-        "ours": ours,
-        "ours, ReLU": partial(ours, attacked=relu),
-        "foolbox": foolboxes,
-    }
-    for side in sides.values():
+    attacks = sides(asked.images, "cpu")
+    for side in attacks.values():
         side(2)  # warm up
-    sides = {name: partial(side, asked.steps) for name, side in sides.items()}
-    took = interleaved(sides, asked.rounds, 0, asked.device)
+    took = interleaved({name: partial(side, asked.steps) for name, side in attacks.items()}, asked.rounds, 0)
     ms = {name: 1000 * seconds / asked.images for name, seconds in took.items()}
     what = f"PGD-{asked.steps} an image, search=fast"
     rows = [
@@ -63,6 +40,66 @@ def main() -> None:
     ]
     note = f"eps {EPS:.4f}; no image was fooled, so each took {asked.steps} steps on every side."
     report(f"{asked.images} images, k-WTA 0.1 ResNet-18", rows, [note], asked)
+
+
+def sides(images: int, device: str) -> dict[str, Callable[[int], None]]:
+    """Functions of the number of steps that attack ``images`` random images, which none of them fools.
+
+    torchattacks is among them if it is installed.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(images, 3, 32, 32, generator=generator).to(device)
+    y = torch.zeros(images, dtype=torch.long, device=device)
+    network = constant_network(KWTA(ratio=0.1), device)
+    theirs = constant_network(PublishedKWTA(0.1), device)
+    found = {
+        "ours": our_pgd(network, x, y),
+        "ours, ReLU": our_pgd(constant_network(nn.ReLU(), device), x, y),
+        "foolbox": foolbox_pgd(theirs, x, y),
+    }
+    if find_spec("torchattacks"):
+        found["torchattacks"] = torchattacks_pgd(theirs, x, y)
+    return found
+
+
+def our_pgd(network: nn.Module, x: Tensor, y: Tensor) -> Callable[[int], None]:
+    """PGD on the fast proxy, judged by the network."""
+    proxy, judge = Proxy(network, x[:2]), Judge(network, len(x))
+    keys = torch.arange(len(x), device=x.device)
+
+    def attack(steps: int) -> None:
+        x_adv = PGD(norm="linf", eps=EPS, steps=steps)(proxy, x, y, keys)
+        require_none_fooled(judge.logits(x_adv), y)
+
+    return attack
+
+
+def foolbox_pgd(network: nn.Module, x: Tensor, y: Tensor) -> Callable[[int], None]:
+    """LinfPGD of foolbox, in float32."""
+    wrapped = foolbox.PyTorchModel(network, bounds=(0, 1), device=x.device)
+
+    def attack(steps: int) -> None:
+        library = foolbox.attacks.LinfPGD(rel_stepsize=2.5 / steps, steps=steps)
+        require_none_fooled(wrapped(library(wrapped, x, y, epsilons=EPS)[1]), y)
+
+    return attack
+
+
+def torchattacks_pgd(network: nn.Module, x: Tensor, y: Tensor) -> Callable[[int], None]:
+    """PGD of torchattacks, in float32."""
+    torchattacks = import_module("torchattacks")
+
+    def attack(steps: int) -> None:
+        library = torchattacks.PGD(network, eps=EPS, alpha=2.5 * EPS / steps, steps=steps)
+        require_none_fooled(network(library(x, y)), y)
+
+    return attack
+
+
+def require_none_fooled(logits: Tensor, y: Tensor) -> None:
+    """Raise if an image is fooled: the sides then take different numbers of steps."""
+    if not (logits.argmax(1) == y).all():
+        raise RuntimeError("an image was fooled, so the sides took different numbers of steps")
 
 
 def constant_network(activation: nn.Module, device: str) -> nn.Module:

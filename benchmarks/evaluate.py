@@ -32,18 +32,42 @@ STEPS = 20
 
 def main() -> None:
     asked = arguments(__doc__, rounds=3, images=64, eps=32 / 255, npz="", weights="")
-    x_train, y_train, x_test, y_test = photographs(asked.npz) if asked.npz else grey_digits()
-    if asked.weights:
-        network = ResNet(nn.ReLU, num_classes=int(y_train.max()) + 1, in_channels=3).to(asked.device).eval()
-        load_into(network, read_weights(Path(asked.weights)), asked.weights)
+    network, images = network_and_images(asked.npz, asked.weights, asked.images, "cpu")
+    took, found = compared(network, images, asked.eps, asked.rounds)
+    name = f"PGD-{STEPS} evaluation of {len(images)} images"
+    rows = [
+        Row(f"{name}, search=fast", took["fast"], "foolbox", took["foolbox"], "s", "speed-up", 10),
+        Row(f"{name}, search=exact", took["exact"], "foolbox", took["foolbox"], "s", "speed-up"),
+    ]
+    left = ", ".join(f"{side} {found[f'{side} left']:.1%}" for side in ("fast", "exact", "foolbox"))
+    notes = [
+        f"eps {asked.eps:.4f}; robust: {left}. Mean gradient steps an image: fast"
+        f" {found['fast steps']:.1f}, exact {found['exact steps']:.1f}, foolbox {STEPS}."
+    ]
+    of = Path(asked.npz).name if asked.npz else "grey digits"
+    report(f"ReLU ResNet-18, naturally trained on {of}", rows, notes, asked)
+
+
+def network_and_images(npz: str, weights: str, n: int, device: str) -> tuple[nn.Module, Split]:
+    """A trained network, and the first ``n`` test images that it classifies correctly."""
+    x_train, y_train, x_test, y_test = photographs(npz) if npz else grey_digits()
+    if weights:
+        network = ResNet(nn.ReLU, num_classes=int(y_train.max()) + 1, in_channels=3).to(device).eval()
+        load_into(network, read_weights(Path(weights)), weights)
     else:
-        network = trained(x_train.to(asked.device), y_train.to(asked.device))
+        network = trained(x_train.to(device), y_train.to(device))
     with torch.no_grad():
-        some = x_test[: 6 * asked.images].to(asked.device)
-        right = (network(some / 255).argmax(1).cpu() == y_test[: len(some)]).nonzero()[: asked.images, 0]
-    images = Split(x_test[right].to(asked.device), y_test[right].to(asked.device), right.to(asked.device))
+        some = x_test[: 6 * n].to(device)
+        right = (network(some / 255).argmax(1).cpu() == y_test[: len(some)]).nonzero()[:n, 0]
+    return network, Split(x_test[right].to(device), y_test[right].to(device), right.to(device))
+
+
+def compared(
+    network: nn.Module, images: Split, eps: float, rounds: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The seconds of each side, and what it found: the share of images left, and steps an image."""
     x, y = images.x / 255, images.y
-    suite, threat = {"pgd": PGD(norm="linf", eps=asked.eps, steps=STEPS)}, Threat(norm="linf", eps=asked.eps)
+    suite, threat = {"pgd": PGD(norm="linf", eps=eps, steps=STEPS)}, Threat(norm="linf", eps=eps)
     library = foolbox.attacks.LinfPGD(rel_stepsize=2.5 / STEPS, steps=STEPS)
     found: dict[str, float] = {}
 
@@ -59,28 +83,16 @@ def main() -> None:
 
         def foolboxes(library: foolbox.attacks.LinfPGD = library) -> None:
             network.requires_grad_(True)  # the default of a network
-            model = foolbox.PyTorchModel(network, bounds=(0, 1), device=asked.device)
-            found["foolbox left"] = 1 - library(model, x, y, epsilons=asked.eps)[2].double().mean().item()
+            model = foolbox.PyTorchModel(network, bounds=(0, 1), device=x.device)
+            found["foolbox left"] = 1 - library(model, x, y, epsilons=eps)[2].double().mean().item()
 
         ours("fast")  # warm up
         foolboxes(foolbox.attacks.LinfPGD(steps=2))
         took = interleaved(
             {"fast": lambda: ours("fast"), "exact": lambda: ours("exact"), "foolbox": foolboxes},
-            asked.rounds, 0, asked.device,
+            rounds, 0, x.device.type,
         )  # fmt: skip
-
-    name = f"PGD-{STEPS} evaluation of {len(x)} images"
-    rows = [
-        Row(f"{name}, search=fast", took["fast"], "foolbox", took["foolbox"], "s", "speed-up", 10),
-        Row(f"{name}, search=exact", took["exact"], "foolbox", took["foolbox"], "s", "speed-up"),
-    ]
-    left = ", ".join(f"{side} {found[f'{side} left']:.1%}" for side in ("fast", "exact", "foolbox"))
-    notes = [
-        f"eps {asked.eps:.4f}; robust: {left}. Mean gradient steps an image: fast"
-        f" {found['fast steps']:.1f}, exact {found['exact steps']:.1f}, foolbox {STEPS}."
-    ]
-    of = Path(asked.npz).name if asked.npz else "grey digits"
-    report(f"ReLU ResNet-18, naturally trained on {of}", rows, notes, asked)
+    return took, found
 
 
 def grey_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,9 +1,10 @@
 """Whether the cost of k-WTA varies from process to process: its forward pass against ReLU's, in new processes.
 
-    python -m benchmarks.fresh [--ratio 0.1] [--rounds 25] [--processes 10] [--json FILE]
+    python -m benchmarks.fresh [--ratio 0.1] [--rounds 25] [--processes 10] [--keep 1] [--json FILE]
 
-Each process times both sides in interleaved rounds at both batch sizes. It has its own memory: the C library maps
-a large output anew at each call, and whether the system then has large pages free is a matter of chance.
+Each process times both sides in interleaved rounds at both batch sizes. By default the C library maps a large
+output anew at each call, and the cost depends on what memory the system has free. ``--keep 1`` keeps freed memory
+instead, as a run could (``kwta_exp.allocator``).
 """
 
 import json
@@ -44,7 +45,9 @@ def main() -> None:
         spread = (max(ours), min(ours))
         rows.append(Row(f"{what}, the slowest process", *_against(spread, "the fastest"), "ms", "cost", 1.3))
         each = ", ".join(f"{time:.2f}" for time in ours)
-        notes.append(f"- Batch {batch}, medians of k-WTA: {each} ms; against ReLU {ratios[0]:.2f} to {ratios[-1]:.2f}.")
+        notes.append(
+            f"- Batch {batch}, medians of k-WTA: {each} ms; against ReLU {ratios[0]:.2f} to {ratios[-1]:.2f}."
+        )
     report(f"k-WTA {asked.ratio:g} on {SHAPE} and half of it, {asked.processes} processes", rows, notes, asked)
 
 

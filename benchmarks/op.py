@@ -1,6 +1,6 @@
 """The cost of a k-WTA layer, ours and the published snippet, against ReLU on the same tensor.
 
-    python -m benchmarks.op [--ratio 0.1] [--rounds 9] [--device cuda] [--json FILE]
+    python -m benchmarks.op [--ratio 0.1] [--rounds 9] [--json FILE]
 
 Every timed pass allocates its output, as a layer does, with the default allocator.
 """
@@ -35,17 +35,17 @@ def main() -> None:
         ("float32, channels last", SHAPE[0], torch.float32, torch.channels_last),
         ("bfloat16, channels last", SHAPE[0], torch.bfloat16, torch.channels_last),
     ):
-        x = torch.randn(batch, *SHAPE[1:], device=asked.device).to(dtype).contiguous(memory_format=layout)
+        x = torch.randn(batch, *SHAPE[1:], device="cpu").to(dtype).contiguous(memory_format=layout)
         if not torch.equal(kwta(x, asked.ratio), published_kwta(x.float(), asked.ratio).to(dtype)):
             raise SystemExit(f"the two k-WTA differ in {kind}")
         names = sides if kind == "float32" else ("ReLU", "k-WTA")
         rows += compared(kind, x, {name: sides[name] for name in names}, asked.rounds)
-    x = activations(asked.ratio, asked.device)
+    x = activations(asked.ratio, "cpu")
     kind = "bfloat16, channels last, half the batch, a ResNet's activations"
     rows += compared(kind, x, {name: sides[name] for name in ("ReLU", "k-WTA")}, asked.rounds)
     if sparse.pays(x.device):
         rows += convolutions(asked.ratio, asked.rounds)
-    notes = [roofline(rows, asked.rounds, asked.device)]
+    notes = [roofline(rows, asked.rounds, "cpu")]
     report(f"k-WTA {asked.ratio:g} on {SHAPE}", rows, notes, asked)
 
 

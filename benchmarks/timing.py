@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from kwta_exp.environment import processor
+from kwta_exp.runtime import compute_in_float32
 
 Sides = Mapping[str, Callable[[], Any]]
 
@@ -94,21 +95,18 @@ def arguments(description: str | None, rounds: int, **more: Any) -> argparse.Nam
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=rounds, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     for name, default in more.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
-    asked = parser.parse_args()
-    if asked.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device")
-    return asked
+    compute_in_float32()
+    return parser.parse_args()
 
 
 def report(title: str, rows: list[Row], notes: list[str], asked: argparse.Namespace) -> None:
     """Print a table, and with --json write it to a file."""
     table = [HEADER, *(row.cells() for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    print(f"\n{title}; {asked.rounds} rounds; {machine(asked.device)}")
+    print(f"\n{title}; {asked.rounds} rounds; {machine()}")
     for line in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     for note in notes:
@@ -116,7 +114,7 @@ def report(title: str, rows: list[Row], notes: list[str], asked: argparse.Namesp
     if asked.json:
         content = {
             "title": title,
-            "machine": machine(asked.device),
+            "machine": machine(),
             "rounds": asked.rounds,
             "rows": [asdict(row) for row in rows],
             "notes": notes,
@@ -124,9 +122,10 @@ def report(title: str, rows: list[Row], notes: list[str], asked: argparse.Namesp
         asked.json.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def machine(device: str) -> str:
-    """Processor, threads, memory and torch's version, in one line."""
+def machine(device: str = "cpu") -> str:
+    """Processor or GPU, threads, memory, torch's version and the precision of float32, in one line."""
+    tf32 = "TF32 on" if torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32 else "TF32 off"
     if device == "cuda":
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {tf32}"
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     return f"{processor()}, {torch.get_num_threads()} threads, {memory:.0f} GiB, torch {torch.__version__}"

@@ -1,6 +1,6 @@
 """The cost of k-WTA in natural and adversarial training.
 
-    python -m benchmarks.train [--rounds 3] [--batch 64] [--device cuda] [--json FILE]
+    python -m benchmarks.train [--rounds 3] [--batch 64] [--json FILE]
 
 ResNet-18 on random 32x32 images, SGD with momentum. Every step is the framework's; the baseline of adversarial
 training is a plain loop with the published snippet.
@@ -32,7 +32,7 @@ Step = Callable[[], None]
 
 def main() -> None:
     asked = arguments(__doc__, rounds=3, batch=64)
-    device, batch = asked.device, asked.batch
+    device, batch = "cpu", asked.batch
     rows: list[Row] = []
     natural = NaturalTraining(epochs=1)
     for name, precision, wanted in (
@@ -44,12 +44,11 @@ def main() -> None:
             "k-WTA": step(natural, KWTA_01, precision, batch, device),  # type: ignore[arg-type]
         }
         took = interleaved(sides, asked.rounds + 2, 1, device)
-        on_gpu = 1.1 if device == "cuda" else wanted
         rows.append(
-            Row(f"step, batch {batch}, {name}", took["k-WTA"], "ReLU", took["ReLU"], "s", "cost", on_gpu)
+            Row(f"step, batch {batch}, {name}", took["k-WTA"], "ReLU", took["ReLU"], "s", "cost", wanted)
         )
 
-    few = batch if device == "cuda" else batch // 2
+    few = batch // 2
     attack = PGD(norm="linf", eps=EPS, steps=STEPS, keep_best=False)
     searches: list[Literal["exact", "fast"]] = ["fast", "exact"]
     sides = {
@@ -62,7 +61,7 @@ def main() -> None:
         baseline = "plain loop, snippet, float32"
         rows.append(Row(what, took[search], baseline, took["plain"], "s", "speed-up", wanted_of_it))
 
-    rows += memory(batch, device)
+    rows += memory(batch)
     notes = [f"Images/s of PGD-{STEPS} adversarial training: {few / took['fast']:,.0f}."]
     report("ResNet-18, k-WTA 0.1", rows, notes, asked)
 
@@ -110,28 +109,28 @@ def plain_step(batch: int, device: str) -> Step:
     return lambda: plain_adversarial_step(model, optimizer, examples.x, examples.y, EPS, STEPS)
 
 
-def memory(batch: int, device: str) -> list[Row]:
+def memory(batch: int) -> list[Row]:
     """The peak memory of training steps, each side in its own process."""
     # Otherwise the C library keeps most of the freed memory, and the figure measures fragmentation.
     os.environ.update(MALLOC_MMAP_THRESHOLD_="1000000", MALLOC_TRIM_THRESHOLD_="1000000")
     context = multiprocessing.get_context("spawn")
     with context.Pool(1, maxtasksperchild=1) as pool:
-        relu, ours = pool.map(partial(_peak, batch=batch, device=device), ["ReLU", "k-WTA"], chunksize=1)
+        relu, ours = pool.map(partial(_peak, batch=batch), ["ReLU", "k-WTA"], chunksize=1)
     return [
         Row(f"peak memory of a step, batch {batch}", ours[0], "ReLU", relu[0], "MiB", "cost", 1.1),
         Row("peak memory of its process", ours[1], "ReLU", relu[1], "MiB", "cost"),
     ]
 
 
-def _peak(name: str, batch: int, device: str) -> tuple[float, float]:
+def _peak(name: str, batch: int) -> tuple[float, float]:
     """The peak memory that steps add to a process with everything loaded, and that of the process."""
-    learn = step(NaturalTraining(epochs=1), {"ReLU": nn.ReLU, "k-WTA": KWTA_01}[name], "32-true", batch, device)
+    learn = step(NaturalTraining(epochs=1), {"ReLU": nn.ReLU, "k-WTA": KWTA_01}[name], "32-true", batch, "cpu")
     if name == "k-WTA":
-        KWTA_01()(torch.randn(2, 8, device=device, requires_grad=True)).sum().backward()  # compiles it
-    before = torch.cuda.memory_allocated() / 2**20 if device == "cuda" else _memory("VmRSS:")
+        KWTA_01()(torch.randn(2, 8, requires_grad=True)).sum().backward()  # compiles it
+    before = _memory("VmRSS:")
     for _ in range(3):
         learn()
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else _memory("VmHWM:")
+    peak = _memory("VmHWM:")
     return peak - before, peak
 
 

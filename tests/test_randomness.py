@@ -1,8 +1,45 @@
 """Random numbers depend on key and position alone, and are uniform or normal."""
 
-import torch
+import math
 
+import pytest
+import torch
+from torch import Tensor
+
+from kwta_exp import randomness
 from kwta_exp.randomness import fold, key, normal, permutation, uniform
+
+
+def plain_uniform(keys_N: Tensor, size: int) -> Tensor:
+    """SplitMix64 in Python's own integers."""
+    drawn = []
+    for start in keys_N.tolist():
+        for place in range(1, size + 1):
+            z = (start + place * 0x9E3779B97F4A7C15) % 2**64
+            z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+            z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+            drawn.append((z ^ (z >> 31)) >> 40)
+    return (torch.tensor(drawn, dtype=torch.float64) / 2**24).float().view(len(keys_N), size)
+
+
+def plain_normal(keys_N: Tensor, size: int) -> Tensor:
+    u = plain_uniform(keys_N, 2 * size).view(len(keys_N), 2, size)
+    return torch.sqrt(-2 * torch.log1p(-u[:, 0])) * torch.cos(2 * math.pi * u[:, 1])
+
+
+@pytest.mark.parametrize("many", [0, 1 << 62], ids=["kernel", "torch"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_bit_is_that_of_splitmix64(many: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(randomness, "MANY", many)
+    if many:
+        monkeypatch.delitem(randomness.sys.modules, "numba", raising=False)
+    torch.set_num_threads(threads)
+    ends = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), key(0, "a"), -5])
+    for keys in (ends, ends[::2], ends[:1], ends[:0], fold(key(1), torch.arange(40))):
+        for size in (0, 1, 2, 7, 64, 301):
+            assert torch.equal(uniform(keys, (size,)), plain_uniform(keys, size))
+        assert torch.equal(normal(keys, (35,)), plain_normal(keys, 35))
+    assert uniform(ends, (3, 4)).shape == (7, 3, 4)
 
 
 def test_keys_differ_by_seed_and_purpose_and_are_pinned() -> None:

@@ -5,12 +5,14 @@ import sys
 
 
 def keep_freed_memory() -> bool:
-    """Let the process keep freed memory and use it again, instead of mapping pages anew; return whether it does.
+    """Let the process keep freed memory and use it again, instead of mapping pages anew.
 
     By default GNU's C library maps each block of 32 MiB or more anew, and returns smaller ones to the system now
-    and then. A layer's output then costs a page fault per 4 KiB, which takes longer than most layers. This
-    concerns the whole process, and does nothing where the C library is another one. Memory that is free does not
-    go back to the system before the process ends.
+    and then. Such an output costs a page fault per 4 KiB, which takes longer than most layers. This concerns the
+    whole process. Memory that is free does not go back to the system before the process ends.
+
+    Returns:
+        Whether it does so; False with a C library other than GNU's, where nothing changes.
     """
     if sys.platform != "linux":
         return False

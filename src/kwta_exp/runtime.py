@@ -101,7 +101,7 @@ class Runtime:
         from lightning_fabric import Fabric
 
         torch.set_num_threads(self.resolved_threads)
-        torch.backends.cudnn.allow_tf32 = False  # "32-true" means float32, in convolutions too
+        compute_in_float32()
         if self.resolved_accelerator == "cuda" and not hardware.torch_has_cuda():
             raise UserError(
                 f"runtime.accelerator={self.accelerator!r}: the machine has a GPU that torch"
@@ -110,6 +110,14 @@ class Runtime:
         fabric = Fabric(accelerator=self.resolved_accelerator, devices=self.devices, precision=self.precision)
         fabric.launch()
         return fabric
+
+
+def compute_in_float32() -> None:
+    """Switch TensorFloat32 off, torch's default for convolutions: ``"32-true"`` means float32."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def _cpp_compiler() -> str | None:

@@ -7,7 +7,6 @@ smooth relaxation instead. Here the gate of each value, 0 or 1, is differentiate
 threshold, so the gradient also tells which losers are about to win.
 """
 
-import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from pydantic import PositiveFloat, PositiveInt, dataclasses
 from torch import Tensor, nn
 
 from kwta_exp.activations import KWTA, LWTA
-from kwta_exp.activations.kwta import kwta_threshold
+from kwta_exp.activations.soft_gate import soft_gate, standard_deviation
 from kwta_exp.attacks.apgd import APGD
 from kwta_exp.attacks.base import (
     Attack,
@@ -45,10 +44,7 @@ def soft_kwta(module: KWTA, x: Tensor, temperature: float) -> Tensor:
     """
     if module.relu:
         x = x.relu()
-    score = x.abs() if module.by == "magnitude" else x
-    threshold = kwta_threshold(x.detach(), module.ratio, k=module.k, over=module.over, by=module.by)
-    first = 2 if module.over == "channel" and x.dim() > 2 else 1
-    return x * torch.sigmoid((score - threshold) / (temperature * _std(score, first)))
+    return soft_gate(x, temperature, module.ratio, k=module.k, over=module.over, by=module.by)
 
 
 def soft_lwta(module: LWTA, x: Tensor, temperature: float) -> Tensor:
@@ -58,19 +54,7 @@ def soft_lwta(module: LWTA, x: Tensor, temperature: float) -> Tensor:
     groups = x.detach().unflatten(1, (-1, module.group_size))
     first, second = groups.topk(2, dim=2).values.split(1, dim=2)
     rival = torch.where(groups >= first, second, first).flatten(1, 2)
-    return x * torch.sigmoid((x - rival) / (temperature * _std(x, 1)))
-
-
-def _std(x: Tensor, first: int) -> Tensor:
-    """The standard deviation over dimensions ``first`` and up, kept above 0; no gradient.
-
-    In two passes, because ``torch.std`` is several times slower on a CPU.
-    """
-    x, over = x.detach(), tuple(range(first, x.dim()))
-    from_mean = x - x.mean(over, keepdim=True)
-    freedom = max(1, math.prod(x.shape[first:]) - 1)
-    std: Tensor = torch.linalg.vector_norm(from_mean, dim=over, keepdim=True) / freedom**0.5
-    return std.clamp_min(1e-12)
+    return x * torch.sigmoid((x - rival) / (temperature * standard_deviation(x, 1)))
 
 
 RELAXATIONS: dict[type[nn.Module], Relaxation] = {KWTA: soft_kwta, LWTA: soft_lwta}

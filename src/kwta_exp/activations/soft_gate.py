@@ -1,0 +1,180 @@
+"""A smooth stand-in for k-WTA: each value times a sigmoid around the threshold, instead of 0 or 1.
+
+On a CUDA device one Triton kernel computes the threshold, the standard deviation and the gated values, and
+another one the gradient. Elsewhere, in float64, under ``torch.func``, in forward mode and under
+``torch.compile``, PyTorch's own operators do the work.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kwta_exp.activations.kwta import By, Over, _winners, kwta_threshold
+from kwta_exp.activations.layout import _laid_out, _on_its_own_layout, _rows, in_channels_last
+from kwta_exp.activations.selection import _implements, below_autograd, kth_largest, under_transform
+
+torch.library.define(
+    "kwta_exp::soft_gate",
+    "(Tensor x, int k, bool per_channel, bool by_magnitude, float temperature) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "kwta_exp::pass_soft_gate",
+    "(Tensor gradient, Tensor x, Tensor thresholds, Tensor widths, bool by_magnitude) -> Tensor",
+)
+
+
+def soft_gate(
+    x: Tensor,
+    temperature: float,
+    ratio: float | None = None,
+    *,
+    k: int | None = None,
+    over: Over = "volume",
+    by: By = "value",
+) -> Tensor:
+    """``x * sigmoid((s - t) / (temperature * std(s)))``: s the score, t the k-th largest of it.
+
+    The threshold t and the standard deviation, one for each row of competitors, count as constants of the
+    gradient. The score is ``x`` or its magnitude.
+
+    Args:
+        x: floating point ``(N, ...)`` of 2 to 5 dimensions, in any memory format.
+        temperature: the width of the gate, as a multiple of the standard deviation.
+        ratio: as for :func:`~kwta_exp.activations.kwta`, like the other arguments.
+        k: instead of a ratio.
+        over: which values compete.
+        by: what s is.
+
+    Returns:
+        A tensor like ``x``.
+    """
+    per_channel = over == "channel" and x.dim() > 2
+    if x.is_cuda and x.dtype != torch.float64 and x.numel() and not _traced():
+        count, by_magnitude = _winners(x, ratio, k, per_channel), by == "magnitude"
+        gated: Tensor
+        if torch.is_grad_enabled() and x.requires_grad:
+            gated = _SoftGate.apply(x, count, per_channel, by_magnitude, temperature)
+        else:
+            gated = below_autograd(_gate, x, count, per_channel, by_magnitude, temperature)[0]
+        return gated
+    score = x.abs() if by == "magnitude" else x
+    threshold = kwta_threshold(x.detach(), ratio, k=k, over=over, by=by)
+    return x * torch.sigmoid((score - threshold) / (temperature * standard_deviation(score, 1 + per_channel)))
+
+
+def standard_deviation(x: Tensor, first: int) -> Tensor:
+    """The standard deviation over dimensions ``first`` and up, kept above 0; no gradient.
+
+    In two passes, because ``torch.std`` is several times slower on a CPU.
+    """
+    x, over = x.detach(), tuple(range(first, x.dim()))
+    from_mean = x - x.mean(over, keepdim=True)
+    freedom = max(1, math.prod(x.shape[first:]) - 1)
+    std: Tensor = torch.linalg.vector_norm(from_mean, dim=over, keepdim=True) / freedom**0.5
+    return std.clamp_min(1e-12)
+
+
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or under_transform()
+
+
+_gate = torch.ops.kwta_exp.soft_gate.default
+_pass = torch.ops.kwta_exp.pass_soft_gate.default
+
+
+class _SoftGate(torch.autograd.Function):
+    """The operator, and its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, k: int, per_channel: bool, by_magnitude: bool, temperature: float
+    ) -> Tensor:
+        gated: Tensor
+        gated, thresholds, widths = below_autograd(_gate, x, k, per_channel, by_magnitude, temperature)
+        ctx.save_for_backward(x, thresholds, widths)
+        ctx.by_magnitude = by_magnitude
+        return gated
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        x, thresholds, widths = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody will differentiate the gradient
+            passed = gradient * _slope(x, thresholds, widths, ctx.by_magnitude)
+        else:
+            passed = below_autograd(_pass, gradient, x, thresholds, widths, ctx.by_magnitude)
+        return passed, None, None, None, None
+
+
+def _slope(x: Tensor, thresholds: Tensor, widths: Tensor, by_magnitude: bool) -> Tensor:
+    """The derivative of the gated values: ``g * (1 + s * (1 - g) / w)`` with ``g = sigmoid((s - t) / w)``."""
+    lead = x.shape[: 1 if len(thresholds) == len(x) else 2]
+    threshold, width = (each.view(*lead, *[1] * (x.dim() - len(lead))) for each in (thresholds, widths))
+    score = x.abs() if by_magnitude else x
+    is_open = torch.sigmoid((score - threshold) / width)
+    slope: Tensor = is_open * (1 + score * ((1 - is_open) / width))
+    return slope.to(x.dtype)
+
+
+@_implements("kwta_exp::soft_gate", "CPU")
+def _gate_on_cpu(
+    x: Tensor, k: int, per_channel: bool, by_magnitude: bool, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dense, _ = _on_its_own_layout(x.detach(), per_channel)
+    rows = _rows(dense, per_channel=per_channel).float()
+    score = rows.abs() if by_magnitude else rows
+    threshold = kth_largest(score, k)
+    threshold = threshold.masked_fill(threshold.isnan(), math.inf)
+    width = temperature * standard_deviation(score, 1)
+    gated = (rows * torch.sigmoid((score - threshold) / width)).to(x.dtype)
+    return _laid_out(gated.as_strided(dense.shape, dense.stride()), in_channels_last(x)), threshold, width
+
+
+@_implements("kwta_exp::soft_gate", "CUDA")
+def _gate_on_cuda(
+    x: Tensor, k: int, per_channel: bool, by_magnitude: bool, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from kwta_exp.activations import selection_triton
+
+    dense, _ = _on_its_own_layout(x.detach(), per_channel)
+    rows = _rows(dense, per_channel=per_channel)
+    gated, thresholds, widths = selection_triton.gate(rows, k, by_magnitude, temperature)
+    return _laid_out(gated.as_strided(dense.shape, dense.stride()), in_channels_last(x)), thresholds, widths
+
+
+@_implements("kwta_exp::pass_soft_gate", "CPU")
+def _pass_gate_on_cpu(
+    gradient: Tensor, x: Tensor, thresholds: Tensor, widths: Tensor, by_magnitude: bool
+) -> Tensor:
+    passed = gradient * _slope(x.detach().float(), thresholds, widths, by_magnitude)
+    return _laid_out(passed.to(x.dtype), in_channels_last(x))
+
+
+@_implements("kwta_exp::pass_soft_gate", "CUDA")
+def _pass_gate_on_cuda(
+    gradient: Tensor, x: Tensor, thresholds: Tensor, widths: Tensor, by_magnitude: bool
+) -> Tensor:
+    from kwta_exp.activations import selection_triton
+
+    dense, channels_last = _on_its_own_layout(x.detach(), per_channel=len(thresholds) != len(x))
+    gradient = _laid_out(gradient.detach(), channels_last)
+    rows, gradients = (_rows(each, thresholds) for each in (dense, gradient))
+    passed = selection_triton.pass_gate(gradients, rows, thresholds, widths, by_magnitude)
+    return _laid_out(passed.as_strided(gradient.shape, gradient.stride()), in_channels_last(x))
+
+
+@torch.library.register_fake("kwta_exp::soft_gate")  # type: ignore[untyped-decorator]
+def _gate_shapes(
+    x: Tensor, k: int, per_channel: bool, by_magnitude: bool, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    count = x.shape[0] * (x.shape[1] if per_channel else 1)
+    thresholds, widths = (x.new_empty((count, 1), dtype=torch.float32) for _ in range(2))
+    return _laid_out(torch.empty_like(x), in_channels_last(x)), thresholds, widths
+
+
+@torch.library.register_fake("kwta_exp::pass_soft_gate")  # type: ignore[untyped-decorator]
+def _passed_shape(
+    gradient: Tensor, x: Tensor, thresholds: Tensor, widths: Tensor, by_magnitude: bool
+) -> Tensor:
+    return torch.empty_like(_laid_out(x, in_channels_last(x)))
