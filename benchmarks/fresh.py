@@ -2,9 +2,9 @@
 
     python -m benchmarks.fresh [--ratio 0.1] [--rounds 25] [--processes 10] [--keep 1] [--json FILE]
 
-Each process times both sides in interleaved rounds at both batch sizes. By default the C library maps a large
-output anew at each call, and the cost depends on what memory the system has free. ``--keep 1`` keeps freed memory
-instead, as a run could (``kwta_exp.allocator``).
+Each process times both sides in interleaved rounds at both batch sizes. By default the C library maps a
+large output anew at each call, and the cost depends on what memory the system has free. With ``--keep 1`` the
+processes keep freed memory instead (:mod:`kwta_exp.allocator`).
 """
 
 import json

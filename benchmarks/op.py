@@ -16,6 +16,7 @@ from benchmarks.baselines import published_kwta
 from benchmarks.timing import Row, arguments, interleaved, report
 from kwta_exp.activations import KWTA, kwta
 from kwta_exp.models import ResNet, sparse
+from kwta_exp.randomness import fold, key, uniform
 
 SHAPE = (128, 64, 32, 32)
 
@@ -45,6 +46,7 @@ def main() -> None:
     rows += compared(kind, x, {name: sides[name] for name in ("ReLU", "k-WTA")}, asked.rounds)
     if sparse.pays(x.device):
         rows += convolutions(asked.ratio, asked.rounds)
+    rows.append(random_numbers(asked.rounds, asked.device))
     notes = [roofline(rows, asked.rounds, "cpu")]
     report(f"k-WTA {asked.ratio:g} on {SHAPE}", rows, notes, asked)
 
@@ -111,6 +113,19 @@ def convolutions(ratio: float, rounds: int) -> list[Row]:
         what = f"3x3 convolution of winners {shape} and back, bfloat16"
         rows.append(Row(what, 1000 * took["ours"], "torch", 1000 * took["dense"], "ms", "speed-up"))
     return rows
+
+
+def random_numbers(rounds: int, device: str) -> Row:
+    """The random start of an attack on 64 colour images: keyed numbers against those of torch's generator."""
+    keys = fold(key(0, "start"), torch.arange(64, device=device))
+    shape = (3, *SHAPE[2:])
+    sides = {
+        "keyed": lambda: uniform(keys, shape),
+        "torch": lambda: torch.rand(len(keys), *shape, device=device),
+    }
+    took = interleaved(sides, rounds, 2, device)
+    what = f"uniform random numbers for {(len(keys), *shape)}"
+    return Row(what, 1000 * took["keyed"], "torch.rand", 1000 * took["torch"], "ms", "cost")
 
 
 def there_and_back(side: Callable[[Tensor], Tensor], leaf: Tensor, gradient: Tensor) -> None:

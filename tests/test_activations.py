@@ -114,6 +114,45 @@ def test_winners_are_those_of_a_float64_sort(rounds: int) -> None:
         assert torch.equal(gradient, (score >= threshold).view(x.shape).to(x.dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_unlike_the_row_before_are_exact(dtype: torch.dtype) -> None:
+    """The kernel guesses a row's threshold from the row before; here each row is of another kind."""
+    noise = torch.randn(9, 5003, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    x = torch.stack(
+        [
+            noise[0],
+            noise[1] * 1e-4,
+            noise[2].relu() * -1,  # zeros of both signs
+            torch.where(noise[3] > 0, 0.0, -0.0),
+            noise[4].round(),
+            torch.full_like(noise[5], -3),
+            noise[6].sort().values * 1e3,
+            torch.where(noise[7] > 1, noise[7] / 0, noise[7]),  # infinite where it wins
+            noise[8] + 1,
+        ]
+    ).to(dtype)
+    for k in (1, 500, 2500, 4999, 5003):
+        for magnitude in (False, True):
+            score = x.double().abs() if magnitude else x.double()
+            threshold = score.sort(1, descending=True).values[:, k - 1 : k]
+            kept = kwta(x, k=k, by="magnitude" if magnitude else "value")
+            assert torch.equal(kept, torch.where(score >= threshold, x, 0))
+            assert torch.equal(kth_largest(x.abs() if magnitude else x, k).double(), threshold)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("nan", [torch.nan, -torch.nan], ids=["nan", "negative nan"])
+def test_many_nans_in_long_rows(dtype: torch.dtype, nan: float) -> None:
+    x = torch.randn(4, 5000, generator=torch.Generator().manual_seed(3)).to(dtype)
+    x[:, ::5] = nan
+    ranked = x.nan_to_num(torch.inf)  # no value is infinite
+    for k in (999, 1000, 1001, 1500):
+        threshold = ranked.sort(1, descending=True).values[:, k - 1 : k]
+        expected = torch.where(ranked >= threshold, x, 0)
+        assert torch.equal(kwta(x, k=k).nan_to_num(9), expected.nan_to_num(9))
+        assert kth_largest(x, k).isnan().all() == (k <= 1000)
+
+
 @pytest.mark.parametrize(
     ("ratio", "size", "kept"), [(0.1, 100, 10), (0.1, 9, 1), (1.0, 7, 7), (0.5, 3, 1), (0.29, 100, 28)]
 )

@@ -7,9 +7,9 @@ import sys
 def keep_freed_memory() -> bool:
     """Let the process keep freed memory and use it again, instead of mapping pages anew.
 
-    By default GNU's C library maps each block of 32 MiB or more anew, and returns smaller ones to the system now
-    and then. Such an output costs a page fault per 4 KiB, which takes longer than most layers. This concerns the
-    whole process. Memory that is free does not go back to the system before the process ends.
+    By default GNU's C library maps each block of 32 MiB or more anew, and returns smaller ones to the system
+    now and then. Such an output costs a page fault per 4 KiB, which takes longer than most layers. The call
+    concerns the whole process. Free memory goes back to the system only when the process ends.
 
     Returns:
         Whether it does so; False with a C library other than GNU's, where nothing changes.
