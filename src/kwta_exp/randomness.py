@@ -47,9 +47,9 @@ def uniform(keys_N: Tensor, shape: Sequence[int]) -> Tensor:
 torch.library.define("kwta_exp::uniform", "(Tensor keys, int size) -> Tensor")
 
 
-@torch.library.impl("kwta_exp::uniform", "CPU")
-def _uniform_on_cpu(keys: Tensor, size: int) -> Tensor:
-    counter = torch.arange(1, size + 1) * _GOLDEN
+@torch.library.impl("kwta_exp::uniform", "CompositeExplicitAutograd")
+def _uniform(keys: Tensor, size: int) -> Tensor:
+    counter = torch.arange(1, size + 1, device=keys.device) * _GOLDEN
     bits = _mix(keys[:, None] + counter)
     return _shift(bits, 40).float() * 2.0**-24
 
