@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "kwta_exp"
 
 LAYERS = [
-    {"errors", "fields", "hardware", "randomness", "progress", "received"},
+    {"errors", "failures", "fields", "hardware", "randomness", "progress", "received"},
     {"activations", "environment", "storage", "runtime", "explain", "naming", "settings"},
     {"sealed", "download", "trust"},
     {"results_file"},
