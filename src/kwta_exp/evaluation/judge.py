@@ -2,6 +2,8 @@
 
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +73,7 @@ class Judge:
     def _padded(self, x: Tensor, size: int) -> Tensor:
         missing = size - len(x)
         full = torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if missing and len(x) else x
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False), _without_tf32(x.device):
             logits: Tensor = self.network(full)
         return logits[: len(x)]
 
@@ -97,6 +99,23 @@ class Judge:
     def logits_in_double(self, x: Tensor) -> Tensor | None:
         """Logits in float64; ``None`` if the network does not run in it."""
         return self._in_double.logits(x)
+
+
+@contextmanager
+def _without_tf32(device: torch.device) -> Iterator[None]:
+    """By default torch's convolutions round float32 to ten bits on a GPU."""
+    if device.type != "cuda":
+        yield
+        return
+    libraries: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
+    before = [library.allow_tf32 for library in libraries]
+    try:
+        for library in libraries:
+            library.allow_tf32 = False
+        yield
+    finally:
+        for library, allowed in zip(libraries, before, strict=True):
+            library.allow_tf32 = allowed
 
 
 class _InDouble:
