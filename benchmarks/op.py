@@ -46,7 +46,7 @@ def main() -> None:
     rows += compared(kind, x, {name: sides[name] for name in ("ReLU", "k-WTA")}, asked.rounds)
     if sparse.pays(x.device):
         rows += convolutions(asked.ratio, asked.rounds)
-    rows.append(random_numbers(asked.rounds, asked.device))
+    rows.append(random_numbers(asked.rounds))
     notes = [roofline(rows, asked.rounds, "cpu")]
     report(f"k-WTA {asked.ratio:g} on {SHAPE}", rows, notes, asked)
 
@@ -115,15 +115,15 @@ def convolutions(ratio: float, rounds: int) -> list[Row]:
     return rows
 
 
-def random_numbers(rounds: int, device: str) -> Row:
+def random_numbers(rounds: int) -> Row:
     """The random start of an attack on 64 colour images: keyed numbers against those of torch's generator."""
-    keys = fold(key(0, "start"), torch.arange(64, device=device))
+    keys = fold(key(0, "start"), torch.arange(64))
     shape = (3, *SHAPE[2:])
     sides = {
         "keyed": lambda: uniform(keys, shape),
-        "torch": lambda: torch.rand(len(keys), *shape, device=device),
+        "torch": lambda: torch.rand(len(keys), *shape),
     }
-    took = interleaved(sides, rounds, 2, device)
+    took = interleaved(sides, rounds, 2)
     what = f"uniform random numbers for {(len(keys), *shape)}"
     return Row(what, 1000 * took["keyed"], "torch.rand", 1000 * took["torch"], "ms", "cost")
 

@@ -47,8 +47,8 @@ _BITS = {
 _keep = torch.ops.kwta_exp.keep.default
 _pass = torch.ops.kwta_exp.pass_winners.default
 
-HUGE = 32 << 20
-"""Bytes from which the C library always maps new memory for a tensor."""
+HUGE = 4 << 20
+"""Bytes from which a tensor's memory may be new: always from 32 MiB on, below that if some was just returned."""
 
 
 def keep(x: Tensor, k: int, per_channel: bool, by_magnitude: bool) -> Tensor:
@@ -199,11 +199,10 @@ def _require(k: int, rows: Tensor) -> None:
 
 
 def _fresh_like(x: Tensor) -> Tensor:
-    """An uninitialised tensor like ``x``, in huge pages if it is so large that its memory is newly mapped.
+    """An uninitialised tensor like ``x``, in huge pages if it is so large that its memory may be newly mapped.
 
-    Mapping 4 KiB at a time takes longer than the selection. With pages of 2 MiB the forward pass of
-    (128, 64, 32, 32) in float32 takes 0.4 times as long on two threads of an AMD EPYC, and a gradient of
-    ResNet-18 at batch 128 takes 0.96 times as long. Systems without huge pages ignore the request.
+    Mapping 4 KiB at a time takes longer than the selection. Systems without huge pages ignore the request, and
+    for memory that is mapped already it changes nothing. :mod:`kwta_exp.allocator` maps no memory anew at all.
     """
     fresh = torch.empty_like(x)
     if fresh.nbytes >= HUGE and _madvise is not None:
