@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "kwta_exp"
 
 LAYERS = [
-    {"allocator", "compiled", "errors", "fields", "hardware", "progress", "received"},
+    {"allocator", "compiled", "errors", "failures", "fields", "hardware", "progress", "received"},
     {"randomness_numba", "randomness_triton"},
     {"randomness"},
     {"activations", "environment", "storage", "runtime", "explain", "naming", "settings"},

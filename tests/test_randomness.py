@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kwta_exp import randomness
-from kwta_exp.randomness import fold, key, normal, permutation, uniform
+from kwta_exp.randomness import fold, isolated, key, normal, permutation, uniform
 
 
 def plain_uniform(keys_N: Tensor, size: int) -> Tensor:
@@ -90,3 +90,47 @@ def test_a_permutation_has_every_index_and_depends_on_its_key() -> None:
     assert permutation(50, 7).sort().values.tolist() == list(range(50))
     assert torch.equal(permutation(50, 7), permutation(50, 7))
     assert not torch.equal(permutation(50, 7), permutation(50, 8))
+
+
+def test_isolation_touches_no_gpu_before_cuda_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    def touched(*args: object, **kwargs: object) -> object:
+        raise AssertionError("CUDA was touched")
+
+    for name in dir(torch.cuda):
+        if callable(getattr(torch.cuda, name)) and not name.startswith("_") and name != "is_initialized":
+            monkeypatch.setattr(torch.cuda, name, touched)
+    monkeypatch.setattr(torch.cuda, "_lazy_call", touched)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    before = torch.get_rng_state()
+    with isolated(5):
+        inside = torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(inside, torch.rand(3, generator=torch.Generator().manual_seed(5)))
+
+
+def test_isolation_seeds_and_restores_the_gpus_in_use_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of eight, the current one and one with a context."""
+    generators = [torch.Generator().manual_seed(100 + gpu) for gpu in range(8)]
+    read, written = [], []
+
+    def state(gpu: int) -> torch.Tensor:
+        read.append(gpu)
+        return generators[gpu].get_state()
+
+    def restore(value: torch.Tensor, gpu: int) -> None:
+        written.append(gpu)
+        generators[gpu].set_state(value)
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda gpu: gpu == 5, raising=False)
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", restore)
+    before = [each.get_state() for each in generators]
+    with isolated(5):
+        assert [each.initial_seed() for each in generators] == [100, 101, 5, 103, 104, 5, 106, 107]
+        torch.rand(3, generator=generators[2])
+    assert all(map(torch.equal, before, [each.get_state() for each in generators]))
+    assert (read, written) == ([2, 5], [2, 5])

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kwta_exp import hardware
 from kwta_exp.activations import KWTA
@@ -18,7 +19,13 @@ from kwta_exp.data.batches import Split
 from kwta_exp.data.datasets import Digits
 from kwta_exp.evaluation import Evaluation
 from kwta_exp.models import CNN, DenseNet, ResNet, WideResNet
-from kwta_exp.models.proxy import Proxy, proxy_for, updated_proxy, with_folded_batch_norms
+from kwta_exp.models.proxy import (
+    Proxy,
+    keep_bfloat16_copies,
+    proxy_for,
+    updated_proxy,
+    with_folded_batch_norms,
+)
 from kwta_exp.training import PGDTraining
 from tests.test_evaluation import InDouble
 from tests.test_training import INNER, KillAfter, KilledError, train
@@ -418,3 +425,79 @@ def test_the_fast_search_is_as_strong_as_the_exact_one(activation: Any, tmp_path
     for name in suite:
         assert 0.2 <= robust[name, False] <= 0.8
         assert robust[name, True] <= robust[name, False] + 0.02
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of each tensor's shape to bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_cast = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        if is_cast and (kwargs or {}).get("dtype") == torch.bfloat16:
+            self.shapes.append(args[0].shape)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("make", [partial(ResNet, width=8), partial(DenseNet, growth=4), Branching])
+def test_a_proxy_casts_no_weights_in_a_forward_and_computes_what_autocast_does(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "computes_in_bfloat16", lambda device: True)
+    monkeypatch.setattr(hardware, "has_matrix_units", lambda device: True)
+    torch.manual_seed(0)
+    x = torch.rand(3, 1, 8, 8)
+    network = make() if make is Branching else make(KWTA_01, num_classes=10, in_channels=1)
+    trained_statistics(network, x)
+    found, casts = {}, {}
+    for kept in (True, False):
+        with monkeypatch.context() as patch:
+            if not kept:
+                patch.setattr("kwta_exp.models.proxy.keep_bfloat16_copies", lambda network: [])
+            fast = Proxy(network, x)
+        fast.follow(network)
+        image = x.clone().requires_grad_()
+        with Casts() as counted:
+            logits = fast(image)
+        (gradient,) = torch.autograd.grad(logits.square().sum(), image)
+        found[kept] = logits.detach(), gradient
+        weights = {tensor.shape for tensor in fast.parameters() if tensor.dim() != 1}
+        casts[kept] = sum(shape in weights for shape in counted.shapes)
+    layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in network.modules())
+    assert casts == {True: 0, False: layers}
+    for one, other in zip(found[True], found[False], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_bfloat16_copies_of_a_proxy_follow_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "computes_in_bfloat16", lambda device: True)
+    monkeypatch.setattr(hardware, "has_matrix_units", lambda device: True)
+    torch.manual_seed(0)
+    x = torch.rand(3, 1, 8, 8)
+    network = trained_statistics(ResNet(KWTA_01, num_classes=10, in_channels=1, width=8), x)
+    fast = updated_proxy(network, x)
+    before = fast(x)
+    with torch.no_grad():
+        for tensor in network.parameters():
+            tensor.mul_(1.5)
+    assert updated_proxy(network, x) is fast
+    assert not torch.equal(fast(x), before)
+    assert torch.equal(fast(x), updated_proxy(copy.deepcopy(network), x)(x))
+
+
+def test_layers_whose_weights_are_computed_are_left_to_autocast() -> None:
+    normed = nn.Linear(4, 3)
+    torch.nn.utils.parametrizations.weight_norm(normed)
+    old = nn.Linear(4, 3)
+    with pytest.warns(FutureWarning):
+        torch.nn.utils.weight_norm(old)
+
+    class Own(nn.Linear):
+        pass
+
+    layers = nn.Sequential(normed, old, Own(4, 3), nn.Linear(4, 3, bias=False))
+    assert [tensor.shape for tensor, _ in keep_bfloat16_copies(layers)] == [(3, 4)]
+    x = torch.rand(2, 4)
+    assert torch.equal(layers[3](x), nn.functional.linear(x, layers[3].weight))  # outside autocast

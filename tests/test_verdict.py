@@ -25,6 +25,7 @@ from kwta_exp.attacks import (
     Transfer,
     as_attack,
 )
+from kwta_exp.attacks.base import MicroBatches
 from kwta_exp.data.batches import Split, to_float
 from kwta_exp.evaluation import Diagnosis, Evaluation, Outcome, Roles, evaluate
 from kwta_exp.evaluation.binarized import binarize, last_linear, readout
@@ -280,16 +281,19 @@ def test_gradient_checks_give_known_values_on_simple_networks() -> None:
     y = linear(x).argmax(1)
 
     def unseen(network: nn.Module) -> Tensor:
-        return change_unseen_by_gradients(network, x, y, keys, THREAT)["change_unseen_by_gradients"]
+        return change_unseen_by_gradients(MicroBatches(network, None), x, y, keys, THREAT)[
+            "change_unseen_by_gradients"
+        ]
 
     assert unseen(linear).max() < 0.02  # the runner-up class may change
     quantised = nn.Sequential(Quantised(), linear)
     assert unseen(quantised).min() == 1
-    measured = ascent(quantised, x, quantised(x).argmax(1), keys, THREAT)
+    measured = ascent(MicroBatches(quantised, None), x, quantised(x).argmax(1), keys, THREAT)
     assert torch.equal(measured["gradients_are_zero"], torch.ones(6, dtype=torch.double))
     assert not measured["gradients_are_not_finite"].any()
     not_finite = nn.Sequential(linear, NaNGradient())
-    assert ascent(not_finite, x, y, keys, THREAT)["gradients_are_not_finite"].nanmean() == 1
+    measured = ascent(MicroBatches(not_finite, None), x, y, keys, THREAT)
+    assert measured["gradients_are_not_finite"].nanmean() == 1
 
 
 class NaNGradient(nn.Module):

@@ -42,7 +42,8 @@ def audit(
     """Attack ``model`` on ``x`` and return its robust accuracy and the verdict.
 
     The results are those of ``python run.py training=none weights=... suite=SUITE OVERRIDES`` for the same
-    weights and test images.
+    weights and test images. With ``evaluation.search=auto`` attacks search on a fast proxy if ``model`` is on a
+    GPU, and on ``model`` itself on a CPU; ``model`` itself judges either way.
 
     Args:
         model: maps images float32 ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``; on any one device. The mode
@@ -83,7 +84,7 @@ def audit(
         _check_logits(model.eval(), images)
         evaluation = Evaluation(
             model, images, attacks, threat, where, options.seed,
-            **options.evaluation.model_dump(exclude={"n", "checks_n"}),
+            **options.evaluation.resolved(device.type).model_dump(exclude={"n", "checks_n"}),
         )  # fmt: skip
         run = {"name": type(model).__name__, "seed": options.seed}
         return evaluate(evaluation, run, options.evaluation.checks_n)

@@ -23,6 +23,7 @@ from kwta_exp.data.image_folder import DEATH_OF_WORKER, is_death_of_worker
 from kwta_exp.environment import CONF
 from kwta_exp.errors import UserError, printable
 from kwta_exp.explain import did_you_mean, explain_validation, explanation
+from kwta_exp.failures import first_line, is_out_of_memory
 from kwta_exp.settings import Inputs, Settings
 from kwta_exp.trust import require_buildable
 
@@ -77,6 +78,11 @@ def user_errors() -> Iterator[None]:
         named = f"{error.filename}: " if error.filename else ""
         raise UserError(f"{named}{error.strerror or error}") from error
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise UserError(
+                f"not enough memory: {first_line(error)}; expected a smaller recipe.batch_size or"
+                " evaluation.batch_size, or more memory"
+            ) from error
         if not is_death_of_worker(error):
             raise
         raise UserError(f"dataset.workers: {DEATH_OF_WORKER} ({error})") from error

@@ -5,6 +5,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ def describe(command: str, device: str, runtime: dict[str, Any]) -> dict[str, An
         command: the command line.
         device: the device's name, such as ``"cpu"`` or a GPU's.
         runtime: accelerator, devices, precision and threads as resolved.
+
+    A run on a GPU has ``gpu``: its name, memory in bytes and compute capability, and the versions of the
+    driver, of CUDA and of cuDNN.
     """
     return {
         "command": command,
@@ -43,7 +47,12 @@ def describe(command: str, device: str, runtime: dict[str, Any]) -> dict[str, An
         "processor": processor(),
         "cores": hardware.usable_cores(),
         "packages": {name: _version(name) for name in _PACKAGES},
+        **({"gpu": _gpu()} if runtime.get("accelerator") == "cuda" else {}),
     }
+
+
+def _gpu() -> dict[str, Any]:
+    return {**asdict(hardware.first_gpu() or hardware.Gpu()), **hardware.cuda_versions()}
 
 
 def processor() -> str:

@@ -6,12 +6,15 @@ No other module inspects the hardware. Callers write ``hardware.usable_cores()``
 import ctypes
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 _CGROUP = Path("/proc/self/cgroup")
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -97,19 +100,119 @@ def _quota_v1(group: Path) -> float | None:
         return None
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """An NVIDIA GPU, or a MIG part of one, as the driver describes it; ``None`` for what it does not say.
+
+    Attributes:
+        name: such as ``"NVIDIA H200"``.
+        memory: in bytes.
+        compute_capability: such as ``"9.0"``.
+        driver: its version.
+    """
+
+    name: str | None = None
+    memory: int | None = None
+    compute_capability: str | None = None
+    driver: str | None = None
+
+
 def nvidia_gpus() -> int:
-    """The number of GPUs that the NVIDIA driver reports. Does not initialise CUDA, which would forbid forks."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
-        return 0
+    """The number of GPUs that the NVIDIA driver reports and ``CUDA_VISIBLE_DEVICES`` leaves.
+
+    Does not initialise CUDA, which would forbid forks.
+    """
+    return len(_visible(_handles))
+
+
+def first_gpu() -> Gpu | None:
+    """The GPU that CUDA calls 0, found without initialising CUDA; ``None`` if there is none.
+
+    By default CUDA puts the fastest GPU first, where the driver's management library counts by the bus: among
+    unlike GPUs this is the right one with ``CUDA_DEVICE_ORDER=PCI_BUS_ID``, or where ``CUDA_VISIBLE_DEVICES``
+    names it by UUID.
+    """
+    found = _visible(lambda nvml, visible: [_described(nvml, handle) for handle in _handles(nvml, visible)[:1]])
+    return found[0] if found else None
+
+
+def _visible(read: Callable[[Any, str | None], list[T]]) -> list[T]:
+    """What ``read`` finds through the driver's library for a value of ``CUDA_VISIBLE_DEVICES``."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1") or (nvml := _nvml()) is None or nvml.nvmlInit_v2() != 0:
+        return []
     try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        return read(nvml, visible)
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _nvml() -> Any:
+    """NVIDIA's management library, or ``None``."""
+    try:
+        return ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
-        return 0
+        return None
+
+
+def _handles(nvml: Any, visible: str | None) -> list[ctypes.c_void_p]:
+    """Handles of the GPUs that ``CUDA_VISIBLE_DEVICES`` leaves, in its order.
+
+    As CUDA reads it: indices, or UUIDs that may be cut short, up to the first entry that is none or is
+    repeated.
+    """
     count = ctypes.c_uint(0)
-    if nvml.nvmlInit_v2() != 0 or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
-        return 0
-    nvml.nvmlShutdown()
-    return count.value
+    if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
+        return []
+    everything: list[ctypes.c_void_p] = []
+    for number in range(count.value):
+        handle = ctypes.c_void_p()
+        if nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(number), ctypes.byref(handle)) == 0:
+            everything.append(handle)
+    if visible is None:
+        return everything
+    chosen: list[ctypes.c_void_p] = []
+    for entry in visible.split(","):
+        found = _handle_of(nvml, entry.strip(), everything)
+        if found is None or found.value in {handle.value for handle in chosen}:
+            break
+        chosen.append(found)
+    return chosen
+
+
+def _handle_of(nvml: Any, entry: str, everything: list[ctypes.c_void_p]) -> ctypes.c_void_p | None:
+    if entry.isdecimal():
+        return everything[int(entry)] if int(entry) < len(everything) else None
+    if entry.startswith("MIG-"):
+        handle = ctypes.c_void_p()
+        found = nvml.nvmlDeviceGetHandleByUUID(entry.encode(), ctypes.byref(handle)) == 0
+        return handle if found else None
+    named = [each for each in everything if (_text(nvml.nvmlDeviceGetUUID, each) or "").startswith(entry)]
+    return named[0] if entry.startswith("GPU-") and len(named) == 1 else None
+
+
+class _Memory(ctypes.Structure):
+    """``nvmlMemory_t``, in bytes."""
+
+    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+
+
+def _described(nvml: Any, handle: ctypes.c_void_p) -> Gpu:
+    memory, major, minor = _Memory(), ctypes.c_int(), ctypes.c_int()
+    has_memory = nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) == 0
+    capability = nvml.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor)) == 0
+    return Gpu(
+        name=_text(nvml.nvmlDeviceGetName, handle),
+        memory=memory.total if has_memory else None,
+        compute_capability=f"{major.value}.{minor.value}" if capability else None,
+        driver=_text(nvml.nvmlSystemGetDriverVersion),
+    )
+
+
+def _text(function: Any, *handle: ctypes.c_void_p) -> str | None:
+    buffer = ctypes.create_string_buffer(96)
+    failed = function(*handle, buffer, ctypes.c_uint(len(buffer)))
+    return None if failed else buffer.value.decode(errors="replace")
 
 
 def torch_has_cuda() -> bool:
@@ -117,3 +220,10 @@ def torch_has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def cuda_versions() -> dict[str, str | int | None]:
+    """The versions of the CUDA runtime and of cuDNN that torch uses."""
+    import torch
+
+    return {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}

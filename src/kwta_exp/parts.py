@@ -20,6 +20,7 @@ from kwta_exp.config import Config, build, call, explain, plain
 from kwta_exp.data.base import Images
 from kwta_exp.data.batches import to_float
 from kwta_exp.errors import UserError
+from kwta_exp.failures import is_of_the_machine
 from kwta_exp.models.factory import with_facts
 from kwta_exp.naming import safe_names
 from kwta_exp.plan import Plan, source_network
@@ -272,6 +273,8 @@ def _try_out(network: nn.Module, cfg: Config, images: Images) -> None:
         with torch.no_grad():
             logits = network(to_float(torch.as_tensor(images.x_train[:2])))
     except (RuntimeError, ValueError, TypeError) as error:
+        if is_of_the_machine(error):
+            raise
         named = [name for name in plain(cfg, "activation") if f"{name}=" in str(error)]
         where = "activation" if named else "model"
         raise UserError(explain(error, cfg, where)) from error

@@ -46,7 +46,7 @@ class Plan:
         cfg: the configuration that everything is built from, scaled and with what a judged run lends.
         line: the command line.
         chosen: the option chosen in each group.
-        options: the plain values of ``cfg``.
+        options: the plain values of ``cfg``, with ``evaluation.search=auto`` resolved.
         scale: the name of the scale, ``"full"`` for a real run.
         runtime: device, precision and threads.
         dataset: the data, not loaded.
@@ -98,6 +98,8 @@ class Plan:
 
         options, scale = settings(cfg), str(cfg.scale.name)
         runtime, dataset = build(cfg, "runtime", Runtime), build(cfg, "dataset", Dataset)
+        evaluation = options.evaluation.resolved(runtime.resolved_accelerator)
+        options = options.model_copy(update={"evaluation": evaluation})
         if scale != "full" and _is_replaceable(dataset, line):
             dataset = synthetic_like(dataset)
             log.info("scale=%s: %s is absent; %s is used instead", scale, chosen["dataset"], dataset)

@@ -106,18 +106,37 @@ def permutation(length: int, key: int) -> Tensor:
 def isolated(seed: int) -> Iterator[None]:
     """Seed the global generators of torch, NumPy and Python, and restore their states afterwards.
 
-    For third-party code that draws from them: what it draws depends on ``seed`` alone.
+    For third-party code that draws from them: what it draws depends on ``seed`` alone. Of GPUs, those that this
+    process uses are seeded and restored; others are not touched, nor is CUDA where nothing has used it yet.
     """
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    of_gpus = {gpu: torch.cuda.get_rng_state(gpu) for gpu in _gpus_in_use()}
+    try:
+        # Not torch.manual_seed, which also reaches all GPUs, or queues a call for when CUDA is initialised.
+        torch.default_generator.manual_seed(seed)
+        for gpu in of_gpus:
+            torch.cuda.default_generators[gpu].manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        for gpu, state in of_gpus.items():
+            torch.cuda.set_rng_state(state, gpu)
+
+
+def _gpus_in_use() -> list[int]:
+    """The current GPU and those with a context of this process; none before CUDA is initialised."""
+    if not torch.cuda.is_initialized():
+        return []
+    current = torch.cuda.current_device()
+    return [
+        gpu
+        for gpu in range(torch.cuda.device_count())
+        if gpu == current or torch._C._cuda_hasPrimaryContext(gpu)  # type: ignore[attr-defined]
+    ]
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The device, precision, processes and threads of a run, through Lightning Fabric."""
 
+import logging
 import os
 import shutil
 from typing import TYPE_CHECKING, Literal
@@ -13,7 +14,12 @@ from kwta_exp.fields import STRICT
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+log = logging.getLogger(__name__)
+
 Precision = Literal["32-true", "bf16-mixed"]
+
+_CUBLAS, _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+"""What makes cuBLAS deterministic, by its documentation; it is read as CUDA is initialised."""
 
 SPINS = "8000"
 """How often an idle thread of GNU OpenMP polls for work before it sleeps."""
@@ -48,6 +54,10 @@ class Runtime:
         threads: CPU threads; ``None`` means one per core that the process may use
             (:func:`kwta_exp.hardware.usable_cores`). On a CPU the number decides the last bits of the
             weights, so it is part of the run's identity; set it to get the same run on another machine.
+        deterministic: on a GPU, use deterministic algorithms alone, so that a command gives the same figures
+            every time on the same GPU and software: some gradients are otherwise added up in an order that
+            varies. Operations without such an algorithm raise an error that names them. It costs speed; how
+            much was not measured. No effect on a CPU, where results are deterministic anyway.
     """
 
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
@@ -56,6 +66,7 @@ class Runtime:
     channels_last: bool = False
     compile: bool = False
     threads: PositiveInt | None = None
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         if self.accelerator == "cuda" and not hardware.nvidia_gpus():
@@ -80,8 +91,12 @@ class Runtime:
         return self.threads or hardware.usable_cores()
 
     def identity(self) -> dict[str, str | int | None]:
-        """The values that decide the last bits of the weights; on a GPU, the number of CPU threads does not."""
+        """The values that decide the last bits of the weights.
+
+        On a CPU these include its threads, on a GPU its name and whether its algorithms are deterministic.
+        """
         on_cpu = self.resolved_accelerator == "cpu"
+        gpu = None if on_cpu else hardware.first_gpu()
         return {
             "accelerator": self.resolved_accelerator,
             "devices": self.devices,
@@ -89,6 +104,8 @@ class Runtime:
             "channels_last": self.channels_last,
             "compile": self.compile,
             "threads": self.resolved_threads if on_cpu else None,
+            **({} if on_cpu else {"gpu": gpu.name if gpu else None}),
+            **({"deterministic": True} if self.deterministic and not on_cpu else {}),
         }
 
     def launch(self) -> "Fabric":
@@ -102,6 +119,7 @@ class Runtime:
 
         torch.set_num_threads(self.resolved_threads)
         compute_in_float32()
+        self._set_algorithms()
         if self.resolved_accelerator == "cuda" and not hardware.torch_has_cuda():
             raise UserError(
                 f"runtime.accelerator={self.accelerator!r}: the machine has a GPU that torch"
@@ -109,7 +127,39 @@ class Runtime:
             )
         fabric = Fabric(accelerator=self.resolved_accelerator, devices=self.devices, precision=self.precision)
         fabric.launch()
+        if fabric.device.type == "cuda":
+            _compare_names(torch.cuda.get_device_name(fabric.device))
         return fabric
+
+    def _set_algorithms(self) -> None:
+        """Whether GPU operations must be deterministic; before CUDA is initialised.
+
+        Raises:
+            UserError: if CUDA is, without the workspace that cuBLAS needs for that: by an earlier job.
+        """
+        import torch
+
+        deterministic = self.deterministic and self.resolved_accelerator == "cuda"
+        if deterministic and torch.cuda.is_initialized() and _CUBLAS not in os.environ:
+            raise UserError(
+                "runtime.deterministic=True: an earlier job of this process uses CUDA without; expected the"
+                f" same for all jobs, or the environment variable {_CUBLAS}={_WORKSPACE}"
+            )
+        if deterministic:
+            os.environ.setdefault(_CUBLAS, _WORKSPACE)
+        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cudnn.deterministic = deterministic
+        torch.backends.cudnn.benchmark = False
+
+
+def _compare_names(used: str) -> None:
+    """Warn if the run's identity names another GPU than the one in use."""
+    gpu = hardware.first_gpu()
+    if gpu and gpu.name and gpu.name != used:
+        log.warning(
+            "the run is named after a %s but uses a %s; among unlike GPUs set CUDA_DEVICE_ORDER=PCI_BUS_ID",
+            gpu.name, used,
+        )  # fmt: skip
 
 
 def compute_in_float32() -> None:

@@ -29,7 +29,13 @@ class EvaluationSettings(BaseModel):
     checks_n: NonNegativeInt
     budget: PositiveInt | None
     processes: PositiveInt
-    search: Literal["exact", "fast"]
+    search: Literal["auto", "exact", "fast"]
+
+    def resolved(self, device: str) -> "EvaluationSettings":
+        """The same with ``search=auto`` replaced: fast on a GPU (``device="cuda"``), exact on a CPU."""
+        if self.search != "auto":
+            return self
+        return self.model_copy(update={"search": "fast" if device == "cuda" else "exact"})
 
 
 class Inputs(BaseModel):

@@ -48,7 +48,7 @@ _keep = torch.ops.kwta_exp.keep.default
 _pass = torch.ops.kwta_exp.pass_winners.default
 
 HUGE = 4 << 20
-"""Bytes from which a tensor's memory may be new: always from 32 MiB on, else if some was just returned."""
+"""Bytes from which a tensor's memory may be new: always from 32 MiB on, below if some was just returned."""
 
 
 def keep(x: Tensor, k: int, per_channel: bool, by_magnitude: bool) -> Tensor:

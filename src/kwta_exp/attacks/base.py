@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kwta_exp.attacks.losses import Loss
 from kwta_exp.attacks.threat import Threat
+from kwta_exp.failures import is_out_of_memory
 from kwta_exp.fields import Norm
 
 
@@ -97,7 +98,7 @@ class CallableAttack(Attack):
 
 
 class MicroBatches:
-    """Calls a model in micro-batches, which are halved whenever a GPU runs out of memory.
+    """Calls a model in micro-batches, which are halved whenever memory runs out.
 
     Args:
         model: images to logits.
@@ -126,8 +127,8 @@ class MicroBatches:
             size = min(self.size or n, n - done)
             try:
                 parts.append(call(*(tensor[done : done + size] for tensor in tensors)))
-            except torch.OutOfMemoryError:
-                if size < 2:
+            except (RuntimeError, MemoryError) as error:
+                if size < 2 or not is_out_of_memory(error):
                     raise
                 self.size = (size + 1) // 2
                 continue

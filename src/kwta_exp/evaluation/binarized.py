@@ -14,7 +14,6 @@ share one network: a query belongs to the nearest of the images that problems we
 
 import hashlib
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 
@@ -22,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from kwta_exp.attacks import Threat
+from kwta_exp.attacks.base import MicroBatches
 from kwta_exp.data.batches import Split, to_float
 from kwta_exp.evaluation.query_counter import Owners
+from kwta_exp.failures import is_of_the_machine
 from kwta_exp.randomness import fold, key
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ def binarize(network: nn.Module, images: Split, threat: Threat, seed: int, batch
     x = to_float(images.x[torch.arange(len(images), device=images.y.device)])
     layer = last_linear(network, x[:1])
     problem = BinarizedNetwork(network, layer, Owners(x, threat))
+    features_of = _Features(network, layer)
+    calls = MicroBatches(features_of, batch_size)
     weights, thresholds, examples = [], [], []
     keys = fold(key(seed, "planted"), images.index)
     for i in range(len(x)):
@@ -89,7 +92,9 @@ def binarize(network: nn.Module, images: Split, threat: Threat, seed: int, batch
             (threat.random_edge_point(image, some) for some in at_edge.split(batch_size)),
         )
         edge = threat.random_edge_point(image, streams[CLASS_0_POINTS:])
-        features, lead = problem.features(chain([image], inner, [edge]), batch_size)
+        own = calls.logits(image)
+        lead = own_margin(features_of.logits[0])
+        features = torch.cat([own, *map(calls.logits, chain(inner, [edge]))])
         if not features.isfinite().all() or not lead.isfinite():
             weight, threshold = torch.zeros_like(features[0]).double(), lead.new_zeros(())  # separates nothing
         else:
@@ -100,8 +105,8 @@ def binarize(network: nn.Module, images: Split, threat: Threat, seed: int, batch
     problem.attach(torch.stack(weights).float(), torch.stack(thresholds).float())
 
     x_adv = torch.cat(examples)
-    with torch.no_grad():
-        separated = (problem(x).argmax(1) == 0) & (problem(x_adv).argmax(1) == 1)
+    answers = MicroBatches(problem, calls.size)
+    separated = (answers.logits(x).argmax(1) == 0) & (answers.logits(x_adv).argmax(1) == 1)
     kept = problem.only(separated)
     index = separated.nonzero()[:, 0]
     split = Split(images.x[index], torch.zeros_like(images.y[index]), images.index[index])
@@ -180,7 +185,9 @@ def _takes_two(network: nn.Module, layer: nn.Module, x: Tensor) -> bool:
     try:
         with torch.no_grad():
             return tuple(network(x).shape) == (len(x), 2)
-    except (RuntimeError, ValueError, IndexError, TypeError):
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        if is_of_the_machine(error):
+            raise
         return False
     finally:
         handle.remove()
@@ -225,28 +232,34 @@ class BinarizedNetwork(nn.Module):
             handle.remove()
         return logits
 
-    @torch.no_grad()
-    def features(self, pieces: Iterable[Tensor], batch_size: int) -> tuple[Tensor, Tensor]:
-        """The features of images that come in pieces, ``(N, F)``, and the lead of the first image.
 
-        The lead is taken at the layer that the readout replaces, because what follows may bound the outputs.
-        """
+class _Features:
+    """The network as a function from images to the features ``(N, F)`` that the readouts weigh.
+
+    Attributes:
+        logits: of the last images, at the layer that the readout replaces, because what follows may bound the
+            outputs.
+    """
+
+    logits: Tensor
+
+    def __init__(self, network: nn.Module, layer: nn.Module | None) -> None:
+        self.network = network
+        self.layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.layer is None:
+            self.logits = self.network(x)
+            return self.logits
         seen: list[Tensor] = []
-        logits: list[Tensor] = []
 
         def look(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
             seen.append(inputs[0].clone())
-            logits.append(output[:1].clone())
+            self.logits = output.clone()
 
-        handle = self.layer.register_forward_hook(look) if self.layer is not None else None
+        handle = self.layer.register_forward_hook(look)
         try:
-            for piece in pieces:
-                for some in piece.split(batch_size):
-                    outputs = self.network(some)
-                    if self.layer is None:
-                        seen.append(outputs)
-                        logits.append(outputs[:1])
+            self.network(x)
         finally:
-            if handle is not None:
-                handle.remove()
-        return torch.cat(seen), own_margin(logits[0][0])
+            handle.remove()
+        return seen[0]

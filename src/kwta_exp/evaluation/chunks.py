@@ -1,9 +1,11 @@
 """One chunk of images under one attack."""
 
+import logging
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,12 +16,15 @@ from kwta_exp.errors import UserError
 from kwta_exp.evaluation.judge import Judge, misclassified, predicted
 from kwta_exp.evaluation.query_counter import QueryCounter
 from kwta_exp.evaluation.records import Column
+from kwta_exp.failures import first_line, is_of_the_machine, is_out_of_memory
 from kwta_exp.models.proxy import proxy_for
 from kwta_exp.randomness import fold, isolated, key
 from kwta_exp.storage import image_digests
 
 if TYPE_CHECKING:
     from kwta_exp.evaluation.evaluation import Evaluation
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,36 @@ def attack_chunk(evaluation: "Evaluation", networks: Networks, name: str, chunk:
 def _attack(
     evaluation: "Evaluation", judge: Judge, searched: nn.Module, name: str, chunk: Tensor
 ) -> tuple[ChunkResult, Tensor]:
-    """The result, and the images ``(N,)`` that the attack saw ``searched`` misclassify inside the threat."""
+    """The result, and the images ``(N,)`` that the attack saw ``searched`` misclassify inside the threat.
+
+    A chunk for which memory runs out is attacked in halves. An attack that is not ``independent`` then draws
+    other random numbers, so its outcomes may differ from those of the whole chunk; each is judged all the
+    same.
+    """
+    try:
+        return _attack_at_once(evaluation, judge, searched, name, chunk)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(chunk) == 1:
+            raise UserError(
+                f"attack.{name}: not enough memory for a single image ({first_line(error)}); expected more"
+                f" memory, or less than evaluation.batch_size={evaluation.batch_size} in one call"
+            ) from error
+    log.warning("attack.%s: not enough memory for %d images at once; attacking half as many", name, len(chunk))
+    halves = [_attack(evaluation, judge, searched, name, half) for half in chunk.tensor_split(2)]
+    (first, _), (second, _) = halves
+    joined = ChunkResult(
+        {column: np.concatenate([values, second.rows[column]]) for column, values in first.rows.items()},
+        torch.cat([first.x_adv, second.x_adv]), first.forwards + second.forwards,
+        first.backwards + second.backwards, first.seconds + second.seconds,
+    )  # fmt: skip
+    return joined, torch.cat([stopped for _, stopped in halves])
+
+
+def _attack_at_once(
+    evaluation: "Evaluation", judge: Judge, searched: nn.Module, name: str, chunk: Tensor
+) -> tuple[ChunkResult, Tensor]:
     images, threat = evaluation.images, evaluation.threat
     x, y = to_float(images.x[chunk]), images.y[chunk]
     keys = fold(key(evaluation.seed, "attack", name), images.index[chunk])
@@ -101,6 +135,8 @@ def _attack(
                 f" expected images {tuple(x.shape)}"
             )
     except (ValueError, TypeError, RuntimeError, LookupError, AssertionError) as error:
+        if is_of_the_machine(error):
+            raise
         raise UserError(f"attack.{name}: {type(error).__name__}: {error}") from error
 
     with torch.no_grad(), isolated(~int(keys.sum())):

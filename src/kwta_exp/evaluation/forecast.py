@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kwta_exp.attacks import Attack
 from kwta_exp.attacks.base import MaxQueries
+from kwta_exp.failures import is_of_the_machine, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -80,12 +81,26 @@ def _unknown(names: Collection[str]) -> str:
 
 
 def _seconds_a_pass(network: nn.Module, sample: Tensor) -> tuple[float, float]:
-    """Seconds of one image, forward and backward, after a warm-up; (0, 0) if there is no gradient."""
+    """Seconds of one image, forward and backward, after a warm-up; (0, 0) if that fails, as without gradients.
+
+    A failure is for the attacks to report, except that of a GPU, after which nothing works. When memory runs
+    out, fewer images are measured.
+    """
     x = sample.clone().requires_grad_()
     try:
         torch.autograd.grad(network(x).sum(), x)
-    except RuntimeError:
-        return 0.0, 0.0
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            if is_of_the_machine(error):
+                raise
+            return 0.0, 0.0
+    else:
+        return _timed(network, x)
+    fewer = sample[: len(sample) // 2]
+    return _seconds_a_pass(network, fewer) if len(fewer) else (0.0, 0.0)
+
+
+def _timed(network: nn.Module, x: Tensor) -> tuple[float, float]:
     _wait(x)
     started = time.monotonic()
     logits = network(x)

@@ -7,10 +7,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 from kwta_exp import hardware
+from kwta_exp.errors import UserError
+from kwta_exp.failures import first_line, is_of_the_machine, is_out_of_memory
 from kwta_exp.models import sparse
 from kwta_exp.randomness import isolated
 
@@ -24,6 +27,9 @@ class Proxy(nn.Module):
     with it in float64. Convolutions use channels-last order and, where the hardware supports it, bfloat16.
     On a CPU without matrix units, convolutions of sparse activations skip zeros
     (:mod:`kwta_exp.models.sparse`). Logits are float32.
+
+    Where convolutions use bfloat16, they and linear layers keep their weights in both precisions: autocast
+    would cast frozen weights again at every call.
 
     Parameters and buffers are copies. Modules without any, such as activations, are shared with the network,
     so changes of their ratio and hooks on them affect both.
@@ -46,12 +52,15 @@ class Proxy(nn.Module):
             self.eval()
             self._try(sample)
         except RuntimeError as error:  # such as a view() that needs the other memory format
+            if is_of_the_machine(error):
+                raise
             log.info("the search uses the contiguous memory format (%s)", error)
             self._layout = torch.contiguous_format
             self.network = copy.deepcopy(network).to(memory_format=self._layout)
             self._folded = {}
             self.eval()
             self._try(sample)
+        self._copies = keep_bfloat16_copies(self.network) if self._in_bfloat16 else []
         for name, module in network.named_modules(remove_duplicate=False):
             if _is_bare(module) and name and _has(self.network, name):
                 self.network.set_submodule(name, module)
@@ -84,23 +93,80 @@ class Proxy(nn.Module):
                 norm.weight, norm.bias,
             )  # fmt: skip
             theirs |= {f"{name}.weight": weight, f"{name}.bias": bias}
-        for name, tensor in [*self.network.named_parameters(), *self.network.named_buffers()]:
-            if name in theirs:  # else a constant that the tracer added
-                tensor.copy_(theirs[name])
+        ours = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
+        followed = [name for name in ours if name in theirs]  # the others are constants that the tracer added
+        targets, sources = [ours[name] for name in followed], [theirs[name] for name in followed]
+        if targets:
+            torch._foreach_copy_(targets, sources)
+        if self._copies:
+            torch._foreach_copy_([copy for _, copy in self._copies], [tensor for tensor, _ in self._copies])
         for module in self.network.modules():
             if isinstance(module, sparse.SparseConv2d):
                 module.pack()
+
+
+class _Conv2d(nn.Conv2d):
+    """Keeps a bfloat16 copy of its weights, for autocast."""
+
+    copies: tuple[Tensor, Tensor | None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        out: Tensor = self._conv_forward(x, *self.copies)
+        return out
+
+
+class _Linear(nn.Linear):
+    """Keeps a bfloat16 copy of its weights, for autocast."""
+
+    copies: tuple[Tensor, Tensor | None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, *self.copies) if torch.is_autocast_enabled(x.device.type) else super().forward(x)
+
+
+@torch.no_grad()
+def keep_bfloat16_copies(network: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Make plain convolutions and linear layers, in place, compute with bfloat16 copies under autocast.
+
+    The copies are what autocast would cast, so the results are the same to the last bit. Layers of other
+    classes, and those whose weights a hook or a parametrization computes, are left to autocast.
+
+    Returns:
+        Each weight or bias, and its copy.
+    """
+    pairs: list[tuple[Tensor, Tensor]] = []
+    layers: list[Any] = [module for module in network.modules() if type(module) in (nn.Conv2d, nn.Linear)]
+    for layer in layers:
+        if not isinstance(layer.weight, nn.Parameter):
+            continue
+        layer.copies = tuple(None if each is None else each.bfloat16() for each in (layer.weight, layer.bias))
+        layer.__class__ = _Conv2d if type(layer) is nn.Conv2d else _Linear
+        both = zip((layer.weight, layer.bias), layer.copies, strict=True)
+        pairs += [(tensor, copy) for tensor, copy in both if copy is not None]
+    return pairs
 
 
 def proxy_for(network: nn.Module, sample: Tensor) -> nn.Module:
     """A proxy for ``network``, or the network itself, with a warning, if none can be made.
 
     Arguments as for :class:`Proxy`.
+
+    Raises:
+        UserError: if the memory is too small for a proxy; a search must not depend on what else is in memory.
     """
     try:
         with isolated(0), torch.autocast(sample.device.type, enabled=False):
             return Proxy(network, sample)
     except Exception as error:  # a network that cannot be copied or checks types can raise anything
+        if is_out_of_memory(error):
+            raise UserError(
+                f"search=fast: not enough memory for a proxy of the network ({first_line(error)}); expected"
+                " more memory, or search=exact"
+            ) from error
+        if is_of_the_machine(error):
+            raise
         log.warning("search=fast has no effect: no proxy can be made for the network (%s)", error)
         return network
 
@@ -152,6 +218,8 @@ def with_folded_batch_norms(network: nn.Module, sample: Tensor) -> tuple[fx.Grap
         traced.delete_all_unused_submodules()
         expected, found = double(sample.double()), traced(sample.double())
     except Exception as error:  # tracing can raise anything
+        if is_of_the_machine(error):
+            raise
         log.info("BatchNorm is not folded for the search: the network cannot be traced (%s)", error)
         return None
     if not torch.allclose(found, expected, rtol=1e-6, atol=1e-8):

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from kwta_exp.attacks import Threat
+from kwta_exp.attacks.base import MicroBatches
 from kwta_exp.data.batches import Split, to_float
 from kwta_exp.data.image_folder import FolderPixels
+from kwta_exp.errors import UserError
 from kwta_exp.evaluation.evaluation import Evaluation
 from kwta_exp.evaluation.outcome import Outcome
+from kwta_exp.failures import first_line, is_out_of_memory
 from kwta_exp.randomness import fold, isolated, key
 
 log = logging.getLogger(__name__)
@@ -121,14 +124,20 @@ class Subject:
         return self.evaluation.threat
 
     @cached_property
+    def calls(self) -> MicroBatches:
+        """Calls of the network, in batches that all checks shrink together when memory runs out."""
+        return MicroBatches(self.network, self.evaluation.batch_size)
+
+    @cached_property
     def batches(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Images in [0, 1], labels and keys, batch by batch; read once for all checks."""
         keys = fold(key(self.evaluation.seed, "checks"), self.images.index)
         return list(batches(self.images, keys, self.evaluation.batch_size))
 
 
-PerImage = Callable[[nn.Module, Tensor, Tensor, Tensor, Threat], dict[str, Tensor]]
-"""``(network, x, y, keys, threat)`` to a number for each image ``(N,)``, NaN where it says nothing, by check.
+PerImage = Callable[[MicroBatches, Tensor, Tensor, Tensor, Threat], dict[str, Tensor]]
+"""``(calls of the network, x, y, keys, threat)`` to a number for each image ``(N,)``, NaN where it says
+nothing, by check.
 """
 
 CHECKS: dict[str, Check] = {}
@@ -167,7 +176,7 @@ def per_image(*checks: Check) -> Callable[[PerImage], PerImage]:
 
     def register(function: PerImage) -> PerImage:
         def measured(subject: Subject) -> dict[str, float]:
-            pieces = [function(subject.network, *batch, subject.threat) for batch in subject.batches]
+            pieces = [function(subject.calls, *batch, subject.threat) for batch in subject.batches]
             return {name: _mean(torch.cat([piece[name] for piece in pieces])) for name in pieces[0]}
 
         measured.__name__ = getattr(function, "__name__", "per_image")
@@ -200,7 +209,11 @@ def compare(evaluation: Evaluation, outcome: Outcome) -> dict[str, float]:
 
 
 def diagnose(evaluation: Evaluation, outcome: Outcome, checks_n: int) -> Diagnosis:
-    """Every measurement, on the first ``checks_n`` images that the network classifies correctly."""
+    """Every measurement, on the first ``checks_n`` images that the network classifies correctly.
+
+    Raises:
+        UserError: if the memory is too small even for a batch of one image. Nothing is scored then.
+    """
     positions = np.flatnonzero(outcome.clean_correct)[:checks_n]
     if not len(positions):
         return Diagnosis()
@@ -208,8 +221,16 @@ def diagnose(evaluation: Evaluation, outcome: Outcome, checks_n: int) -> Diagnos
     subject = Subject(evaluation, outcome, positions, part(evaluation.images, positions))
     measured: dict[str, float] = {}
     for function in _MEASUREMENTS:
-        with isolated(key(evaluation.seed, function.__name__)):  # some networks draw random numbers
-            measured |= function(subject)
+        try:
+            with isolated(key(evaluation.seed, function.__name__)):  # some networks draw random numbers
+                measured |= function(subject)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"evaluation.checks_n={checks_n}: not enough memory for the check {function.__name__}, even for"
+                f" one image at a time ({first_line(error)}); expected more memory, or evaluation.checks_n=0"
+            ) from error
     return Diagnosis(len(positions), measured, subject.details)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kwta_exp.attacks import Attack, NotApplicableError
-from kwta_exp.attacks.base import MaxQueries
+from kwta_exp.attacks.base import MaxQueries, MicroBatches
 from kwta_exp.evaluation.binarized import Binarized, binarize
 from kwta_exp.evaluation.checks.base import BINARIZATION, Check, Subject, batches, measurement
 from kwta_exp.evaluation.checks.outputs import random_search
@@ -85,8 +85,9 @@ def binarization_test(subject: Subject) -> dict[str, float]:
 def _random_success_rate(subject: Subject, made: Binarized) -> float:
     """The share of the problems that random search solves."""
     keys = fold(key(subject.evaluation.seed, "chance"), made.images.index)
+    calls = MicroBatches(made.network, subject.evaluation.batch_size)
     solved = [
-        random_search(made.network, *batch, subject.threat)
+        random_search(calls, *batch, subject.threat)
         for batch in batches(made.images, keys, subject.evaluation.batch_size)
     ]
     return torch.cat(solved).double().mean().item()

@@ -1,15 +1,16 @@
 """Whether gradients lead anywhere, image by image."""
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kwta_exp.attacks import PGD, Threat
-from kwta_exp.attacks.base import input_gradient
+from kwta_exp.attacks.base import MicroBatches
 from kwta_exp.attacks.losses import Loss, cross_entropy, margin
 from kwta_exp.evaluation.checks.base import EVALUATING, OBFUSCATED, Check, per_image
 from kwta_exp.evaluation.judge import misclassified
+from kwta_exp.failures import no_gradient_exists
 from kwta_exp.randomness import fold
 
 STEPS = 40
@@ -34,16 +35,18 @@ LARGE_EPS = 0.5
     )
 )
 def robust_at_large_eps(
-    network: nn.Module, x: Tensor, y: Tensor, keys: Tensor, threat: Threat
+    calls: MicroBatches, x: Tensor, y: Tensor, keys: Tensor, threat: Threat
 ) -> dict[str, Tensor]:
     """Which images plain PGD does not fool in a ball that holds a grey image."""
+    network: Any = calls.model
     eps = LARGE_EPS * (1.0 if threat.norm == "linf" else x[0].numel() ** 0.5)
     try:
-        found = PGD(norm=threat.norm, eps=eps, steps=STEPS)(network, x, y, keys)
-    except RuntimeError:  # no gradient exists
+        found = PGD(norm=threat.norm, eps=eps, steps=STEPS)(network, x, y, keys, calls.size)
+    except RuntimeError as error:
+        if not no_gradient_exists(error):
+            raise
         found = x
-    with torch.no_grad():
-        return {"robust_at_large_eps": (~misclassified(network(found), y)).double()}
+    return {"robust_at_large_eps": (~misclassified(calls.logits(found), y)).double()}
 
 
 @per_image(
@@ -83,20 +86,19 @@ def robust_at_large_eps(
         measured="of the margin that PGD gained at its best, what the last quarter of the steps brought",
     ),
 )
-def ascent(network: nn.Module, x: Tensor, y: Tensor, keys: Tensor, threat: Threat) -> dict[str, Tensor]:
+def ascent(calls: MicroBatches, x: Tensor, y: Tensor, keys: Tensor, threat: Threat) -> dict[str, Tensor]:
     """Watch plain PGD on the cross-entropy, as long as an image is not fooled."""
     x_adv = threat.random_point(x, keys)
     step_size = 2.5 * threat.eps / STEPS
     margins, zero, broken = [], [], []
     for _ in range(STEPS):
-        gradient, logits = _gradient(network, x_adv, y, cross_entropy)
+        gradient, logits = _gradient(calls, x_adv, y, cross_entropy)
         margins.append(margin(logits, y))
         flat = gradient.flatten(1)
         broken.append(~flat.isfinite().all(1))
         zero.append((flat == 0).all(1))
         x_adv = threat.project(x_adv + step_size * threat.steepest(gradient.nan_to_num(0, 0, 0)), x)
-    with torch.no_grad():
-        margins.append(margin(network(x_adv), y))
+    margins.append(margin(calls.logits(x_adv), y))
 
     curve = torch.stack(margins).double()
     best = curve.cummax(0).values
@@ -131,7 +133,7 @@ def ascent(network: nn.Module, x: Tensor, y: Tensor, keys: Tensor, threat: Threa
     )
 )
 def change_unseen_by_gradients(
-    network: nn.Module, x: Tensor, y: Tensor, keys: Tensor, threat: Threat
+    calls: MicroBatches, x: Tensor, y: Tensor, keys: Tensor, threat: Threat
 ) -> dict[str, Tensor]:
     """The share of the margin's change along a straight path that its gradient does not account for.
 
@@ -145,7 +147,7 @@ def change_unseen_by_gradients(
     unseen = torch.zeros(len(x), dtype=torch.double, device=x.device)
     total = torch.zeros_like(unseen)
     for step in range(PIECES + 1):
-        gradient, logits = _gradient(network, x + step * piece, y, margin)
+        gradient, logits = _gradient(calls, x + step * piece, y, margin)
         value = margin(logits, y).double()
         slope = (gradient * piece).flatten(1).double().sum(1)
         if before is not None:
@@ -156,11 +158,12 @@ def change_unseen_by_gradients(
     return {"change_unseen_by_gradients": (unseen / total.clamp_min(1e-12)).clamp(0, 1)}
 
 
-def _gradient(network: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+def _gradient(calls: MicroBatches, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
     """The input gradient and the logits; 0 where no gradient exists."""
     try:
-        gradient, logits, _ = input_gradient(network, x, y, loss)
-    except RuntimeError:
-        with torch.no_grad():
-            return torch.zeros_like(x), network(x)
+        gradient, logits, _ = calls.gradient(x, y, loss)
+    except RuntimeError as error:
+        if not no_gradient_exists(error):
+            raise
+        return torch.zeros_like(x), calls.logits(x)
     return gradient, logits

@@ -1,9 +1,10 @@
 """Checks of a network's outputs: probabilities, random answers, and errors at random points."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kwta_exp.attacks import Threat
+from kwta_exp.attacks.base import MicroBatches
 from kwta_exp.evaluation.checks.base import EVALUATING, OBFUSCATED, Check, Subject, measurement, per_image
 from kwta_exp.evaluation.judge import misclassified
 from kwta_exp.randomness import fold
@@ -27,11 +28,10 @@ RANDOM_LOGITS = 1e-3
     )
 )
 def outputs_are_probabilities(
-    network: nn.Module, x: Tensor, y: Tensor, keys: Tensor, threat: Threat
+    calls: MicroBatches, x: Tensor, y: Tensor, keys: Tensor, threat: Threat
 ) -> dict[str, Tensor]:
     """Which images have outputs that look like a softmax's."""
-    with torch.no_grad():
-        outputs: Tensor = network(x)
+    outputs = calls.logits(x)
     probabilities = (outputs >= 0).all(1) & ((outputs.sum(1) - 1).abs() < 1e-3)
     return {"outputs_are_probabilities": probabilities.double()}
 
@@ -48,12 +48,13 @@ def outputs_are_probabilities(
     )
 )
 def outputs_are_random(
-    network: nn.Module, x: Tensor, y: Tensor, keys: Tensor, threat: Threat
+    calls: MicroBatches, x: Tensor, y: Tensor, keys: Tensor, threat: Threat
 ) -> dict[str, Tensor]:
     """Which images get two different answers."""
-    with torch.no_grad():
-        one: Tensor = network(x)
-        other: Tensor = network(x)
+    batch_size = calls.size
+    one, other = calls.logits(x), calls.logits(x)
+    if calls.size != batch_size:  # memory ran out between the two, and another batch size rounds otherwise
+        one, other = calls.logits(x), calls.logits(x)
     size = one.abs().amax(1).clamp_min(1e-12)
     return {"outputs_are_random": ((one - other).abs().amax(1) > RANDOM_LOGITS * size).double()}
 
@@ -70,16 +71,15 @@ def outputs_are_random(
 )
 def random_search_finds_more(subject: Subject) -> dict[str, float]:
     """The share of the images that random search fools and no attack does."""
-    fooled = [random_search(subject.network, *batch, subject.threat) for batch in subject.batches]
+    fooled = [random_search(subject.calls, *batch, subject.threat) for batch in subject.batches]
     robust = subject.outcome.robust[subject.positions]
     return {"random_search_finds_more": float((torch.cat(fooled).cpu().numpy() & robust).mean())}
 
 
-def random_search(network: nn.Module, x: Tensor, y: Tensor, keys: Tensor, threat: Threat) -> Tensor:
+def random_search(calls: MicroBatches, x: Tensor, y: Tensor, keys: Tensor, threat: Threat) -> Tensor:
     """Which images one of :data:`DRAWS` random points of the ball fools, bool ``(N,)``."""
     fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    with torch.no_grad():
-        for draw in range(DRAWS):
-            point = threat.random_point if draw % 2 == 0 else threat.random_edge_point
-            fooled |= misclassified(network(point(x, fold(2 + draw, keys))), y)
+    for draw in range(DRAWS):
+        point = threat.random_point if draw % 2 == 0 else threat.random_edge_point
+        fooled |= misclassified(calls.logits(point(x, fold(2 + draw, keys))), y)
     return fooled
