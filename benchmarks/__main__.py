@@ -17,17 +17,19 @@ from benchmarks.timing import HEADER, Row
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
-BENCHMARKS = ("op", "train", "attack", "evaluate", "startup", "shared")
+BENCHMARKS = ("op", "fresh", "train", "attack", "evaluate", "startup", "shared")
 
 
 REST = """\
 ## What makes it fast
 
-- **Selection** ([selection.py](../src/kwta_exp/activations/selection.py)): a row of values becomes a row of
-  integer keys in the core's own cache. Counting the keys above three pivots at a time narrows the interval that
-  holds the threshold; the first pivots come from the previous row, or from a sample. The result is exact for
-  any pivots. On CUDA a Triton kernel counts short rows in
-  registers and reads longer ones three times: it counts around a sample's keys, gathers, and writes.
+- **Selection** ([selection.py](../src/kwta_exp/activations/selection.py)): the first pass over a row counts the
+  values above an interval around the previous row's threshold, or around a sample's, and gathers those inside;
+  the second writes winners and bits. Values are compared directly, in vectors. The result is exact for any
+  interval. On CUDA a Triton kernel counts short rows in registers and reads longer ones three times.
+- **Memory** ([allocator.py](../src/kwta_exp/allocator.py)): a run on a CPU keeps freed memory. Otherwise the C
+  library maps the output of a large layer anew at each call, which takes longer than the layer.
+- **Random numbers**: one kernel for each kind of device, with the same bits.
 - **Gradient**: backward saves one bit per value.
 - **Threads**: the kernels run on torch's own OpenMP threads, since idle ones spin before they sleep and would
   compete with other threads for the cores. A run lets them spin 8,000 turns (`GOMP_SPINCOUNT`): on the machine

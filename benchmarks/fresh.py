@@ -1,10 +1,9 @@
 """Whether the cost of k-WTA varies from process to process: its forward pass against ReLU's, in new processes.
 
-    python -m benchmarks.fresh [--ratio 0.1] [--rounds 25] [--processes 10] [--keep 1] [--json FILE]
+    python -m benchmarks.fresh [--ratio 0.1] [--rounds 25] [--processes 10] [--json FILE]
 
-Each process times both sides in interleaved rounds at both batch sizes. By default the C library maps a
-large output anew at each call, and the cost depends on what memory the system has free. With ``--keep 1`` the
-processes keep freed memory instead (:mod:`kwta_exp.allocator`).
+Each process times both sides in interleaved rounds at both batch sizes, and keeps freed memory as a run does
+(:mod:`kwta_exp.allocator`).
 """
 
 import json
@@ -17,19 +16,16 @@ import torch
 from benchmarks.op import SHAPE
 from benchmarks.timing import Row, arguments, interleaved, report
 from kwta_exp.activations import kwta
-from kwta_exp.allocator import keep_freed_memory
 
 ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
-    asked = arguments(__doc__, rounds=25, ratio=0.1, processes=10, keep=0, child=0)
+    asked = arguments(__doc__, rounds=25, ratio=0.1, processes=10, child=0)
     if asked.child:
-        if asked.child == 2:
-            keep_freed_memory()
         print(json.dumps([milliseconds(batch, asked.ratio, asked.rounds) for batch in BATCHES]))
         return
-    command = [sys.executable, "-m", "benchmarks.fresh", "--child", "2" if asked.keep else "1"]
+    command = [sys.executable, "-m", "benchmarks.fresh", "--child", "1"]
     command += ["--ratio", str(asked.ratio), "--rounds", str(asked.rounds)]
     taken = []
     for _ in range(asked.processes):

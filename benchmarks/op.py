@@ -2,7 +2,7 @@
 
     python -m benchmarks.op [--ratio 0.1] [--rounds 9] [--json FILE]
 
-Every timed pass allocates its output, as a layer does, with the default allocator.
+Every timed pass allocates its output, as a layer does, and freed memory is kept, as in a run.
 """
 
 import copy
@@ -145,9 +145,7 @@ def roofline(rows: list[Row], rounds: int, device: str) -> str:
         f"Roofline: a forward pass must read {size:.0f} MiB and write {size:.0f} MiB, and {size / 32:.0f} MiB"
         " of bits; k-WTA moves no more. At the speed of a copy between tensors whose memory is mapped already,"
         f" {speed:.0f} GiB/s, that takes {least:.1f} ms. k-WTA took {forward.ours:.1f} ms and ReLU"
-        f" {forward.theirs:.1f} ms, with new memory mapped for each output: 2 MiB at a time for k-WTA, from 32"
-        " MiB on (Linux's transparent huge pages), 4 KiB at a time for ReLU. With half the batch, memory is"
-        " reused, unless the C library returns it between passes, so those rows vary from run to run."
+        f" {forward.theirs:.1f} ms; both write to memory that an earlier output used."
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from kwta_exp.allocator import keep_freed_memory
 from kwta_exp.environment import processor
 from kwta_exp.runtime import compute_in_float32
 
@@ -90,7 +91,10 @@ def _wait(device: str) -> None:
 
 
 def arguments(description: str | None, rounds: int, **more: Any) -> argparse.Namespace:
-    """Parse the options of every benchmark, and those in ``more`` (name to default)."""
+    """Parse the options of every benchmark, and those in ``more`` (name to default).
+
+    Sets precision and allocator as a run does (:meth:`kwta_exp.runtime.Runtime.launch`).
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -99,6 +103,7 @@ def arguments(description: str | None, rounds: int, **more: Any) -> argparse.Nam
     for name, default in more.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
     compute_in_float32()
+    keep_freed_memory()
     return parser.parse_args()
 
 

@@ -1,6 +1,7 @@
 """Freed memory is kept and used again. In new processes, because the setting cannot be undone."""
 
 import ctypes
+import os
 import subprocess
 import sys
 
@@ -33,7 +34,8 @@ gnu = pytest.mark.skipif(
 def faults(setting: str) -> int:
     """The page faults of filling a block of the size of one just freed."""
     command = [sys.executable, "-c", FAULTS, setting]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    return int(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout)
 
 
 @gnu
@@ -44,4 +46,11 @@ def test_freed_memory_is_used_again() -> None:
 
 def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocator.sys, "platform", "darwin")
+    assert not allocator.keep_freed_memory()
+
+
+@gnu
+@pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_a_users_own_setting_is_kept(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "1000000")
     assert not allocator.keep_freed_memory()

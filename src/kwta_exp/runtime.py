@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import PositiveInt, dataclasses
 
 from kwta_exp import hardware
+from kwta_exp.allocator import keep_freed_memory
 from kwta_exp.errors import UserError
 from kwta_exp.fields import STRICT
 
@@ -120,6 +121,8 @@ class Runtime:
         torch.set_num_threads(self.resolved_threads)
         compute_in_float32()
         self._set_algorithms()
+        if self.resolved_accelerator == "cpu":
+            keep_freed_memory()
         if self.resolved_accelerator == "cuda" and not hardware.torch_has_cuda():
             raise UserError(
                 f"runtime.accelerator={self.accelerator!r}: the machine has a GPU that torch"
