@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from kwta_exp.attacks import Threat
 from kwta_exp.attacks.base import CallableAttack
@@ -82,6 +83,19 @@ def evaluation(
     for place in (folder, run):
         write_json(place / "results.json", results)
     return results
+
+
+def described(run: Path, activation: str, seed: int = 0, **values: Any) -> Path:
+    """Write the files that say what was run: an activation, its values, a seed; returns the folder."""
+    run.mkdir(parents=True, exist_ok=True)
+    config = {"seed": seed, "paths": {"outputs": str(run)}, "activation": {"_target_": activation, **values}}
+    choices = {"dataset": "d", "model": "m", "activation": activation, "training": "natural"}
+    texts = {"config.yaml": config, "overrides.yaml": {"overrides": [], "choices": choices}}
+    for name, content in texts.items():
+        (run / name).write_text(yaml.safe_dump(content, sort_keys=False))
+    files = {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in CONFIG_FILES}
+    write_json(run / "environment.json", {"command": "python run.py", "commit": None, "files": files})
+    return run
 
 
 def forge(run: Path) -> None:

@@ -12,7 +12,7 @@ LAYERS = [
     {"randomness_numba", "randomness_triton"},
     {"randomness"},
     {"activations", "environment", "storage", "runtime", "explain", "naming", "settings"},
-    {"sealed", "download", "trust"},
+    {"sealed", "download", "trust", "attempts", "sweeps"},
     {"results_file"},
     {"run_folder"},
     {"recorded"},
@@ -20,7 +20,7 @@ LAYERS = [
     {"training", "evaluation"},
     {"report"},
     {"config", "shell"},
-    {"adjust", "suggest"},
+    {"adjust", "suggest", "grid"},
     {"plan"},
     {"parts"},
     {"audit"},
@@ -29,7 +29,7 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-HYDRA_ALLOWED = {"command.py", "adjust.py", "config.py", "suggest.py", "shell.py"}
+HYDRA_ALLOWED = {"command.py", "grid.py", "adjust.py", "config.py", "suggest.py", "shell.py"}
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 

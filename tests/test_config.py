@@ -341,10 +341,10 @@ def test_evaluating_a_run_uses_its_recorded_groups(composed: Callable[..., DictC
     run = RecordedRun.read(tmp_path, "weights")
     assert (run.choices["activation"], run.choices["model"]) == ("lwta", "mlp")
 
-    cfg = adopted(composed(*given), CommandLine({}, given, False), run, None)
+    cfg = adopted(composed(*given), CommandLine({}, given), run, None)
     assert cfg.model.activation._target_ == "kwta_exp.activations.LWTA"
     assert (cfg.threat.eps, cfg.threat.norm) == (0.3, "l2")
 
     given = ["model=cnn", *given]
-    cfg = adopted(composed(*given), CommandLine({}, given, False), run, None)
+    cfg = adopted(composed(*given), CommandLine({}, given), run, None)
     assert "CNN" in cfg.model._target_

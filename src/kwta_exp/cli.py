@@ -1,13 +1,18 @@
 """The command line: ``kwta-exp COMMAND``, or ``python -m kwta_exp COMMAND``."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kwta_exp.errors import printable
+from kwta_exp.errors import UserError, printable
 from kwta_exp.runtime import let_idle_threads_sleep
 from kwta_exp.shell import at_the_shell
+
+if TYPE_CHECKING:
+    from kwta_exp.report.runs import Run
 
 _OVERRIDES_HELP = (
     "Overrides are written as for run.py (activation=mine threat.eps=8/255). A group chosen here is not read"
@@ -54,6 +59,33 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as for run")
     plan.add_argument("--config-dir", type=Path, metavar="DIR", help="a folder of your own options")
 
+    listed = command("list", _list, "show runs by what differs between them, with their state and accuracies")
+    _add_selection(listed)
+
+    status = command("status", _status, "show how far a grid is: done, running, failed and why, missing")
+    status.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        metavar="FOLDER",
+        help="a grid's folder, or outputs: then its latest grid",
+    )
+    status.add_argument("--all", action="store_true", help="all grids of these outputs")
+
+    summary = command(
+        "summary", _summary, "one table of many runs: a row for each setting, seeds as an interval"
+    )
+    _add_selection(summary)
+    summary.add_argument(
+        "--baseline", nargs="+", default=[], metavar="KEY=VALUE", help="compare every row with this one"
+    )
+    summary.add_argument(
+        "--pivot", nargs=2, metavar=("DOWN", "ACROSS"), help="one key down and another across, one value a cell"
+    )
+    summary.add_argument("--value", default="worst case", help="what --pivot shows (default: worst case)")
+    summary.add_argument("--format", choices=["text", "csv", "markdown", "html"], default="text")
+    summary.add_argument("-o", "--output", type=Path, metavar="FILE", help="write it to a file")
+
     verify = command("verify", _verify, "recompute the worst case from weights and saved adversarial images")
     verify.add_argument("folder", type=Path, metavar="FOLDER", help="a run's, or one of its evaluations'")
     _add_override_options(verify)
@@ -74,6 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     transfer.add_argument("--work", type=Path, default=Path("outputs/transfer"), help="folder for the records")
     _add_override_options(transfer)
     return parser
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
+    """Which runs a command reads."""
+    parser.add_argument(
+        "select", nargs="*", metavar="FOLDER | PATTERN | KEY=VALUE",
+        help="folders with runs (default: outputs), a part of their names, values that they must have",
+    )  # fmt: skip
 
 
 def _add_override_options(parser: argparse.ArgumentParser) -> None:
@@ -110,6 +150,56 @@ def _plan(args: argparse.Namespace) -> str:
         finished = plan.finished_results() is not None
     progress = "finished" if finished else "started" if plan.folder.environment.exists() else "not started"
     return f"{yaml_of(plan.cfg)}\n# {plan.folder.path}: {progress}"
+
+
+def _selected(texts: Sequence[str]) -> "list[Run]":
+    """The runs that the arguments of :func:`_add_selection` name."""
+    from kwta_exp.report.runs import Run, find, selected
+
+    wanted = [text for text in texts if "=" in text]
+    folders = [Path(text) for text in texts if "=" not in text and Path(text).is_dir()]
+    patterns = [text for text in texts if "=" not in text and not Path(text).is_dir()]
+    if len(patterns) > 1:
+        raise UserError(
+            f"{' '.join(patterns)}: expected one pattern; quote it, so that the shell leaves it as it is"
+        )
+    runs = map(Run.read, find(folders or [_outputs()]))
+    return selected(runs, patterns[0] if patterns else None, wanted)
+
+
+def _outputs() -> Path:
+    """Where runs lie, as in ``conf/config.yaml``."""
+    return Path(os.environ.get("KWTA_EXP_OUTPUTS", "outputs"))
+
+
+def _list(args: argparse.Namespace) -> str:
+    from kwta_exp.report.listing import listing
+
+    return listing(_selected(args.select))
+
+
+def _status(args: argparse.Namespace) -> str:
+    from kwta_exp.report.status import status, sweeps_in
+
+    found = sweeps_in(args.folder or _outputs())
+    return "\n\n".join(map(status, found if args.all else found[:1]))
+
+
+def _summary(args: argparse.Namespace) -> str:
+    from kwta_exp.report.summary import measured, pivot, tables
+    from kwta_exp.report.tabular import FORMATS
+
+    found = tables(measured(_selected(args.select)), args.baseline)
+    if args.pivot:
+        down, across = args.pivot
+        found = [pivot(table, down, across, args.value) for table in found]
+    text = "\n\n".join(map(FORMATS[args.format], found))
+    if args.output is None:
+        return text
+    from kwta_exp.storage import write_text
+
+    write_text(args.output, text + "\n")
+    return f"{args.output} is written"
 
 
 def _verify(args: argparse.Namespace) -> str:

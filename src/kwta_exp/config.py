@@ -215,12 +215,14 @@ class CommandLine:
     Attributes:
         choices: the option chosen in each group, e.g. ``{"dataset": "digits", ...}``.
         overrides: as the user wrote them.
-        multirun: whether this is one job of a grid.
+        job: the number of this job in its grid; ``None`` outside a grid.
+        sweep: the folder of that grid.
     """
 
     choices: dict[str, str]
     overrides: list[str]
-    multirun: bool
+    job: int | None = None
+    sweep: Path | None = None
 
     @classmethod
     def of(cls, hydra: Any) -> "CommandLine":
@@ -231,12 +233,19 @@ class CommandLine:
             if isinstance(option, str) and not group.startswith("hydra")
         }
         given: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # "${...}" in it is text
-        return cls(chosen, list(map(str, given)), hydra.mode == RunMode.MULTIRUN)
+        if hydra.mode != RunMode.MULTIRUN:
+            return cls(chosen, list(map(str, given)))
+        return cls(chosen, list(map(str, given)), int(hydra.job.num), Path(hydra.sweep.dir))
 
     @classmethod
     def current(cls) -> "CommandLine":
         """That of the job that Hydra is running."""
         return cls.of(HydraConfig.get())
+
+    @property
+    def multirun(self) -> bool:
+        """Whether this is one job of a grid."""
+        return self.job is not None
 
     @property
     def keys(self) -> list[str]:

@@ -3,15 +3,17 @@
 import json
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kwta_exp import environment
-from kwta_exp.config import CommandLine, Config, ConfigError, plain, user_errors, yaml_of
+from kwta_exp import attempts, environment
+from kwta_exp.config import CommandLine, Config, ConfigError, plain, settings, user_errors, yaml_of
 from kwta_exp.errors import UserError, shortened
 from kwta_exp.plan import Plan
 from kwta_exp.results_file import evaluation_info
 from kwta_exp.run_folder import opened, set_changed_aside
 from kwta_exp.storage import write_json, write_lines
+from kwta_exp.sweeps import SkippedError, Sweep
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -34,12 +36,7 @@ def run(cfg: Config) -> float:
     line = CommandLine.current()
     try:
         with user_errors():
-            plan = Plan.of(cfg, line)
-            results = plan.finished_results()
-            if results is None:
-                results = _execute(plan)
-            else:
-                plan.report_finished(results)
+            results = _run_job(cfg, line) if line.multirun else _run(Plan.of(cfg, line))
     except Exception as error:
         if line.multirun:
             log.error("FAILED %s: %s", shortened(" ".join(line.overrides)), error)  # noqa: TRY400
@@ -49,6 +46,41 @@ def run(cfg: Config) -> float:
     return float(
         (results["worst_case"] or results["clean"]).get("robust_accuracy", results["clean"]["accuracy"])
     )
+
+
+def _run(plan: Plan) -> dict[str, Any]:
+    """The results: of an earlier run of the same plan, or made now."""
+    results = plan.finished_results()
+    if results is None:
+        return _execute(plan)
+    plan.report_finished(results)
+    return results
+
+
+def _run_job(cfg: Config, line: CommandLine) -> dict[str, Any]:
+    """One job of a grid, with a record in the grid's folder.
+
+    Raises:
+        SkippedError: if it failed too often, or another failed and ``fail_fast`` is true.
+    """
+    assert line.job is not None
+    assert line.sweep is not None
+    sweep, outputs = Sweep(line.sweep), Path(str(cfg.paths.outputs))
+    if not sweep.begun:  # Hydra only warns of errors before the first job
+        settings(cfg)
+        raise UserError(f"{sweep.path}: the grid's folder could not be made; the warning above says why")
+    with sweep.job(line.job, line.overrides, outputs) as job:
+        if cfg.fail_fast is True and (failed := sweep.failed_job()):
+            raise SkippedError(f"fail_fast=true: job #{failed.number} of this grid failed; it was not started")
+        plan = Plan.of(cfg, line)
+        job.runs_in(plan.folder.path)
+        failures = [each for each in attempts.read(plan.folder.path) if each.get("ended") == "failed"]
+        if len(failures) > plan.options.retries and not plan.options.rerun:
+            raise SkippedError(
+                f"retries={plan.options.retries}: failed {len(failures)} times, last with"
+                f" {failures[-1].get('error')}; a larger retries, or rerun=true, tries again"
+            )
+        return _run(plan)
 
 
 def _execute(plan: Plan) -> dict[str, Any]:

@@ -45,3 +45,6 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 Norm = Literal["linf", "l2"]
 """The norm of a perturbation."""
+
+FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_+][A-Za-z0-9_.+-]{0,99}$")]
+"""The name of one folder: letters, digits and ``_ . + -`` (not ``.`` or ``-`` first), 100 at most."""

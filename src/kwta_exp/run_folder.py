@@ -14,6 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from kwta_exp import environment
+from kwta_exp.attempts import attempt, lock_of
 from kwta_exp.errors import DamagedError, PrintableFormatter, UserError
 from kwta_exp.results_file import changed_files, read_results
 from kwta_exp.sealed import read_metadata
@@ -95,8 +96,7 @@ class RunFolder:
 
     @property
     def lock(self) -> Path:
-        """Beside the folder, so that it stays in place when the folder is set aside."""
-        return self.path.with_name(f".{self.path.name}.lock")
+        return lock_of(self.path)
 
     @property
     def results(self) -> Path:
@@ -175,7 +175,8 @@ def opened(
             with _log_file(folder.log) as file_only:
                 file_only.info("%s", described["command"])
                 try:
-                    yield
+                    with attempt(folder.path, described["command"]):
+                        yield
                 except BaseException:
                     file_only.exception("stopped")
                     raise

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, NonNegativeInt, PositiveInt
 
-from kwta_exp.fields import STRICT, Sha256
+from kwta_exp.fields import STRICT, FolderName, Sha256
 
 
 class Paths(BaseModel):
@@ -48,9 +48,18 @@ class Inputs(BaseModel):
     paths: Paths
 
 
-class Settings(Inputs):
+class SweepSettings(BaseModel):
+    """The name of a grid's folder."""
+
+    model_config = STRICT
+    sweep: FolderName | None
+
+
+class Settings(SweepSettings, Inputs):
     """The plain top-level keys of ``conf/config.yaml``."""
 
     seed: NonNegativeInt
+    retries: NonNegativeInt
+    fail_fast: bool
     rerun: bool
     evaluation: EvaluationSettings

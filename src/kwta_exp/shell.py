@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
@@ -69,8 +70,13 @@ def in_a_job() -> Iterator[None]:
     except CompactHydraException as error:
         if _TRACEBACK_WANTED or HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
-        _say(str(error) + _HINT)
-        raise SystemExit(1) from None
+        end_with(error)
+
+
+def end_with(error: Exception) -> NoReturn:
+    """End the command with the message of a user's mistake, on stderr, and exit status 1."""
+    _say(str(error) + _HINT)
+    raise SystemExit(1) from None
 
 
 class JobFormatter(PrintableFormatter):
