@@ -101,13 +101,22 @@ def _load() -> None:
 
 
 def _compile() -> None:
-    """Load the compiled kernels, on an input so small that one thread computes it."""
+    """Load the compiled kernels, on an input so small that one thread computes it.
+
+    Without a backward pass where a GPU is visible: there torch's first one, even on the CPU, starts a thread
+    for each device, and refuses every backward pass in a fork after that. The children load that kernel
+    themselves.
+    """
     import torch
 
+    from kwta_exp import hardware
     from kwta_exp.activations import kwta
 
     torch.set_num_threads(1)
-    kwta(torch.ones(2, 8, requires_grad=True), 0.5).sum().backward()
+    differentiates = hardware.nvidia_gpus() == 0
+    winners = kwta(torch.ones(2, 8, requires_grad=differentiates), 0.5)
+    if differentiates:
+        winners.sum().backward()
 
 
 def freeze_loaded_objects() -> None:

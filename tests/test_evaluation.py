@@ -1,7 +1,9 @@
 """An evaluation judges every returned image, counts queries per image, and continues after a stop."""
 
 import io
+import multiprocessing.util
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from kwta_exp.evaluation.query_counter import QueryCounter
 from kwta_exp.evaluation.records import Record
 from kwta_exp.report.terminal import results_table
 from kwta_exp.sealed import read_arrays
+from tests.launched import time_limit
 
 THREAT = Threat(norm="linf", eps=0.1)
 RUN = {"name": "test", "seed": 0}
@@ -429,6 +432,35 @@ def failing(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
 def test_a_process_that_dies_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"evaluation\.processes=2: a process died"):
         judge(tmp_path, grey(Importable(), 5), {"mine": failing}, Importable(), processes=2)
+
+
+class Large(Importable):
+    """Does not fit in the buffer of a pipe."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("unused", torch.zeros(1 << 20))
+
+
+def test_a_process_that_dies_while_it_starts_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its parent must not wait for it to read what it is sent."""
+    start: Any = multiprocessing.util.spawnv_passfds
+    killed: list[int] = []
+
+    def start_and_kill(path: bytes, arguments: Any, descriptors: Any) -> int:
+        pid: int = start(path, arguments, descriptors)
+        if "--multiprocessing-fork" in map(os.fsdecode, arguments):
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+        return pid
+
+    monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", start_and_kill)
+    suite = {"a": PGD(norm="linf", eps=0.1, steps=3)}
+    with time_limit(60, "the parent"), pytest.raises(UserError, match=r"processes=2: a process died"):
+        judge(tmp_path, grey(Large(), 11), suite, Large(), processes=2)
+    assert killed
 
 
 def test_attacks_beyond_the_budget_are_left_out(tmp_path: Path) -> None:

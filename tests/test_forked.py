@@ -4,7 +4,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
+from kwta_exp import hardware
+from tests import forked
 from tests.conftest import run_py, run_py_forked
 
 
@@ -42,3 +45,15 @@ def test_a_fork_that_exceeds_its_timeout_is_killed(tmp_path: Path) -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         run_py_forked(f"paths.outputs={tmp_path}", "training.epochs=100000", timeout=2)
     assert run_py_forked("activation.ratio=1.5", cwd=tmp_path).returncode == 1
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_the_server_differentiates_nothing_where_a_gpu_is_visible(
+    gpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's engine would start a thread for each device, and its forks could not differentiate."""
+    passes: list[object] = []
+    monkeypatch.setattr(hardware, "nvidia_gpus", lambda: gpus)
+    monkeypatch.setattr(torch.autograd, "backward", lambda *rest, **more: passes.append(rest))
+    forked._compile()
+    assert len(passes) == (gpus == 0)

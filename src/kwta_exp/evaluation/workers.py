@@ -4,12 +4,14 @@ import multiprocessing
 import os
 import pickle
 import signal
+import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -40,6 +42,7 @@ class Workers:
         self._evaluation, self._networks = evaluation, networks
         self._processes = evaluation.processes
         self._pool: ProcessPoolExecutor | None = None
+        self._shared: Path | None = None
         if self._processes > 1 and evaluation.images.y.device.type != "cpu":
             raise UserError(
                 f"evaluation.processes={self._processes}: several processes are for CPUs; expected 1 on a GPU"
@@ -53,6 +56,8 @@ class Workers:
     ) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=error is None, cancel_futures=True)
+        if self._shared is not None:
+            self._shared.unlink(missing_ok=True)
 
     def results(self, name: str, chunks: Sequence[Tensor]) -> Iterator[ChunkResult]:
         """The results of the attack ``name`` on ``chunks``, in their order."""
@@ -82,11 +87,14 @@ class Workers:
 
     def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:
+            # In a file: arguments larger than a pipe's buffer would block this process for ever if the other
+            # one died before it read them.
+            self._shared = _in_a_file(_pickled(self._evaluation))
             self._pool = ProcessPoolExecutor(
                 self._processes,
                 multiprocessing.get_context("spawn"),
                 initializer=_begin,
-                initargs=(_pickled(self._evaluation), torch.get_num_threads(), os.getpid()),
+                initargs=(str(self._shared), torch.get_num_threads(), os.getpid()),
             )
         return self._pool
 
@@ -105,6 +113,14 @@ def _pickled(evaluation: "Evaluation") -> bytes:
         ) from error
 
 
+def _in_a_file(content: bytes) -> Path:
+    """A temporary file that only this user can read."""
+    number, name = tempfile.mkstemp(prefix="kwta_exp-")
+    with os.fdopen(number, "wb") as file:
+        file.write(content)
+    return Path(name)
+
+
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
     """Block Ctrl-C while processes start; otherwise each of them prints a traceback."""
@@ -115,11 +131,14 @@ def _interrupts_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-def _begin(pickled: bytes, threads: int, parent: int) -> None:
+def _begin(shared: str, threads: int, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process silently
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     torch.set_num_threads(threads)
-    evaluation: Evaluation = pickle.loads(pickled)
+    try:
+        evaluation: Evaluation = pickle.loads(Path(shared).read_bytes())
+    except FileNotFoundError:  # the parent has given up
+        os._exit(1)
     _here.update(evaluation=evaluation, networks=Networks.of(evaluation), parent=parent)
 
 
