@@ -47,7 +47,7 @@ def mlp(activation: Callable[[], torch.nn.Module] = torch.nn.ReLU) -> MLP:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with run.py, every file that the docs have a user write, and one finished run."""
+    """A folder with run.py, every file that the docs have a user write, a finished run and a finished grid."""
     folder = tmp_path_factory.mktemp("workspace")
     shutil.copy(ROOT / "run.py", folder)
     for name, text in FILES.items():
@@ -73,6 +73,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=folder,
     )
     assert done.returncode == 0, done.stderr
+    grid = ["-m", "activation=relu,kwta", "training.epochs=1", "evaluation.n=8", "sweep=mine"]
+    done = run_py_forked(*grid, *SMALL, cwd=folder)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -81,6 +84,7 @@ def parsed(line: str, folder: Path) -> tuple[dict[str, str], list[str]]:
     (run,) = (folder / "finished").glob("*/s0-*")
     words = shlex.split(line, comments=True)
     placeholders = {
+        "SWEEP_FOLDER": "outputs/sweeps/mine",
         "RUN_FOLDER": str(run.relative_to(folder)),
         "https://.../net.pth": f"file://{folder / 'net.pth'}",
         "weights_sha256=...": f"weights_sha256={sha256_of_file(folder / 'net.pth')}",

@@ -170,7 +170,7 @@ def test_differences_are_paired_image_by_image(outputs: Path) -> None:
     corrected = {smaller: 2 * smaller, larger: max(2 * smaller, larger)}
     for ratio, p in expected.items():
         assert values[ratio]["p"] == pytest.approx(corrected[p])
-    with pytest.raises(UserError, match="2 rows match"):
+    with pytest.raises(UserError, match="2 rows of this table match"):
         tables(measured(runs(outputs)), ["activation=kwta"])
 
 

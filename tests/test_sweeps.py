@@ -174,3 +174,15 @@ def test_a_record_that_cannot_be_read_is_left_out(tmp_path: Path) -> None:
         pass
     (sweep.path / "jobs" / "00000.json").write_text("{")
     assert [job.state for job in sweep.jobs()] == ["missing"]
+
+
+def test_the_runs_of_a_grid_lie_inside_its_outputs(tmp_path: Path) -> None:
+    sweep = begun(tmp_path, None)
+    inside, outside = tmp_path / "name" / "s0-0", tmp_path.parent / "elsewhere"
+    for number, folder in enumerate((inside, outside, tmp_path / "absent")):
+        if number < 2:
+            folder.mkdir(parents=True)
+        with sweep.job(number, [f"seed={number}"], tmp_path) as job:
+            job.runs_in(folder)
+    assert sweep.runs() == [inside]
+    assert Sweep(tmp_path).runs() == []

@@ -112,7 +112,7 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     """Which runs a command reads."""
     parser.add_argument(
         "select", nargs="*", metavar="FOLDER | PATTERN | KEY=VALUE",
-        help="folders with runs (default: outputs), a part of their names, values that they must have",
+        help="folders with runs or of a grid (default: outputs), a part of their names, values they must have",
     )  # fmt: skip
 
 
@@ -155,6 +155,7 @@ def _plan(args: argparse.Namespace) -> str:
 def _selected(texts: Sequence[str]) -> "list[Run]":
     """The runs that the arguments of :func:`_add_selection` name."""
     from kwta_exp.report.runs import Run, find, selected
+    from kwta_exp.sweeps import Sweep
 
     wanted = [text for text in texts if "=" in text]
     folders = [Path(text) for text in texts if "=" not in text and Path(text).is_dir()]
@@ -163,7 +164,8 @@ def _selected(texts: Sequence[str]) -> "list[Run]":
         raise UserError(
             f"{' '.join(patterns)}: expected one pattern; quote it, so that the shell leaves it as it is"
         )
-    runs = map(Run.read, find(folders or [_outputs()]))
+    roots = [root for folder in folders or [_outputs()] for root in Sweep(folder).runs() or [folder]]
+    runs = map(Run.read, find(roots))
     return selected(runs, patterns[0] if patterns else None, wanted)
 
 

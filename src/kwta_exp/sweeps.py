@@ -123,9 +123,15 @@ class Sweep:
                 found = read_json(path)
                 yield Job(
                     int(path.stem), tuple(map(str, found["overrides"])), str(found["state"]),
-                    found.get("folder"), str(found.get("error", "")), float(found["started"]),
+                    _inside(found.get("folder")), str(found.get("error", "")), float(found["started"]),
                     found.get("seconds"),
                 )  # fmt: skip
+
+    def runs(self) -> list[Path]:
+        """The folders of the jobs' runs, as far as they have begun; none if this is not a grid's folder."""
+        outputs = self.path.absolute().parent.parent
+        folders = [outputs / job.folder for job in self.recorded() if job.folder] if self.begun else []
+        return [folder for folder in folders if folder.is_dir()]
 
     def jobs(self) -> list[Job]:
         """All jobs: those that have begun, and those that are missing."""
@@ -164,6 +170,13 @@ class RunningJob:
             lines = str(error).strip().splitlines()
             content["error"] = shortened(lines[-1] if lines else type(error).__name__)
         write_json(self._path, content)
+
+
+def _inside(folder: object) -> str | None:
+    """A run's folder, relative to the outputs; ``None`` for one that would lie elsewhere."""
+    if not isinstance(folder, str) or Path(folder).is_absolute() or ".." in Path(folder).parts:
+        return None
+    return folder
 
 
 def _is_swept(override: str) -> bool:

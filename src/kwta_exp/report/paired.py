@@ -69,8 +69,8 @@ def differences(
     ]
     if len(matching) != 1:
         raise UserError(
-            f"--baseline {' '.join(baseline)}: {len(matching)} rows match; expected KEY=VALUE texts that one"
-            " row alone has"
+            f"--baseline {' '.join(baseline)}: {len(matching)} rows of this table match; expected KEY=VALUE"
+            " texts that one row alone has (choose fewer runs, such as those of one grid)"
         )
     (chosen,) = matching
     images, base = _outcomes(settings[chosen])

@@ -28,7 +28,7 @@ def sweeps_in(folder: Path) -> list[Sweep]:
 
 def jobs_of(sweep: Sweep) -> list[Job]:
     """The jobs; one that its record calls running, but whose run no process holds, is interrupted."""
-    outputs = sweep.path.parent.parent
+    outputs = sweep.path.absolute().parent.parent
     return [
         replace(job, state="interrupted")
         if job.state == "running" and not (job.folder and is_locked(outputs / job.folder))
