@@ -43,6 +43,20 @@ REST = """\
   the network in full micro-batches. `evaluation.search=fast` searches on a proxy with BatchNorm folded,
   channels last and in bfloat16. The network itself judges the result, and attacks again each image that fooled
   only the proxy.
+- **Waits on a GPU**: the host queues work ahead of the device, and every value it reads makes it wait. PGD,
+  Auto-PGD, BPDA and the like read one value after steps 1, 2, 4, 8, 16, 24, ...: the number of images that are not
+  fooled yet. Counting queries reads none. Counted for a small k-WTA network on tensors that claim to be on a GPU
+  (`python -m tests.claimed`; in brackets the same at commit 7708e02):
+
+  | a step of | operations | waits | operations, queries counted | waits |
+  | --- | ---: | ---: | ---: | ---: |
+  | pgd | 67 (64) | 0.12 (5.00) | 111 (106) | 0.12 (9.00) |
+  | apgd | 88 (89) | 0.12 (11.25) | 132 (131) | 0.12 (15.25) |
+  | bpda | 85 (82) | 0.12 (5.00) | 129 (124) | 0.12 (9.00) |
+  | smoothed, 5 samples | 326 (323) | 0.12 (5.00) | 584 (571) | 0.12 (28.00) |
+  | es, 20 samples, an image | 116 (116) | 1.00 (2.00) | 192 (196) | 1.00 (8.00) |
+  | adversarial training, the inner attack | 27 (27) | 0.00 (0.00) | | |
+  | adversarial training, all else | 85 (85) | 0.00 (1.00) | | |
 - **Zeros** ([sparse.py](../src/kwta_exp/models/sparse.py)): the output of k-WTA is mostly zeros, and so is the
   gradient that it passes back. On a CPU without matrix units (AMX) the proxy's convolutions skip them, forward
   and backward, if at most a fifth of the values win, so attacking k-WTA costs less than attacking ReLU. GPUs

@@ -268,6 +268,29 @@ def test_the_query_counter_counts_per_image_until_it_is_fooled(norm_name: Any) -
     assert (model.forwards, model.backwards) == (10, 4)
 
 
+@pytest.mark.parametrize("norm_name", ["linf", "l2"])
+def test_queries_near_their_images_need_no_matrix_of_distances(
+    norm_name: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.rand(128, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = QueryCounter(nn.Flatten(), x, x.flatten(1).argmax(1), Threat(norm=norm_name, eps=0.01))
+    sizes: list[tuple[int, int]] = []
+
+    def counting(a: Tensor, b: Tensor, **rest: Any) -> Tensor:
+        sizes.append((len(a), len(b)))
+        return distances(a, b, **rest)
+
+    distances = torch.cdist
+    monkeypatch.setattr(torch, "cdist", counting)
+    for _ in range(5):
+        model(x + 0.005)
+    assert sizes == []
+    for part in (*x.split(64), *x.split(64), *x.split(64)):
+        model(part - 0.005)
+    assert [n for n, _ in sizes if n > 1] == [64, 64]  # one for each half, when it is first seen
+    assert model.queries.tolist() == [5 + 3] * 128
+
+
 @pytest.mark.parametrize("attack", [lambda m, x, y, k: x[:1], lambda m, x, y, k: None, lambda m, x: x])
 def test_the_error_of_a_failing_attack_names_it(tmp_path: Path, attack: Any) -> None:
     with pytest.raises(UserError, match=r"attack\.mine: (ValueError|TypeError)"):

@@ -11,9 +11,9 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt, dataclasses
 from torch import Tensor, nn
 
-from kwta_exp.attacks.base import Attack, MaxQueries, MicroBatches
+from kwta_exp.attacks.base import Attack, MaxQueries, MicroBatches, remaining
 from kwta_exp.attacks.losses import Loss, LossName, loss_and_labels, targeted
-from kwta_exp.attacks.pgd import Best
+from kwta_exp.attacks.pgd import Best, for_each_image
 from kwta_exp.fields import STRICT, Eps, Norm, Share
 from kwta_exp.randomness import fold
 
@@ -72,42 +72,42 @@ class APGD(Attack):
         """One run from ``start`` on the images at positions ``index``; ``y`` is what the loss needs of them."""
         threat = self.threat
         gradient, logits, value = model.gradient(start, y, loss)
-        best.update(start, logits, index)
+        keep = best.update(start, logits, index)
         now = _State(
             index=index, x=best.clean[index], y=y, x_adv=start, previous=start, gradient=gradient, value=value,
-            top_x=start.clone(), top_gradient=gradient.clone(), top_value=value.clone(),
-            value_at_check=value.clone(), rises=torch.zeros_like(value),
-            just_halved=torch.ones_like(value, dtype=torch.bool),
+            top_x=start, top_gradient=gradient, top_value=value, value_at_check=value,
+            rises=torch.zeros_like(value), just_halved=torch.ones_like(value, dtype=torch.bool),
             step_size=start.new_full((len(start), *[1] * (start.dim() - 1)), 2 * self.eps),
-        )  # fmt: skip
+        ).only(remaining(0, keep))  # fmt: skip
         interval, least, shorter = (max(int(share * self.steps), 1) for share in (0.22, 0.06, 0.03))
         since_check = 0
 
-        for step in range(self.steps):
+        for step in range(1, self.steps + 1):
+            if not len(now.index):
+                return
             inertia = now.x_adv - now.previous
             ahead = threat.project(now.x_adv + now.step_size * threat.steepest(now.gradient), now.x)
-            if step:
+            if step > 1:
                 ahead = threat.project(now.x_adv + 0.75 * (ahead - now.x_adv) + 0.25 * inertia, now.x)
             now.previous, now.x_adv, last_value = now.x_adv, ahead, now.value
 
             now.gradient, logits, now.value = model.gradient(now.x_adv, now.y, loss)
             now.rises += now.value > last_value
             better = now.value > now.top_value
-            now.top_x[better], now.top_gradient[better] = now.x_adv[better], now.gradient[better]
+            now.top_x = _choose(better, now.x_adv, now.top_x)
+            now.top_gradient = _choose(better, now.gradient, now.top_gradient)
             now.top_value = torch.where(better, now.value, now.top_value)
-            if not (keep := best.update(now.x_adv, logits, now.index)).all():
-                now = now.only(keep)
-                if not len(now.index):
-                    return
+            keep = best.update(now.x_adv, logits, now.index)
+            now = now.only(remaining(step, keep))
 
             since_check += 1
             if since_check == interval:
                 stalled = now.rises <= self.rho * interval
                 stalled |= ~now.just_halved & (now.value_at_check >= now.top_value)
-                now.just_halved, now.value_at_check = stalled, now.top_value.clone()
-                now.step_size[stalled] /= 2
-                now.x_adv, now.gradient = now.x_adv.clone(), now.gradient.clone()
-                now.x_adv[stalled], now.gradient[stalled] = now.top_x[stalled], now.top_gradient[stalled]
+                now.just_halved, now.value_at_check = stalled, now.top_value
+                now.step_size = _choose(stalled, now.step_size / 2, now.step_size)
+                now.x_adv = _choose(stalled, now.top_x, now.x_adv)
+                now.gradient = _choose(stalled, now.top_gradient, now.gradient)
                 interval, since_check = max(interval - shorter, least), 0
                 now.rises = torch.zeros_like(now.value)
 
@@ -137,6 +137,13 @@ class _State:
     just_halved: Tensor
     step_size: Tensor
 
-    def only(self, keep: Tensor) -> "_State":
-        """The images where ``keep``, bool ``(n,)``."""
-        return _State(**{name: each[keep] for name, each in vars(self).items()})
+    def only(self, rows: Tensor | None) -> "_State":
+        """The images in these rows, int64; ``None`` for all."""
+        if rows is None:
+            return self
+        return _State(**{name: each[rows] for name, each in vars(self).items()})
+
+
+def _choose(which: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """The images of ``first`` where ``which``, bool ``(n,)``, and of ``second`` elsewhere."""
+    return torch.where(for_each_image(which, first), first, second)

@@ -161,7 +161,7 @@ class BPDA(_Relaxing):
             with relaxed(layers, warm * (cold / warm) ** progress):
                 gradient, logits, _ = model.gradient(x_adv, y, loss)
             keep = best.update(x_adv, logits, index)
-            index, x, x_adv, y, gradient, velocity = compact(keep, index, x, x_adv, y, gradient, velocity)
+            index, x, x_adv, y, gradient, velocity = compact(step, keep, index, x, x_adv, y, gradient, velocity)
             if not len(index):
                 return
             velocity = _MOMENTUM * velocity + normalised(gradient)

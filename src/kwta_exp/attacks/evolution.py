@@ -42,7 +42,8 @@ class _FiniteDifferences(Attack):
         index, step = torch.arange(len(x), device=x.device), 0
         for steps, samples in self.schedule:
             for _ in range(steps):
-                index = index[ranking_margin(batches.logits(x_adv[index]), y[index]) <= 0]
+                still_correct = ranking_margin(batches.logits(x_adv[index]), y[index]) <= 0
+                index = index[still_correct.nonzero()[:, 0]]
                 if not len(index):
                     return x_adv
                 for i in index.split(1):
@@ -55,7 +56,7 @@ class _FiniteDifferences(Attack):
         """The gradient of the margin at one image ``(1, C, H, W)``, up to a factor."""
         total = torch.zeros_like(x)
         for some in torch.arange(samples // 2, device=x.device).split(max(1, self.chunk // 2)):
-            u = normal(fold(int(key), some), x.shape[1:]).to(x)
+            u = normal(fold(key, some), x.shape[1:]).to(x)
             queries = torch.cat([x + self.sigma * u, x - self.sigma * u])
             ahead, behind = margin(model.logits(queries), y.expand(len(queries))).chunk(2)
             differences = (ahead - behind).to(u).nan_to_num(0.0, 0.0, 0.0)

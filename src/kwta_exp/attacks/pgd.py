@@ -78,11 +78,13 @@ class PGD(Attack):
     ) -> None:
         """One run from ``x_adv`` on the images at positions ``index``; ``y`` is what the loss needs of them."""
         threat, x, velocity = self.threat, best.clean[index], torch.zeros_like(x_adv)
-        for _ in range(self.steps):
+        for step in range(self.steps):
             gradient, logits, _ = model.gradient(x_adv, y, loss)
             if self.keep_best:
                 keep = best.update(x_adv, logits, index)
-                index, x, x_adv, y, gradient, velocity = compact(keep, index, x, x_adv, y, gradient, velocity)
+                index, x, x_adv, y, gradient, velocity = compact(
+                    step, keep, index, x, x_adv, y, gradient, velocity
+                )
                 if not len(index):
                     return
             if self.momentum:
@@ -139,31 +141,47 @@ class Best:
         self.margin = x.new_full((len(x),), float("-inf"))
         self._y = y
         self._successes = torch.zeros_like(y)
+        self._done = torch.zeros_like(y, dtype=torch.bool)
+        self._updated = False
 
     @property
     def not_fooled(self) -> Tensor:
         """The positions of the images that no iterate fooled, int64."""
+        if not self._updated:
+            return torch.arange(len(self._y), device=self._y.device)
         return (self._successes == 0).nonzero()[:, 0]
 
     def update(self, x_adv: Tensor, logits: Tensor, index: Tensor) -> Tensor:
         """Keep the iterates that are better than those so far.
 
+        Nothing changes for an image that needs no more steps, so it does not matter how long it stays in the
+        batch.
+
         Args:
             x_adv: iterates ``(n, C, H, W)``.
             logits: their logits.
-            index: the positions ``(n,)`` of their images.
+            index: the positions ``(n,)`` of their images, all different.
 
         Returns:
-            The images to go on with, bool ``(n,)``. One is dropped after a success that no rounding undoes
-            (a margin of 5% of the range of its logits), or else after the second success.
+            The images to go on with, bool ``(n,)``. One is done after a success that no rounding undoes (a
+            margin of 5% of the range of its logits), or else after the second success.
         """
-        found = ranking_margin(logits, self._y[index]).to(self.margin)
-        better = found > self.margin[index]
-        self.x[index[better]] = x_adv[better]
-        self.margin[index[better]] = found[better]
-        self._successes[index] += found > 0
+        found, going = ranking_margin(logits, self._y[index]).to(self.margin), ~self._done[index]
+        before = self.margin[index]
+        better = going & (found > before)
+        self.x[index] = torch.where(for_each_image(better, x_adv), x_adv, self.x[index])
+        self.margin[index] = torch.where(better, found, before)
+        successes = self._successes[index] + (going & (found > 0))
         settled = found > _SETTLED * (logits.amax(1) - logits.amin(1))
-        return (self._successes[index] < 2) & ~settled
+        going &= (successes < 2) & ~settled
+        self._successes[index], self._done[index] = successes, ~going
+        self._updated = True
+        return going
+
+
+def for_each_image(values: Tensor, images: Tensor) -> Tensor:
+    """``values``, one for each image ``(n,)``, in a shape that broadcasts with ``images``."""
+    return values.view(-1, *[1] * (images.dim() - 1))
 
 
 _SETTLED = 0.05

@@ -53,7 +53,7 @@ class SmoothedPGD(Attack):
         index, x_adv = best.not_fooled, threat.random_point(x, fold(-1, keys))
         for step in range(self.steps):
             keep = best.update(x_adv, batches.logits(x_adv), index)
-            index, x, x_adv, labels, keys = compact(keep, index, x, x_adv, labels, keys)
+            index, x, x_adv, labels, keys = compact(step, keep, index, x, x_adv, labels, keys)
             if not len(index):
                 return best.x
             total = torch.zeros_like(x_adv)

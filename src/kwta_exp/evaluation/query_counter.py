@@ -1,5 +1,6 @@
 """Counts the queries of an attack, in all and for each image."""
 
+from collections import deque
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from kwta_exp.attacks.losses import ranking_margin
 
 _ROUNDING = 1e-6
 """How far float32 may carry an image over the edge of its ball."""
+
+_RECENT = 16
+"""How many calls' owners are remembered: an attack takes turns through its micro-batches."""
 
 
 class QueryCounter(nn.Module):
@@ -55,26 +59,31 @@ class QueryCounter(nn.Module):
         self.forwards += len(x)
         with torch.no_grad():
             owner = self._owners(x)
-            self.queries += torch.bincount(owner, minlength=len(self.queries)) * ~self.fooled
+            self.queries += self._each(owner, torch.ones_like(owner)) * ~self.fooled
             change = self._threat.distance(x, self._owners.x[owner].to(x))
             inside = (change <= self._threat.eps + _ROUNDING) & ((x >= 0) & (x <= 1)).flatten(1).all(1)
             if forward_is_exact.get():
-                self.fooled[owner[inside & (ranking_margin(logits, self._y[owner]) > 0)]] = True
+                error = ranking_margin(logits, self._y[owner]) > 0
+                self.fooled |= self._each(owner, (inside & error).long()) > 0
         if logits.requires_grad:
             logits.register_hook(lambda gradient: self._count_backward(gradient, owner))
         return logits
 
+    def _each(self, owner: Tensor, numbers: Tensor) -> Tensor:
+        """The sum of the numbers of each owner; on a GPU, unlike ``bincount``, without waiting for it."""
+        return torch.zeros_like(self.queries).scatter_add_(0, owner, numbers)
+
     def _count_backward(self, gradient: Tensor, owner: Tensor) -> Any:
         self.backwards += len(gradient)
-        self.steps += torch.bincount(owner, minlength=len(self.steps)) * ~self.fooled
+        self.steps += self._each(owner, torch.ones_like(owner)) * ~self.fooled
 
 
 class Owners:
     """The owner of an image: the nearest of ``x`` in the norm of ``threat``; of identical ones, any.
 
-    The owners of the last call are tried first, then one owner for all. Either is correct if every image is
-    nearer to its owner than half the owner's distance to the closest other; only otherwise are all distances
-    computed.
+    On a CPU, the owners of recent calls are tried first, then one owner for all. Either is correct if every
+    image is nearer to its owner than half the owner's distance to the closest other; only otherwise are all
+    distances computed. On a GPU they always are, because a trial would make the host wait for its outcome.
     """
 
     def __init__(self, x: Tensor, threat: Threat) -> None:
@@ -82,20 +91,27 @@ class Owners:
         self._threat = threat
         self._p = float("inf") if threat.norm == "linf" else 2.0
         self._safe = x.new_zeros(0)
-        if len(x):
+        self._recent: deque[Tensor] = deque([torch.arange(len(x), device=x.device)], maxlen=_RECENT)
+        self._guesses = x.device.type == "cpu"
+        if len(x) and self._guesses:
             apart = self._distances(x)
             apart = apart.masked_fill(apart == 0, float("inf"))  # an identical image does not matter
             self._safe = apart.amin(1) / 2
-        self._last = torch.arange(len(x), device=x.device)
 
     def __call__(self, images: Tensor) -> Tensor:
         """The owners, int64 ``(M,)``."""
+        if not len(images):
+            return torch.zeros(0, dtype=torch.long, device=self.x.device)
         images = images.detach().to(self.x.dtype)
-        guesses = [self._last] if len(self._last) == len(images) else []
-        if len(images) and not (guesses and self._surely(images, guesses[0])):
-            alone = self._distances(images[:1]).argmin(1).expand(len(images))
-            self._last = alone if self._surely(images, alone) else self._distances(images).argmin(1)
-        return self._last if len(images) else self._last[:0]
+        if not self._guesses:
+            return self._distances(images).argmin(1)
+        for guess in [each for each in self._recent if len(each) == len(images)]:
+            if self._surely(images, guess):
+                return guess
+        alone = self._distances(images[:1]).argmin(1).expand(len(images))
+        owner = alone if self._surely(images, alone) else self._distances(images).argmin(1)
+        self._recent.append(owner)
+        return owner
 
     def only(self, keep: Tensor) -> "Owners":
         """The owners where ``keep``, bool ``(N,)``, alone."""
@@ -105,4 +121,6 @@ class Owners:
         return bool((self._threat.distance(images, self.x[owner]) < self._safe[owner]).all())
 
     def _distances(self, images: Tensor) -> Tensor:
-        return torch.cdist(images.flatten(1), self.x.flatten(1), p=self._p)
+        # Through a matrix product, the L2 distance of an image to itself is as large as that to its neighbours.
+        exact = "donot_use_mm_for_euclid_dist"
+        return torch.cdist(images.flatten(1), self.x.flatten(1), p=self._p, compute_mode=exact)

@@ -71,8 +71,7 @@ class Workers:
         try:
             while True:
                 for chunk in islice(remaining, 2 * self._processes - len(waiting)):
-                    with _interrupts_blocked():
-                        waiting.append(pool.submit(_attack_chunk, name, chunk))
+                    waiting.append(_submitted(pool, name, chunk))
                 if not waiting:
                     return
                 yield waiting.popleft().result()
@@ -97,6 +96,14 @@ class Workers:
                 initargs=(str(self._shared), torch.get_num_threads(), os.getpid()),
             )
         return self._pool
+
+
+def _submitted(pool: ProcessPoolExecutor, name: str, chunk: Tensor) -> Future[ChunkResult]:
+    try:
+        with _interrupts_blocked():
+            return pool.submit(_attack_chunk, name, chunk)
+    except OSError as error:  # a process died while the next one started, or none can be started
+        raise BrokenProcessPool(str(error)) from error
 
 
 _here: dict[str, Any] = {}

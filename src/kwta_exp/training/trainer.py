@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from kwta_exp.checkpoint import Weights, read_state_or_set_aside, save_state, weights_of
 from kwta_exp.data.batches import Batch, Split, TrainingBatches
 from kwta_exp.errors import UserError
+from kwta_exp.failures import is_of_the_machine
 from kwta_exp.progress import Progress
 from kwta_exp.randomness import key
 from kwta_exp.training.objectives import Training
@@ -216,6 +217,8 @@ class Trainer:
         try:
             self.load_state_dict(state)
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            if is_of_the_machine(error):
+                raise
             raise UserError(
                 f"training state {state_path}: not of this training ({type(error).__name__}: {error});"
                 " delete it, or use rerun=true"
