@@ -44,9 +44,9 @@ REST = """\
   channels last and in bfloat16. The network itself judges the result, and attacks again each image that fooled
   only the proxy.
 - **Waits on a GPU**: the host queues work ahead of the device, and every value it reads makes it wait. PGD,
-  Auto-PGD, BPDA and the like read one value after steps 1, 2, 4, 8, 16, 24, ...: the number of images that are not
-  fooled yet. Counting queries reads none. Counted for a small k-WTA network on tensors that claim to be on a GPU
-  (`python -m tests.claimed`; in brackets the same at commit 7708e02):
+  Auto-PGD, BPDA and the like read one after steps 1, 2, 4, 8, 16, 24, ...: the number of images that are not
+  fooled yet. Counting queries reads none. Counted for a small k-WTA network on tensors that claim to be on a
+  GPU (`python -m tests.claimed`; in brackets the same at commit 7708e02):
 
   | a step of | operations | waits | operations, queries counted | waits |
   | --- | ---: | ---: | ---: | ---: |
