@@ -13,7 +13,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: help setup demo test test-cpus test-slow lint type format bench bench-page bench-gpu calibrate results clean
+.PHONY: help setup demo test test-browser test-cpus test-slow lint type format bench bench-page bench-gpu calibrate results clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,7 +31,11 @@ type: $(READY)  ## mypy --strict
 	$(BIN)/mypy
 
 test: lint type  ## lint, types, tests: what CI runs
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not slurm and not network"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not slurm and not network and not browser"
+
+test-browser: $(READY)  ## look at reports in Chromium, which the distribution has to provide
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[browser]'
+	$(BIN)/python -m pytest -m browser
 
 test-cpus: $(READY)  ## the same tests as on each kind of CPU that this one can emulate
 	$(BIN)/python -m tests.cpus $(PARALLEL)

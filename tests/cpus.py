@@ -19,7 +19,7 @@ from kwta_exp import hardware
 CPUS = {"plain": (False, False), "bf16": (True, False), "amx": (True, True)}
 """For each kind of CPU: whether it computes in bfloat16, and whether it has matrix units."""
 
-FAST = "not slow and not gpu and not slurm and not network"
+FAST = "not slow and not gpu and not slurm and not network and not browser"
 
 SIMULATED_CPU = "KWTA_EXP_TEST_CPU"
 """The environment variable that makes all tests run as on one of :data:`CPUS`."""

@@ -241,7 +241,7 @@ def test_run_folder_has_the_documented_files(finished: Path) -> None:
     }
     assert files == {
         "config.yaml", "overrides.yaml", "run.log", "environment.json", "metrics.jsonl", "results.json",
-        "attempts.jsonl",
+        "attempts.jsonl", "report.html",
         "checkpoints/best.safetensors", "checkpoints/last.safetensors", "checkpoints/state.pt",
     }  # fmt: skip
     (evaluation,) = (folder / "evaluation").iterdir()

@@ -86,6 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     summary.add_argument("--format", choices=["text", "csv", "markdown", "html"], default="text")
     summary.add_argument("-o", "--output", type=Path, metavar="FILE", help="write it to a file")
 
+    report = command("report", _report, "write report.html: a run, or many, on one page that opens offline")
+    _add_selection(report)
+    report.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="default: report.html in the run's or grid's folder"
+    )
+
     verify = command("verify", _verify, "recompute the worst case from weights and saved adversarial images")
     verify.add_argument("folder", type=Path, metavar="FOLDER", help="a run's, or one of its evaluations'")
     _add_override_options(verify)
@@ -202,6 +208,25 @@ def _summary(args: argparse.Namespace) -> str:
 
     write_text(args.output, text + "\n")
     return f"{args.output} is written"
+
+
+def _report(args: argparse.Namespace) -> str:
+    from kwta_exp.report.pages import write_grid_page, write_run_page
+    from kwta_exp.report.runs import Run, is_run
+    from kwta_exp.run_folder import run_of
+    from kwta_exp.sweeps import Sweep
+
+    first = Path(args.select[0]) if args.select else _outputs()
+    if len(args.select) == 1 and first.is_dir() and is_run(run_of(first)):
+        return f"{write_run_page(Run.read(run_of(first)), args.output)} is written"
+    runs = _selected(args.select)
+    if not runs:
+        raise UserError(f"{' '.join(args.select) or first}: no runs; kwta-exp list shows which there are")
+    folder, command = first if first.is_dir() else _outputs(), ""
+    if Sweep(folder).begun:
+        command = str(Sweep(folder).content().get("command", ""))
+    to = args.output or folder / "report.html"
+    return f"{write_grid_page(runs, f'Runs in {folder.absolute().name}', to, command)} is written"
 
 
 def _verify(args: argparse.Namespace) -> str:

@@ -11,7 +11,7 @@ from kwta_exp.config import CommandLine, Config, ConfigError, plain, settings, u
 from kwta_exp.errors import UserError, shortened
 from kwta_exp.plan import Plan
 from kwta_exp.results_file import evaluation_info
-from kwta_exp.run_folder import opened, set_changed_aside
+from kwta_exp.run_folder import RunFolder, opened, set_changed_aside
 from kwta_exp.storage import write_json, write_lines
 from kwta_exp.sweeps import SkippedError, Sweep
 
@@ -54,6 +54,8 @@ def _run(plan: Plan) -> dict[str, Any]:
     if results is None:
         return _execute(plan)
     plan.report_finished(results)
+    if not plan.folder.report_is_current:
+        _write_report(plan.folder)
     return results
 
 
@@ -126,8 +128,19 @@ def _execute(plan: Plan) -> dict[str, Any]:
         write_json(plan.folder.results, results)
         write_json(folder / "results.json", results)  # last: its presence means that the run is finished
         log.info("%s\n\nEverything is in %s", results_table(results), folder)
+        _write_report(plan.folder)
 
     return results
+
+
+def _write_report(folder: RunFolder) -> None:
+    from kwta_exp.report.pages import write_run_page
+    from kwta_exp.report.runs import Run
+
+    try:
+        log.info("Report: %s", write_run_page(Run.read(folder.path)))
+    except UserError as error:  # the results are there all the same
+        log.warning("no report was written: %s", error)
 
 
 def _write_weights(plan: Plan, parts: "Parts", fabric: "Fabric") -> None:

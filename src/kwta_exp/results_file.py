@@ -95,12 +95,14 @@ class _Flag(_Part):
     value: float
     threshold: float
     lower95: float = 0.0
+    bears_on: str = ""
 
 
 class _Masking(_Part):
     verdict: Literal["sound", "suspect", "masked", "untested"]
     explanation: str
     flags: list[_Flag]
+    passed: list[_Flag] = []
 
 
 class _Evaluation(_Part):

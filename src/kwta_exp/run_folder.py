@@ -79,6 +79,18 @@ class RunFolder:
         return self.path / "environment.json"
 
     @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def report_is_current(self) -> bool:
+        """Whether the report is of the latest results."""
+        try:
+            return self.report.stat().st_mtime_ns >= self.results.stat().st_mtime_ns
+        except OSError:
+            return False
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 

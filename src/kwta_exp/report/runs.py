@@ -95,6 +95,11 @@ def _latest_name(folder: Path) -> str:
         return ""
 
 
+def is_run(folder: Path) -> bool:
+    """Whether this is a run's folder."""
+    return (folder / "environment.json").is_file()
+
+
 def find(roots: Iterable[Path]) -> list[Path]:
     """The run folders that ``roots`` are or contain, in order of their names; links are not followed.
 
@@ -169,7 +174,7 @@ def varying(runs: Sequence[Run]) -> list[str]:
 
 def _follows_from_another(key: str, differing: Sequence[str], runs: Sequence[Run]) -> bool:
     """Whether a shorter key tells the same: the values of a group that are the same wherever it is chosen."""
-    group = key.partition(".")[0]
+    group = key.rpartition("@")[2].partition(".")[0]  # that of attack@training.attack is training
     if group == key or group not in differing:
         return False
     values: dict[str, set[str]] = {}
