@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "kwta_exp"
 
 LAYERS = [
     {"allocator", "compiled", "errors", "failures", "fields", "hardware", "progress", "received"},
-    {"randomness_numba", "randomness_triton"},
+    {"gpu_slots", "interruption", "randomness_numba", "randomness_triton"},
     {"randomness"},
     {"activations", "environment", "storage", "runtime", "explain", "naming", "settings"},
     {"sealed", "download", "trust", "attempts", "sweeps"},

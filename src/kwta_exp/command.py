@@ -1,6 +1,7 @@
 """Run one experiment from the command line: ``run.py`` and ``kwta-exp run``."""
 
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 import hydra
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 def main() -> None:
     """Compose the configuration of the command line, and run it."""
     let_idle_threads_sleep()
+    # The plugin has an option of the same name, and Hydra checks ours against it.
+    warnings.filterwarnings(
+        "ignore", message=r"\s*'hydra/launcher/ray' is validated against ConfigStore schema"
+    )
     with at_the_shell(_explained):
         job()
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kwta_exp import attempts, environment
 from kwta_exp.config import CommandLine, Config, ConfigError, plain, settings, user_errors, yaml_of
 from kwta_exp.errors import UserError, shortened
+from kwta_exp.gpu_slots import take_gpu
 from kwta_exp.plan import Plan
 from kwta_exp.results_file import evaluation_info
 from kwta_exp.run_folder import RunFolder, opened, set_changed_aside
@@ -74,6 +75,8 @@ def _run_job(cfg: Config, line: CommandLine) -> dict[str, Any]:
     with sweep.job(line.job, line.overrides, outputs) as job:
         if cfg.fail_fast is True and (failed := sweep.failed_job()):
             raise SkippedError(f"fail_fast=true: job #{failed.number} of this grid failed; it was not started")
+        if line.shares_machine:
+            take_gpu(int(cfg.jobs_per_gpu))
         plan = Plan.of(cfg, line)
         job.runs_in(plan.folder.path)
         failures = [each for each in attempts.read(plan.folder.path) if each.get("ended") == "failed"]

@@ -117,6 +117,7 @@ class Runtime:
         """
         import torch
         from lightning_fabric import Fabric
+        from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 
         torch.set_num_threads(self.resolved_threads)
         compute_in_float32()
@@ -128,7 +129,12 @@ class Runtime:
                 f"runtime.accelerator={self.accelerator!r}: the machine has a GPU that torch"
                 f" {torch.__version__} cannot use; expected a working driver, or runtime=cpu"
             )
-        fabric = Fabric(accelerator=self.resolved_accelerator, devices=self.devices, precision=self.precision)
+        fabric = Fabric(
+            accelerator=self.resolved_accelerator,
+            devices=self.devices,
+            precision=self.precision,
+            plugins=[LightningEnvironment()],  # else it takes the processes of a SLURM job for those of one run
+        )
         fabric.launch()
         if fabric.device.type == "cuda":
             _compare_names(torch.cuda.get_device_name(fabric.device))

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kwta_exp.errors import UserError, shortened
+from kwta_exp import environment
+from kwta_exp.errors import BusyError, UserError, shortened
 from kwta_exp.storage import read_json, sha256_of_json, write_json
 
 SWEEPS = "sweeps"
@@ -87,6 +88,8 @@ class Sweep:
         running.write("running")
         try:
             yield running
+        except BusyError:  # the other process writes the record of this job
+            raise
         except SkippedError as error:
             running.write("skipped", error)
             raise
@@ -153,7 +156,7 @@ class RunningJob:
         self._started = time.time()
         self._content: dict[str, Any] = {
             "overrides": list(overrides), "host": platform.node(), "pid": os.getpid(),
-            **({"slurm_job": job} if (job := os.environ.get("SLURM_JOB_ID")) else {}),
+            **({"slurm_job": job} if (job := environment.slurm_job()) else {}),
         }  # fmt: skip
 
     def runs_in(self, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from kwta_exp.evaluation.outcome import Outcome
 from kwta_exp.evaluation.records import ATTACK_COLUMNS, CLEAN_COLUMNS, Record
 from kwta_exp.evaluation.roles import Roles
 from kwta_exp.evaluation.workers import Workers
+from kwta_exp.interruption import saving
 from kwta_exp.naming import safe_names
 from kwta_exp.progress import Progress
 from kwta_exp.randomness import isolated, key
@@ -96,6 +97,7 @@ class Evaluation:
         with (
             Workers(self, networks) as workers,
             Progress("evaluating", len(self.images), "image") as progress,
+            saving() as leave_if_asked,
         ):
             outcome = Outcome(self._clean_record(networks, progress))
             n = int(outcome.clean_correct.sum())
@@ -107,7 +109,7 @@ class Evaluation:
                 if name in outcome.inapplicable:
                     progress.advance(len(due))
                 else:
-                    self._attack(name, due, outcome, workers, progress)
+                    self._attack(name, due, outcome, workers, progress, leave_if_asked)
         return outcome
 
     def _clean_record(self, networks: Networks, progress: Progress) -> Record:
@@ -135,7 +137,10 @@ class Evaluation:
         outcome.inapplicable |= within_budget(self.suite, n, classes, self.budget)
         announce(self.suite, outcome.inapplicable, networks.searched, sample, n, classes)
 
-    def _attack(self, name: str, due: Tensor, outcome: Outcome, workers: Workers, progress: Progress) -> None:
+    def _attack(
+        self, name: str, due: Tensor, outcome: Outcome, workers: Workers, progress: Progress,
+        leave_if_asked: Callable[[], None],
+    ) -> None:  # fmt: skip
         """Run one attack on the images at positions ``due``, and add its record to ``outcome``."""
         size = _chunk_size(self.suite[name], self.batch_size)
         record = Record.resumed(self.folder / f"{name}.npz", ATTACK_COLUMNS, self.images.index[due])
@@ -154,6 +159,7 @@ class Evaluation:
                 robust[chunk.cpu().numpy()[result.rows["fooled"]]] = False
                 progress.advance(len(chunk))
                 progress.show(attack=name, worst_case=f"{robust.mean():.1%}")
+                leave_if_asked()
         except NotApplicableError as reason:  # what it found in earlier chunks does not count
             outcome.inapplicable[name] = str(reason)
             log.info("%s does not apply: %s", name, reason)

@@ -20,6 +20,7 @@ from kwta_exp.checkpoint import Weights, read_state_or_set_aside, save_state, we
 from kwta_exp.data.batches import Batch, Split, TrainingBatches
 from kwta_exp.errors import UserError
 from kwta_exp.failures import is_of_the_machine
+from kwta_exp.interruption import saving
 from kwta_exp.progress import Progress
 from kwta_exp.randomness import key
 from kwta_exp.training.objectives import Training
@@ -154,7 +155,11 @@ class Trainer:
         if self._resume(state_path):
             on_epoch(self.history)
         total, done = self.method.epochs * len(self.batches), self.epoch * len(self.batches) + self.step
-        with Progress("training", total, "step", start=done) as progress:
+
+        def save() -> None:
+            save_state(state_path, self.state_dict())
+
+        with Progress("training", total, "step", start=done) as progress, saving(save) as leave_if_asked:
             while self.epoch < self.method.epochs:
                 self._start_epoch()
                 step_start = last_saved = time.monotonic()
@@ -168,11 +173,14 @@ class Trainer:
                     if progress.due:
                         self._show(progress)
                     if now - last_saved > checkpoint_seconds and self.step < len(self.batches):
-                        save_state(state_path, self.state_dict())
+                        save()
                         step_start = last_saved = time.monotonic()
+                    if self.step < len(self.batches):
+                        leave_if_asked()
                 self._end_epoch()
-                save_state(state_path, self.state_dict())
+                save()
                 on_epoch(self.history)
+                leave_if_asked()
 
         return Trained(self.best, self.best_epoch, weights_of(self.eval_model), self.history)
 
