@@ -18,6 +18,7 @@ from kwta_exp import gpu_slots, hardware
 from kwta_exp.errors import UserError
 from kwta_exp.grid import _divide_machine, _require_plugin
 from kwta_exp.report.status import status
+from kwta_exp.storage import read_json
 from tests.conftest import TINY, run_py_forked
 from tests.grids import attempts, outcomes, the_grid
 
@@ -47,6 +48,8 @@ def test_parallel_jobs_run_at_once_and_leave_the_files_of_the_basic_launcher(tmp
     assert parallel.returncode == 0, said
     assert outcomes(tmp_path / "parallel") == outcomes(tmp_path / "basic")
     assert len(outcomes(tmp_path / "basic")) == 4
+    commands = {read_json(path)["command"] for path in tmp_path.glob("parallel/*/s*/environment.json")}
+    assert all(command.startswith("python run.py model=mlp") for command in commands), commands
     first, second, *_ = the_grid(tmp_path / "parallel").jobs()
     assert first.seconds is not None
     assert second.seconds is not None

@@ -75,6 +75,7 @@ class Sweep:
             self.path / "sweep.json",
             {
                 "command": command,
+                "program": environment.program(),
                 "overrides": list(overrides),
                 "jobs": None if jobs is None else [list(job) for job in jobs],
                 "started": round(time.time(), 3),
@@ -118,6 +119,15 @@ class Sweep:
             UserError: if this is not the folder of a grid.
         """
         return read_json(self.path / "sweep.json")
+
+    @property
+    def program(self) -> list[str]:
+        """What a user would start a job with; in a launcher's worker that is not the program of the process."""
+        try:
+            found = self.content().get("program")
+        except UserError:
+            found = None
+        return list(map(str, found)) if isinstance(found, list) and found else environment.program()
 
     def recorded(self) -> Iterator[Job]:
         """The jobs that have begun, in order; a record that cannot be read is left out."""
