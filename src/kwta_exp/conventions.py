@@ -27,8 +27,8 @@ def refuse(arguments: Sequence[str]) -> None:
     given, _ = get_args_parser().parse_known_args(list(arguments))
     if given.experimental_rerun is not None:
         raise UserError(
-            f"--experimental-rerun={given.experimental_rerun}: runs leave no pickled configuration, since to load"
-            " one runs code; expected the command in the run's environment.json, or weights=RUN_FOLDER"
+            f"--experimental-rerun={given.experimental_rerun}: a run leaves no pickled configuration, since to"
+            " load one runs code; expected the command in the run's environment.json, or weights=RUN_FOLDER"
         )
     for override in given.overrides:
         key, _, value = override.lstrip("+~").partition("=")
