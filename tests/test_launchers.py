@@ -217,7 +217,7 @@ def test_a_slurm_grid_survives_cancelled_killed_timed_out_and_preempted_jobs(
     short = ",".join(str(epochs) for epochs in range(101, 112))
     grid = [
         "-m", *(each for each in TINY if not each.startswith("training.")), "activation=relu", "suite=quick",
-        f"training.epochs=700,{short}",
+        f"training.epochs=2500,{short}",
     ]  # fmt: skip
     outputs = tmp_path / "outputs"
     cluster = [
