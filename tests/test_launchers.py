@@ -217,7 +217,7 @@ def test_a_slurm_grid_survives_cancelled_killed_timed_out_and_preempted_jobs(
     short = ",".join(str(epochs) for epochs in range(101, 112))
     grid = [
         "-m", *(each for each in TINY if not each.startswith("training.")), "activation=relu", "suite=quick",
-        f"training.epochs=2500,{short}",
+        f"training.epochs=1200,{short}",
     ]  # fmt: skip
     outputs = tmp_path / "outputs"
     cluster = [
@@ -247,7 +247,7 @@ def test_a_slurm_grid_survives_cancelled_killed_timed_out_and_preempted_jobs(
     wait_for(lambda: running(3))
     slurm("scontrol", "requeue", job_id(3))
     print("job 3 preempted:", job_id(3))
-    said, _ = first.communicate(timeout=500)
+    said, _ = first.communicate(timeout=900)
     print(said[-1500:])
     wait_for(lambda: not slurm("squeue", "-h"), 400)
     print(status(the_grid(outputs)))

@@ -99,6 +99,11 @@ class Plan:
 
         options, scale = settings(cfg), str(cfg.scale.name)
         runtime, dataset = build(cfg, "runtime", Runtime), build(cfg, "dataset", Dataset)
+        if runtime.devices > 1 and options.evaluation.processes > 1:
+            raise UserError(
+                f"evaluation.processes={options.evaluation.processes}: with runtime.devices={runtime.devices}"
+                " the processes of the run share the images; expected evaluation.processes=1"
+            )
         evaluation = options.evaluation.resolved(runtime.resolved_accelerator)
         options = options.model_copy(update={"evaluation": evaluation})
         if scale != "full" and _is_replaceable(dataset, line):

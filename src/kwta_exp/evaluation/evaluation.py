@@ -17,6 +17,7 @@ from kwta_exp.errors import UserError
 from kwta_exp.evaluation.chunks import ChunkResult, Networks, rows_of
 from kwta_exp.evaluation.forecast import announce, within_budget
 from kwta_exp.evaluation.outcome import Outcome
+from kwta_exp.evaluation.ranks import Ranks
 from kwta_exp.evaluation.records import ATTACK_COLUMNS, CLEAN_COLUMNS, Record
 from kwta_exp.evaluation.roles import Roles
 from kwta_exp.evaluation.workers import Workers
@@ -81,11 +82,14 @@ class Evaluation:
         """Which attacks of the suite are the baseline and which take a single step."""
         return Roles.of(self.suite, self.threat)
 
-    def run(self) -> Outcome:
+    def run(self, ranks: Ranks | None = None) -> Outcome:
         """Judge the network clean, and under each attack on the images it classifies correctly.
 
         Chunks are fixed by the images and the clean outcome, random streams by (seed, attack, image), and each
         chunk's rows are on disk before the next begins.
+
+        Args:
+            ranks: the processes of the run, if there are several; this is the first of them.
 
         Raises:
             UserError: if an attack fails or returns something other than images, naming it, or has a name that
@@ -95,7 +99,7 @@ class Evaluation:
         self.network.eval().requires_grad_(False)
         networks = Networks.of(self)
         with (
-            Workers(self, networks) as workers,
+            Workers(self, networks, ranks) as workers,
             Progress("evaluating", len(self.images), "image") as progress,
             saving() as leave_if_asked,
         ):
