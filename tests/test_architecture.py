@@ -22,7 +22,7 @@ LAYERS = [
     {"config", "shell"},
     {"adjust", "conventions", "suggest", "grid"},
     {"plan"},
-    {"parts"},
+    {"parts", "processes"},
     {"audit"},
     {"experiment", "verify", "transfer_matrix"},
     {"command"},
