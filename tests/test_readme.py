@@ -18,7 +18,7 @@ from kwta_exp.models import MLP
 from kwta_exp.storage import sha256_of_file
 from tests.conftest import ROOT, run_py_forked
 
-DOCS = ("guide", "reference", "architecture", "verdict", "calibration", "performance", "results")
+DOCS = ("guide", "grids", "reference", "architecture", "verdict", "calibration", "performance", "results")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS)]
 
 BLOCKS = [
