@@ -151,7 +151,7 @@ class Plan:
     def command(self) -> str:
         """The command line of this run; in a multirun, that of this job alone."""
         if self.line.multirun:
-            return shlex.join([*environment.program(), *self.line.overrides])
+            return shlex.join([*(self.line.program or environment.program()), *self.line.overrides])
         return environment.command()
 
     def finished_results(self) -> dict[str, Any] | None:

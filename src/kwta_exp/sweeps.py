@@ -75,6 +75,7 @@ class Sweep:
             self.path / "sweep.json",
             {
                 "command": command,
+                "program": environment.program(),
                 "overrides": list(overrides),
                 "jobs": None if jobs is None else [list(job) for job in jobs],
                 "started": round(time.time(), 3),
@@ -118,6 +119,11 @@ class Sweep:
             UserError: if this is not the folder of a grid.
         """
         return read_json(self.path / "sweep.json")
+
+    @property
+    def program(self) -> tuple[str, ...]:
+        """How the grid's command line begins, which in a launcher's worker is not how this process's begins."""
+        return tuple(map(str, self.content().get("program", environment.program())))
 
     def recorded(self) -> Iterator[Job]:
         """The jobs that have begun, in order; a record that cannot be read is left out."""
