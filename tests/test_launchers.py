@@ -58,6 +58,39 @@ def test_parallel_jobs_run_at_once_and_leave_the_files_of_the_basic_launcher(tmp
     assert again.stdout.count("already finished") == 4
 
 
+@needs_joblib
+def test_workers_end_with_their_launcher_and_save_their_state(tmp_path: Path) -> None:
+    grid = ["-m", *TINY, "suite=none", "activation=relu", "seed=0,1,2", "training.epochs=100000"]
+    grid = [each for each in grid if not each.startswith("attack.")]
+    parallel = start(tmp_path, *grid, "hydra/launcher=parallel", "hydra.launcher.n_jobs=2")
+
+    def under_way(number: int) -> "dict[str, Any] | None":
+        tried = attempts(tmp_path, the_grid(tmp_path)).get(number) if (tmp_path / "sweeps").exists() else None
+        return tried[-1] if tried and (tmp_path / folder(number) / "metrics.jsonl").exists() else None
+
+    def folder(number: int) -> str:
+        return str(next(job.folder for job in the_grid(tmp_path).jobs() if job.number == number))
+
+    wait_for(lambda: under_way(0) and under_way(1))
+    parallel.kill()
+    wait_for(lambda: all("ended" in attempts(tmp_path, the_grid(tmp_path))[number][-1] for number in (0, 1)))
+    parallel.communicate()
+    for number in (0, 1):
+        (tried,) = attempts(tmp_path, the_grid(tmp_path))[number]
+        assert tried["ended"] == "interrupted"
+        assert (tmp_path / folder(number) / "checkpoints" / "state.pt").exists()
+        wait_for(lambda tried=tried: not is_running(tried["pid"]))
+    assert [job.state for job in the_grid(tmp_path).jobs()] == ["running", "running", "missing"]
+    assert "2 interrupted" in status(the_grid(tmp_path))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("attached", [False, True])
 def test_ray_jobs_leave_the_files_of_the_basic_launcher(tmp_path: Path, attached: bool) -> None:
