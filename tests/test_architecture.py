@@ -20,7 +20,7 @@ LAYERS = [
     {"training", "evaluation"},
     {"report"},
     {"config", "shell"},
-    {"adjust", "suggest", "grid"},
+    {"adjust", "conventions", "suggest", "grid"},
     {"plan"},
     {"parts"},
     {"audit"},
@@ -29,7 +29,7 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-HYDRA_ALLOWED = {"command.py", "grid.py", "adjust.py", "config.py", "suggest.py", "shell.py"}
+HYDRA_ALLOWED = {"command.py", "conventions.py", "grid.py", "adjust.py", "config.py", "suggest.py", "shell.py"}
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 

@@ -18,6 +18,7 @@ from kwta_exp import gpu_slots, hardware
 from kwta_exp.errors import UserError
 from kwta_exp.grid import _divide_machine, _require_plugin
 from kwta_exp.report.status import status
+from kwta_exp.storage import read_json
 from tests.conftest import TINY, run_py_forked
 from tests.grids import attempts, outcomes, the_grid
 
@@ -30,11 +31,11 @@ needs_joblib = pytest.mark.skipif(
 )
 
 
-def start(outputs: Path, *overrides: str) -> "subprocess.Popen[str]":
+def start(outputs: Path, *overrides: str, cwd: Path = ROOT) -> "subprocess.Popen[str]":
     """Start a grid in a process of its own."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "run.py"), *overrides, f"paths.outputs={outputs}"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd,
     )  # fmt: skip
 
 
@@ -47,6 +48,8 @@ def test_parallel_jobs_run_at_once_and_leave_the_files_of_the_basic_launcher(tmp
     assert parallel.returncode == 0, said
     assert outcomes(tmp_path / "parallel") == outcomes(tmp_path / "basic")
     assert len(outcomes(tmp_path / "basic")) == 4
+    commands = {read_json(path)["command"] for path in tmp_path.glob("parallel/*/s*/environment.json")}
+    assert all(command.startswith("python run.py model=mlp") for command in commands), commands
     first, second, *_ = the_grid(tmp_path / "parallel").jobs()
     assert first.seconds is not None
     assert second.seconds is not None
@@ -99,9 +102,9 @@ def test_ray_jobs_leave_the_files_of_the_basic_launcher(tmp_path: Path, attached
     assert basic.returncode == 0, basic.stderr
     address = ["hydra.launcher.ray.init.address=auto"] if attached else []
     if attached:
-        ray("start", "--head", "--num-cpus=2", "--include-dashboard=false")
+        ray("start", "--head", "--num-cpus=2", "--include-dashboard=false")  # in another folder than the grid
     try:
-        started = start(tmp_path / "ray", *GRID, "hydra/launcher=ray", *address)
+        started = start(Path("ray"), *GRID, "hydra/launcher=ray", *address, cwd=tmp_path)
         said, _ = started.communicate(timeout=300)
     finally:
         if attached:
@@ -109,6 +112,22 @@ def test_ray_jobs_leave_the_files_of_the_basic_launcher(tmp_path: Path, attached
     assert started.returncode == 0, said
     assert "deprecated" not in said
     assert outcomes(tmp_path / "ray") == outcomes(tmp_path / "basic")
+    for tried in attempts(tmp_path / "ray", the_grid(tmp_path / "ray")).values():
+        assert tried[0]["command"].startswith("python run.py model=mlp")
+
+
+@pytest.mark.slow
+def test_a_lost_ray_job_loses_no_other(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="without the extra ray")
+    grid = ["-m", *TINY, "suite=quick", "activation=relu", "training.epochs=100000,2,3", "hydra/launcher=ray"]
+    grid = [each for each in grid if each != "training.epochs=2"]
+    started = start(tmp_path, *grid, "hydra.launcher.ray.init.num_cpus=1", "hydra.launcher.ray.remote.max_retries=0")
+    wait_for(lambda: (tmp_path / "sweeps").exists() and attempts(tmp_path, the_grid(tmp_path)).get(0))
+    os.kill(attempts(tmp_path, the_grid(tmp_path))[0][-1]["pid"], signal.SIGKILL)
+    said, _ = started.communicate(timeout=300)
+    assert started.returncode == 1
+    assert "job #0 was lost" in said
+    assert len(outcomes(tmp_path)) == 2
 
 
 def ray(*arguments: str) -> None:
@@ -248,7 +267,7 @@ def test_a_slurm_grid_survives_cancelled_killed_timed_out_and_preempted_jobs(
     short = ",".join(str(epochs) for epochs in range(101, 112))
     grid = [
         "-m", *(each for each in TINY if not each.startswith("training.")), "activation=relu", "suite=quick",
-        f"training.epochs=700,{short}",
+        f"training.epochs=2500,{short}",
     ]  # fmt: skip
     outputs = tmp_path / "outputs"
     cluster = [
@@ -278,13 +297,14 @@ def test_a_slurm_grid_survives_cancelled_killed_timed_out_and_preempted_jobs(
     wait_for(lambda: running(3))
     slurm("scontrol", "requeue", job_id(3))
     print("job 3 preempted:", job_id(3))
-    said, _ = first.communicate(timeout=500)
+    said, _ = first.communicate(timeout=900)  # the command waits for all of them
     print(said[-1500:])
-    wait_for(lambda: not slurm("squeue", "-h"), 400)
     print(status(the_grid(outputs)))
     tried = attempts(outputs, the_grid(outputs))
     print({number: [each.get("ended", "killed") for each in of_job] for number, of_job in tried.items()})
     assert first.returncode == 1
+    for number in (1, 2):
+        assert f"job #{number} was lost" in said
     assert "the same command continues" in said
     assert len(tried[0]) >= 2, "job 0 was to run out of time"
     assert len(tried[3]) >= 2

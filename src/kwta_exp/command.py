@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import hydra
 
+from kwta_exp.conventions import refuse
 from kwta_exp.environment import CONF
 from kwta_exp.runtime import let_idle_threads_sleep
 from kwta_exp.shell import at_the_shell, in_a_job
@@ -22,6 +23,7 @@ def main() -> None:
         "ignore", message=r"\s*'hydra/launcher/ray' is validated against ConfigStore schema"
     )
     with at_the_shell(_explained):
+        refuse(sys.argv[1:])
         job()
 
 

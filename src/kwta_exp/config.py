@@ -217,7 +217,6 @@ class CommandLine:
         overrides: as the user wrote them.
         job: the number of this job in its grid; ``None`` outside a grid.
         sweep: the folder of that grid.
-        program: how the command line begins; empty: as this process's.
         shares_machine: whether other jobs of the grid run beside it in processes of the same launcher.
     """
 
@@ -226,7 +225,6 @@ class CommandLine:
     job: int | None = None
     sweep: Path | None = None
     shares_machine: bool = False
-    program: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, hydra: Any) -> "CommandLine":

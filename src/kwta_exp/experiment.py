@@ -4,7 +4,6 @@ import json
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +80,7 @@ def _run_job(cfg: Config, line: CommandLine) -> dict[str, Any]:
             raise SkippedError(f"fail_fast=true: job #{failed.number} of this grid failed; it was not started")
         if line.shares_machine:
             take_gpu(int(cfg.jobs_per_gpu))
-        plan = Plan.of(cfg, replace(line, program=sweep.program))
+        plan = Plan.of(cfg, line)
         job.runs_in(plan.folder.path)
         failures = [each for each in attempts.read(plan.folder.path) if each.get("ended") == "failed"]
         if len(failures) > plan.options.retries and not plan.options.rerun:

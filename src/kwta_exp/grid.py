@@ -38,14 +38,13 @@ class RecordGrid(Callback):
         chosen = {"sweep": config.sweep, "jobs_per_gpu": config.jobs_per_gpu}
         validated(SweepSettings, chosen)  # a bad name must not become a folder
         sweep = Sweep.named(Path(config.paths.outputs), overrides, config.sweep)
-        if not any(text.startswith("hydra.sweep.dir=") for text in config.hydra.overrides.hydra):
-            with open_dict(config):
-                config.hydra.sweep.dir = str(sweep.path)
-                # Jobs are composed anew, from these overrides and their own.
-                config.hydra.overrides.hydra.append(f"hydra.sweep.dir={sweep.path}")
+        with open_dict(config):
+            config.hydra.sweep.dir = str(sweep.path)
+            # Jobs are composed anew, from these overrides and their own.
+            config.hydra.overrides.hydra.append(f"hydra.sweep.dir={sweep.path}")
         _divide_machine(config)
         overrides = list(map(str, config.hydra.overrides.task))
-        Sweep(Path(config.hydra.sweep.dir)).begin(environment.command(), overrides, _jobs(config, overrides))
+        sweep.begin(environment.command(), overrides, _jobs(config, overrides))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Say where the answer is."""

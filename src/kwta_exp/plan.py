@@ -33,6 +33,7 @@ from kwta_exp.runtime import Runtime
 from kwta_exp.sealed import read_metadata, trained_ratio
 from kwta_exp.settings import Inputs, Settings
 from kwta_exp.storage import guarded, sha256_of_file, write_json
+from kwta_exp.sweeps import Sweep
 from kwta_exp.trust import local_code
 
 log = logging.getLogger(__name__)
@@ -150,8 +151,8 @@ class Plan:
     @property
     def command(self) -> str:
         """The command line of this run; in a multirun, that of this job alone."""
-        if self.line.multirun:
-            return shlex.join([*(self.line.program or environment.program()), *self.line.overrides])
+        if self.line.sweep is not None:
+            return shlex.join([*Sweep(self.line.sweep).program, *self.line.overrides])
         return environment.command()
 
     def finished_results(self) -> dict[str, Any] | None:

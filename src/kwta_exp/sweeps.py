@@ -121,9 +121,13 @@ class Sweep:
         return read_json(self.path / "sweep.json")
 
     @property
-    def program(self) -> tuple[str, ...]:
-        """How the grid's command line begins, which in a launcher's worker is not how this process's begins."""
-        return tuple(map(str, self.content().get("program", environment.program())))
+    def program(self) -> list[str]:
+        """What a user would start a job with; in a launcher's worker that is not the program of the process."""
+        try:
+            found = self.content().get("program")
+        except UserError:
+            found = None
+        return list(map(str, found)) if isinstance(found, list) and found else environment.program()
 
     def recorded(self) -> Iterator[Job]:
         """The jobs that have begun, in order; a record that cannot be read is left out."""
