@@ -18,7 +18,10 @@ from kwta_exp.models import MLP
 from kwta_exp.storage import sha256_of_file
 from tests.conftest import ROOT, run_py_forked
 
-DOCS = ("guide", "grids", "reference", "architecture", "verdict", "calibration", "performance", "results")
+DOCS = (
+    "guide", "grids", "launchers", "reference", "architecture", "verdict", "calibration", "performance",
+    "results",
+)  # fmt: skip
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS)]
 
 BLOCKS = [
@@ -36,8 +39,14 @@ SMALL = ["runtime=cpu", "runtime.threads=1", "scale=tiny"]
 
 SLOW = (
     "suite=strong", "compile=true", "image_folder", "paper/refutation", "model.name=densenet121", "resnet50",
-    "wrn", "seed=0,1", "+point=",
+    "wrn", "seed=0,1", "+point=", "launcher=ray",
 )  # fmt: skip
+
+
+def marks(line: str) -> tuple[pytest.MarkDecorator, ...]:
+    """What a command needs."""
+    slow = (pytest.mark.slow,) if any(word in line for word in SLOW) else ()
+    return (*slow, pytest.mark.slurm) if "launcher=slurm" in line else slow
 
 
 def mlp(activation: Callable[[], torch.nn.Module] = torch.nn.ReLU) -> MLP:
@@ -103,7 +112,7 @@ def parsed(line: str, folder: Path) -> tuple[dict[str, str], list[str]]:
         pytest.param(
             line,
             id=f"{number}: {line[:60].strip()}",
-            marks=pytest.mark.slow if any(word in line for word in SLOW) else (),
+            marks=marks(line),
         )
         for number, line in enumerate(COMMANDS)
     ],
@@ -111,6 +120,8 @@ def parsed(line: str, folder: Path) -> tuple[dict[str, str], list[str]]:
 def test_every_command_runs(
     line: str, workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if "launcher=ray" in line:
+        pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="without the extra ray")
     variables, words = parsed(line, workspace)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -119,7 +130,8 @@ def test_every_command_runs(
         done = run_py_forked(*words[2:], *extra, cwd=workspace)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "Traceback" not in done.stdout + done.stderr
-        assert extra == [] or "Everything is in" in done.stdout
+        # A task of SLURM's has a log of its own.
+        assert extra == [] or "Everything is in" in done.stdout or "launcher=slurm" in line
     elif words[0] == "kwta-exp":
         monkeypatch.chdir(workspace)
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # a command sets it, for its own process
