@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from kwta_exp.results_file import evaluation_info
 from kwta_exp.run_folder import RunFolder, opened, set_changed_aside
 from kwta_exp.storage import write_json, write_lines
 from kwta_exp.sweeps import SkippedError, Sweep
+from kwta_exp.tracking import followed
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -102,10 +103,14 @@ def _execute(plan: Plan) -> dict[str, Any]:
     from kwta_exp.report.terminal import results_table
 
     described = environment.describe(plan.command, str(fabric.device), plan.runtime.identity())
-    with opened(plan.folder, _texts(plan), described, options.rerun):
+    grid = plan.line.sweep.name if plan.line.sweep else None
+    with (
+        opened(plan.folder, _texts(plan), described, options.rerun),
+        followed(plan.tracking, plan.folder.path, grid) as track,
+    ):
         plan.folder.set_damaged_aside()
         if not plan.folder.trained:
-            _write_weights(plan, parts, fabric)
+            _write_weights(plan, parts, fabric, track)
         elif parts.recipe and not plan.folder.metrics.exists():
             _restore_metrics(plan)
 
@@ -129,6 +134,7 @@ def _execute(plan: Plan) -> dict[str, Any]:
         write_json(folder / "results.json", results)  # last: its presence means that the run is finished
         log.info("%s\n\nEverything is in %s", results_table(results), folder)
         _write_report(plan.folder)
+        track()
 
     return results
 
@@ -143,7 +149,7 @@ def _write_report(folder: RunFolder) -> None:
         log.warning("no report was written: %s", error)
 
 
-def _write_weights(plan: Plan, parts: "Parts", fabric: "Fabric") -> None:
+def _write_weights(plan: Plan, parts: "Parts", fabric: "Fabric", track: Callable[[], None]) -> None:
     """Train, and write the best and the last weights; without training, those of the network as it is."""
     from kwta_exp.checkpoint import save_weights, weights_of
 
@@ -152,13 +158,15 @@ def _write_weights(plan: Plan, parts: "Parts", fabric: "Fabric") -> None:
         for path in (plan.folder.best, plan.folder.last):
             save_weights(path, weights_of(parts.network), about)
         return
-    trained = _train(plan, parts, parts.recipe, fabric)
+    trained = _train(plan, parts, parts.recipe, fabric, track)
     save_weights(plan.folder.best, trained.best, {"epoch": str(trained.best_epoch), **about})
     save_weights(plan.folder.last, trained.last, {"epoch": str(len(trained.history)), **about})
     log.info("best epoch: %d", trained.best_epoch)
 
 
-def _train(plan: Plan, parts: "Parts", recipe: "Recipe", fabric: "Fabric") -> "Trained":
+def _train(
+    plan: Plan, parts: "Parts", recipe: "Recipe", fabric: "Fabric", track: Callable[[], None]
+) -> "Trained":
     import torch
 
     from kwta_exp.data.batches import TrainingBatches, split_training
@@ -178,6 +186,7 @@ def _train(plan: Plan, parts: "Parts", recipe: "Recipe", fabric: "Fabric") -> "T
     def on_epoch(history: list[dict[str, float]]) -> None:
         write_lines(plan.folder.metrics, history)
         log.info("%s", _epoch_line(history[-1], method.epochs) if history else "starting")
+        track()
 
     return trainer.train(plan.folder.state, on_epoch)
 
