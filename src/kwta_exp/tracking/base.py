@@ -61,7 +61,10 @@ class TrackedRun:
         return {
             key: value if isinstance(value, Value) else str(value)
             for key, value in Run.read(self.folder).settings.items()
-            if value is not None and tells_runs_apart(key) and not key.startswith("attack")
+            if value is not None
+            and tells_runs_apart(key)
+            and not key.startswith(("attack", "scale."))
+            and not str(value).startswith("${")  # the value that it stands for is there too
         }
 
 
@@ -110,13 +113,13 @@ class Tracking(ABC):
         missing = [module for module in self.modules if not _is_installed(module)]
         if missing:
             raise UserError(
-                f"tracking={self.option}: {', '.join(missing)} is not installed; expected it, from"
+                f"tracking={self.option} needs {', '.join(missing)}, not installed here; expected"
                 f" python -m pip install {self.packages}, or tracking=none"
             )
 
     @abstractmethod
     def open(self, run: TrackedRun) -> Log:
-        """Continue the tracked run of this id, or begin it. No network is used but a server that is configured."""
+        """Continue the tracked run of this id, or begin it; no network is used but a configured server."""
 
 
 @dataclasses.dataclass(frozen=True, config=STRICT)

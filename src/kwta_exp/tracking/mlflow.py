@@ -96,15 +96,21 @@ class _MLflowRun(Log):
             self.figures = {Path(each.path).name for each in figures}
 
     def add_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
-        self._log_metrics(values, epoch)
+        with self._config.locked():
+            self._client.log_batch(self._run, self._metrics(values, epoch))
 
     def add_evaluation(self, name: str, results: Mapping[str, Any]) -> None:
-        self._log_metrics(outcome(results), len(self.evaluations) + 1)
+        from mlflow.entities import RunTag
+
+        verdict = results["masking"]["verdict"]
         with self._config.locked():
             self._client.log_text(self._run, results_table(results, 100), f"evaluation/{name}.txt")
             self._client.log_dict(self._run, dict(results), f"evaluation/{name}.json")
-            self._client.set_tag(self._run, "verdict", results["masking"]["verdict"])
-            self._client.set_tag(self._run, f"{_EVALUATION}{name}", results["masking"]["verdict"])  # last
+            self._client.log_batch(
+                self._run,
+                self._metrics(outcome(results), len(self.evaluations) + 1),
+                tags=[RunTag("verdict", verdict), RunTag(f"{_EVALUATION}{name}", verdict)],
+            )
 
     def add_figure(self, path: Path) -> None:
         with self._config.locked():
@@ -114,14 +120,11 @@ class _MLflowRun(Log):
         with self._config.locked():
             self._client.set_terminated(self._run, _STATUS[end])
 
-    def _log_metrics(self, values: Mapping[str, float], step: int) -> None:
+    def _metrics(self, values: Mapping[str, float], step: int) -> list[Any]:
         from mlflow.entities import Metric
 
         now = round(1000 * time.time())
-        with self._config.locked():
-            self._client.log_batch(
-                self._run, metrics=[Metric(name, value, now, step) for name, value in values.items()]
-            )
+        return [Metric(name, value, now, step) for name, value in values.items()]
 
     def _experiment(self) -> str:
         """The id of the experiment, which is made if there is none."""

@@ -53,22 +53,17 @@ class _Events(Log):
     def add_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         from torch.utils.tensorboard.summary import scalar
 
-        for name, value in values.items():
-            self._write(epoch, scalar(name, value, new_style=True))
+        self._write(epoch, *(scalar(name, value, new_style=True) for name, value in values.items()))
 
     def add_evaluation(self, name: str, results: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard.summary import hparams, scalar, text
 
-        number = len(self.evaluations) + 1
         if not self.evaluations:
-            _, start, end = hparams(self._parameters, {})
-            self._write(0, start)
-            self._write(0, end)
-        for key, value in outcome(results).items():
-            self._write(number, scalar(key, value, new_style=True))
-        self._write(
-            number, text(f"evaluation/{name}", f"```\n{results_table(results, 100)}\n```")
-        )  # last: it marks the end
+            for part in hparams(self._parameters, {})[1:]:  # the first would fix the columns for all runs
+                self._write(0, part)
+        table = text(f"evaluation/{name}", f"```\n{results_table(results, 100)}\n```")
+        values = (scalar(key, value, new_style=True) for key, value in outcome(results).items())
+        self._write(len(self.evaluations) + 1, *values, table)
 
     def add_figure(self, path: Path) -> None:
         from PIL import Image
@@ -87,18 +82,21 @@ class _Events(Log):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         events = EventAccumulator(str(self._folder), size_guidance={"tensors": 0}).Reload()
-        tags = events.Tags()["tensors"]  # newer versions keep all kinds as tensors
-        steps = [each.step for tag in tags if tag == "training/loss" for each in events.Tensors(tag)]
-        self.epoch = max(steps, default=0)
+        tags = events.Tags()["tensors"]
+        if "training/loss" in tags:
+            self.epoch = max(event.step for event in events.Tensors("training/loss"))
         self.evaluations = {tag.split("/")[1] for tag in tags if tag.startswith("evaluation/")}
-        self.figures = {tag.split("/")[1] for tag in tags if tag.startswith("figures/")}
+        self.figures = {tag.split("/")[1] for tag in events.Tags()["images"] if tag.startswith("figures/")}
 
-    def _write(self, step: int, summary: Any) -> None:
+    def _write(self, step: int, *parts: Any) -> None:
+        """Write one event, which a reader takes as a whole or not at all."""
         from tensorboard.compat.proto.event_pb2 import Event
 
         if self._records is None:
             self._begin()
-        record = Event(wall_time=time.time(), step=step, summary=summary)
+        record = Event(wall_time=time.time(), step=step)
+        for part in parts:
+            record.summary.MergeFrom(part)
         self._records.write(record.SerializeToString())
         self._records.flush()
 
