@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from kwta_exp.activations import KWTA, LWTA
@@ -34,6 +33,7 @@ from kwta_exp.data.datasets import Digits, FashionMNIST
 from kwta_exp.evaluation import Evaluation, evaluate
 from kwta_exp.evaluation.checks import CHECKS
 from kwta_exp.models import CNN, MLP, ResNet
+from kwta_exp.runtime import Runtime
 from kwta_exp.storage import read_json, write_json, write_text
 from kwta_exp.training import NaturalTraining, PGDTraining, Training
 from kwta_exp.training.trainer import Recipe, Trainer
@@ -207,7 +207,7 @@ def trained(specimen: Specimen, field: Field, threat: Threat, path: Path) -> nn.
     batches = TrainingBatches(train, 64, 0, False, 0)
     schedule = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=field.epochs)
     recipe = Recipe(training, partial(torch.optim.SGD, lr=0.04, momentum=0.9), schedule)
-    Trainer(model, recipe, batches, val, Fabric(accelerator="cpu")).train(path, print_epoch)
+    Trainer(model, recipe, batches, val, Runtime(accelerator="cpu").fabric()).train(path, print_epoch)
     parts = [specimen.before and specimen.before(), model, specimen.after and specimen.after()]
     return nn.Sequential(*(part for part in parts if part)).eval().requires_grad_(False)
 

@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "kwta_exp"
 
 LAYERS = [
     {"allocator", "compiled", "errors", "failures", "fields", "hardware", "progress", "received"},
-    {"randomness_numba", "randomness_triton"},
+    {"gpu_slots", "interruption", "randomness_numba", "randomness_triton"},
     {"randomness"},
     {"activations", "environment", "storage", "runtime", "explain", "naming", "settings"},
     {"sealed", "download", "trust", "attempts", "sweeps"},
@@ -21,16 +21,16 @@ LAYERS = [
     {"report"},
     {"tracking"},
     {"config", "shell"},
-    {"adjust", "suggest", "grid"},
+    {"adjust", "conventions", "suggest", "grid"},
     {"plan"},
-    {"parts"},
+    {"parts", "processes"},
     {"audit"},
     {"experiment", "verify", "transfer_matrix"},
     {"command"},
     {"cli"},
     {"__main__"},
 ]
-HYDRA_ALLOWED = {"command.py", "grid.py", "adjust.py", "config.py", "suggest.py", "shell.py"}
+HYDRA_ALLOWED = {"command.py", "conventions.py", "grid.py", "adjust.py", "config.py", "suggest.py", "shell.py"}
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 

@@ -35,6 +35,7 @@ from kwta_exp.data.batches import Batch, Split, TrainingBatches
 from kwta_exp.evaluation import Evaluation
 from kwta_exp.evaluation.checks import diagnose
 from kwta_exp.evaluation.query_counter import QueryCounter
+from kwta_exp.runtime import Runtime
 from kwta_exp.training.objectives import (
     ALPTraining,
     FastTraining,
@@ -233,7 +234,7 @@ def test_a_training_on_a_gpu_resumes_to_the_weights_of_a_cpu(tmp_path: Path) -> 
 
     def train(on_device: Callable[[Tensor], Tensor], folder: str, stop_at: int | None) -> Trained:
         network = small_network(partial(KWTA, 0.3)).float()
-        fabric = Fabric(accelerator="cpu")
+        fabric = Runtime(accelerator="cpu").fabric()
         if on_device is on_gpu:
             network = network_on_gpu(network)
             fabric.to_device = partial(tree_map_only, Tensor, claimed_once)  # type: ignore[method-assign]

@@ -7,7 +7,6 @@ from pathlib import Path
 import foolbox
 import pytest
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from kwta_exp.attacks import APGD, PGD, Threat
@@ -17,6 +16,7 @@ from kwta_exp.data.datasets import Digits, FashionMNIST
 from kwta_exp.fields import Norm
 from kwta_exp.models import CNN
 from kwta_exp.randomness import fold
+from kwta_exp.runtime import Runtime
 from kwta_exp.training import NaturalTraining
 from kwta_exp.training.trainer import Recipe, Trainer
 
@@ -44,7 +44,7 @@ def trained(dataset: Dataset, epochs: int, path: Path) -> tuple[nn.Module, Tenso
         lr_schedule=partial(torch.optim.lr_scheduler.ConstantLR, factor=1.0),
     )
     batches = TrainingBatches(train, 64, 0, False, 0)
-    Trainer(model, recipe, batches, val, Fabric(accelerator="cpu")).train(path, lambda _: None)
+    Trainer(model, recipe, batches, val, Runtime(accelerator="cpu").fabric()).train(path, lambda _: None)
     model.eval().requires_grad_(False)
     test = first_test_images(images, 500, CPU)
     x, y = to_float(test.x), test.y

@@ -186,3 +186,37 @@ def test_the_runs_of_a_grid_lie_inside_its_outputs(tmp_path: Path) -> None:
             job.runs_in(folder)
     assert sweep.runs() == [inside]
     assert Sweep(tmp_path).runs() == []
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("hydra.run.dir=elsewhere", "paths.outputs=FOLDER"),
+        ("hydra.sweep.dir=elsewhere", "sweep=NAME"),
+        ("hydra.sweep.subdir=x", "paths.outputs=FOLDER"),
+        ("hydra.output_subdir=.hydra", "overrides.yaml"),
+        ("hydra.job.chdir=true", "paths.outputs"),
+        ("--experimental-rerun=config.pickle", "runs code"),
+    ],
+)
+@pytest.mark.parametrize("multirun", [False, True])
+def test_options_of_hydra_that_have_no_place_here_are_refused(
+    tmp_path: Path, given: str, expected: str, multirun: bool
+) -> None:
+    done = run_py_forked(
+        *(["-m"] if multirun else []), given, f"paths.outputs={tmp_path / 'outputs'}", cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(given.partition("=")[0])
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_of_hydra_that_change_no_folder_work(tmp_path: Path) -> None:
+    done = run_py_forked(
+        *GRID[1:], "hydra.job.name=mine", "hydra.job.chdir=false", "hydra.verbose=false",
+        f"paths.outputs={tmp_path / 'outputs'}", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]

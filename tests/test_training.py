@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_fabric import Fabric
 from torch import nn
 
 from kwta_exp.activations import KWTA
@@ -15,6 +14,7 @@ from kwta_exp.checkpoint import save_state
 from kwta_exp.data.batches import Batch, TrainingBatches, split_training
 from kwta_exp.data.datasets import Digits
 from kwta_exp.errors import UserError
+from kwta_exp.runtime import Runtime
 from kwta_exp.training import FreeTraining, NaturalTraining, PGDTraining, Training
 from kwta_exp.training.objectives.base import correct, eval_mode
 from kwta_exp.training.sparsity import Constant, Sparsity
@@ -46,7 +46,7 @@ def trainer(
     )
     train_split, val = split_training(Digits().load(), None, 0.1, 0, CPU)
     batches = TrainingBatches(train_split, method.batch_size, 1, False, seed=0)
-    return Trainer(model or network(), recipe, batches, val, Fabric(accelerator="cpu"))
+    return Trainer(model or network(), recipe, batches, val, Runtime(accelerator="cpu").fabric())
 
 
 def train(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kwta_exp import environment
 from kwta_exp.errors import UserError, shortened
 from kwta_exp.storage import read_lines, write_lines
 
@@ -49,7 +50,7 @@ def attempt(folder: Path, command: str) -> Iterator[None]:
     started = time.time()
     line = {
         "command": command, "host": platform.node(), "pid": os.getpid(),
-        **({"slurm_job": job} if (job := os.environ.get("SLURM_JOB_ID")) else {}), "started": round(started, 3),
+        **({"slurm_job": job} if (job := environment.slurm_job()) else {}), "started": round(started, 3),
     }  # fmt: skip
     write_lines(path, [*earlier, line])
     try:

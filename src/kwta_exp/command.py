@@ -1,10 +1,12 @@
 """Run one experiment from the command line: ``run.py`` and ``kwta-exp run``."""
 
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 import hydra
 
+from kwta_exp.conventions import refuse
 from kwta_exp.environment import CONF
 from kwta_exp.runtime import let_idle_threads_sleep
 from kwta_exp.shell import at_the_shell, in_a_job
@@ -16,7 +18,12 @@ if TYPE_CHECKING:
 def main() -> None:
     """Compose the configuration of the command line, and run it."""
     let_idle_threads_sleep()
+    # The plugin has an option of the same name, and Hydra checks ours against it.
+    warnings.filterwarnings(
+        "ignore", message=r"\s*'hydra/launcher/ray' is validated against ConfigStore schema"
+    )
     with at_the_shell(_explained):
+        refuse(sys.argv[1:])
         job()
 
 

@@ -217,12 +217,14 @@ class CommandLine:
         overrides: as the user wrote them.
         job: the number of this job in its grid; ``None`` outside a grid.
         sweep: the folder of that grid.
+        shares_machine: whether other jobs of the grid run beside it in processes of the same launcher.
     """
 
     choices: dict[str, str]
     overrides: list[str]
     job: int | None = None
     sweep: Path | None = None
+    shares_machine: bool = False
 
     @classmethod
     def of(cls, hydra: Any) -> "CommandLine":
@@ -235,7 +237,8 @@ class CommandLine:
         given: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # "${...}" in it is text
         if hydra.mode != RunMode.MULTIRUN:
             return cls(chosen, list(map(str, given)))
-        return cls(chosen, list(map(str, given)), int(hydra.job.num), Path(hydra.sweep.dir))
+        shares_machine = str(hydra.launcher._target_).endswith(".JoblibLauncher")
+        return cls(chosen, list(map(str, given)), int(hydra.job.num), Path(hydra.sweep.dir), shares_machine)
 
     @classmethod
     def current(cls) -> "CommandLine":

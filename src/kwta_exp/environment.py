@@ -1,6 +1,7 @@
 """The environment of a run: versions, machine, threads, commit, command."""
 
 import contextlib
+import os
 import platform
 import shlex
 import subprocess
@@ -62,6 +63,12 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def slurm_job() -> str | None:
+    """What ``scancel`` calls this process's SLURM job: its number, or that of its array and task."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
 def command() -> str:

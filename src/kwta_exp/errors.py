@@ -22,6 +22,10 @@ class UserError(ValueError):
         return printable(super().__str__())
 
 
+class BusyError(UserError):
+    """Another process holds what this one wants to write."""
+
+
 class DamagedError(UserError):
     """A file of this project whose content has changed since it was written. The caller may write it again."""
 

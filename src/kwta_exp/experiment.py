@@ -2,15 +2,17 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kwta_exp import attempts, environment
 from kwta_exp.config import CommandLine, Config, ConfigError, plain, settings, user_errors, yaml_of
 from kwta_exp.errors import UserError, shortened
+from kwta_exp.gpu_slots import take_gpu
 from kwta_exp.plan import Plan
-from kwta_exp.results_file import evaluation_info
+from kwta_exp.results_file import evaluation_info, read_results
 from kwta_exp.run_folder import RunFolder, opened, set_changed_aside
 from kwta_exp.storage import write_json, write_lines
 from kwta_exp.sweeps import SkippedError, Sweep
@@ -75,6 +77,8 @@ def _run_job(cfg: Config, line: CommandLine) -> dict[str, Any]:
     with sweep.job(line.job, line.overrides, outputs) as job:
         if cfg.fail_fast is True and (failed := sweep.failed_job()):
             raise SkippedError(f"fail_fast=true: job #{failed.number} of this grid failed; it was not started")
+        if line.shares_machine:
+            take_gpu(int(cfg.jobs_per_gpu))
         plan = Plan.of(cfg, line)
         job.runs_in(plan.folder.path)
         failures = [each for each in attempts.read(plan.folder.path) if each.get("ended") == "failed"]
@@ -91,28 +95,43 @@ def _execute(plan: Plan) -> dict[str, Any]:
     # torch takes seconds to load, so a finished run and a wrong path never load it.
     from kwta_exp.parts import build_parts
 
-    options = plan.options
-    parts = build_parts(plan)
-    fabric = plan.runtime.launch()
+    parts = build_parts(plan)  # a mistake is found before anything starts
+    if plan.runtime.devices > 1:
+        from kwta_exp.processes import in_processes
 
+        in_processes(plan, _execute_in_one_of)
+        results = read_results(plan.folder.results)
+        assert results is not None
+        return results
+    return _execute_on(plan.runtime.launch(), plan, parts)
+
+
+def _execute_in_one_of(fabric: "Fabric", plan: Plan) -> None:
+    """The same in one of the run's processes."""
+    from kwta_exp.parts import build_parts
+
+    _execute_on(fabric, plan, build_parts(plan))
+
+
+def _execute_on(fabric: "Fabric", plan: Plan, parts: "Parts") -> dict[str, Any]:
+    """In the first of the run's processes, the results. It alone writes files; the others help."""
     import torch
 
     from kwta_exp.checkpoint import load_into, read_weights
     from kwta_exp.data.batches import first_test_images
-    from kwta_exp.evaluation import Evaluation, evaluate
+    from kwta_exp.evaluation import Evaluation, Ranks, evaluate
     from kwta_exp.report.terminal import results_table
 
+    options, first = plan.options, fabric.is_global_zero
     described = environment.describe(plan.command, str(fabric.device), plan.runtime.identity())
-    grid = plan.line.sweep.name if plan.line.sweep else None
-    with (
-        opened(plan.folder, _texts(plan), described, options.rerun),
-        followed(plan.tracking, plan.folder.path, grid) as track,
-    ):
-        plan.folder.set_damaged_aside()
-        if not plan.folder.trained:
+    with _opened(plan, described) if first else nullcontext(_no_tracker) as track:
+        if first:
+            plan.folder.set_damaged_aside()
+        if not fabric.broadcast(plan.folder.trained):
             _write_weights(plan, parts, fabric, track)
-        elif parts.recipe and not plan.folder.metrics.exists():
+        elif first and parts.recipe and not plan.folder.metrics.exists():
             _restore_metrics(plan)
+        fabric.barrier()
 
         network, weights = parts.network, plan.judged_weights
         assert weights is not None
@@ -121,14 +140,20 @@ def _execute(plan: Plan) -> dict[str, Any]:
 
         images = first_test_images(parts.images, options.evaluation.n, fabric.device)
         folder = plan.evaluation_folder(weights)
-        set_changed_aside(folder)
-        identity = plan.evaluation_identity(weights)
-        write_json(folder / "evaluation.json", {"identity": identity, "environment": described})
         evaluation = Evaluation(
             network, images, parts.suite, parts.threat, folder, options.seed,
             **options.evaluation.model_dump(exclude={"n", "checks_n"}),
         )  # fmt: skip
-        results = evaluate(evaluation, plan.run_info(weights), options.evaluation.checks_n)
+        ranks = Ranks() if fabric.world_size > 1 else None
+        if ranks and not first:
+            ranks.follow(evaluation)
+            return {}
+        set_changed_aside(folder)
+        identity = plan.evaluation_identity(weights)
+        write_json(folder / "evaluation.json", {"identity": identity, "environment": described})
+        results = evaluate(evaluation, plan.run_info(weights), options.evaluation.checks_n, ranks)
+        if ranks:
+            ranks.end()
         results["evaluation"] = evaluation_info(folder)
         write_json(plan.folder.results, results)
         write_json(folder / "results.json", results)  # last: its presence means that the run is finished
@@ -137,6 +162,21 @@ def _execute(plan: Plan) -> dict[str, Any]:
         track()
 
     return results
+
+
+@contextmanager
+def _opened(plan: Plan, described: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
+    """The run's folder, to be written; yields what logs its news in the tracker."""
+    grid = plan.line.sweep.name if plan.line.sweep else None
+    with (
+        opened(plan.folder, _texts(plan), described, plan.options.rerun),
+        followed(plan.tracking, plan.folder.path, grid) as track,
+    ):
+        yield track
+
+
+def _no_tracker() -> None:
+    """What the other processes of a run have instead."""
 
 
 def _write_report(folder: RunFolder) -> None:
@@ -155,10 +195,12 @@ def _write_weights(plan: Plan, parts: "Parts", fabric: "Fabric", track: Callable
 
     about = {"activation": json.dumps(plain(plan.cfg, "activation"))}
     if parts.recipe is None:
-        for path in (plan.folder.best, plan.folder.last):
+        for path in (plan.folder.best, plan.folder.last) if fabric.is_global_zero else ():
             save_weights(path, weights_of(parts.network), about)
         return
     trained = _train(plan, parts, parts.recipe, fabric, track)
+    if not fabric.is_global_zero:
+        return
     save_weights(plan.folder.best, trained.best, {"epoch": str(trained.best_epoch), **about})
     save_weights(plan.folder.last, trained.last, {"epoch": str(len(trained.history)), **about})
     log.info("best epoch: %d", trained.best_epoch)
@@ -184,6 +226,8 @@ def _train(
     )  # fmt: skip
 
     def on_epoch(history: list[dict[str, float]]) -> None:
+        if not fabric.is_global_zero:
+            return
         write_lines(plan.folder.metrics, history)
         log.info("%s", _epoch_line(history[-1], method.epochs) if history else "starting")
         track()

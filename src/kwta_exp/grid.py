@@ -1,5 +1,8 @@
 """What Hydra calls when a grid begins: it gets a folder of its own, which records its jobs."""
 
+import importlib.util
+import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +11,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from kwta_exp import environment
+from kwta_exp import environment, hardware
 from kwta_exp.config import validated
 from kwta_exp.errors import UserError
 from kwta_exp.settings import SweepSettings
 from kwta_exp.shell import end_with
 from kwta_exp.sweeps import Sweep
+
+log = logging.getLogger(__name__)
 
 
 class RecordGrid(Callback):
@@ -27,16 +32,69 @@ class RecordGrid(Callback):
             end_with(error)
 
     def _begin(self, config: DictConfig) -> None:
+        _require_plugin(str(config.hydra.launcher._target_))
         given: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
         overrides = list(map(str, given))
-        validated(SweepSettings, {"sweep": config.sweep})  # a bad name must not become a folder
+        chosen = {"sweep": config.sweep, "jobs_per_gpu": config.jobs_per_gpu}
+        validated(SweepSettings, chosen)  # a bad name must not become a folder
         sweep = Sweep.named(Path(config.paths.outputs), overrides, config.sweep)
-        if not any(text.startswith("hydra.sweep.dir=") for text in config.hydra.overrides.hydra):
-            with open_dict(config):
-                config.hydra.sweep.dir = str(sweep.path)
-                # Jobs are composed anew, from these overrides and their own.
-                config.hydra.overrides.hydra.append(f"hydra.sweep.dir={sweep.path}")
-        Sweep(Path(config.hydra.sweep.dir)).begin(environment.command(), overrides, _jobs(config, overrides))
+        with open_dict(config):
+            config.hydra.sweep.dir = str(sweep.path)
+            # Jobs are composed anew, from these overrides and their own.
+            config.hydra.overrides.hydra.append(f"hydra.sweep.dir={sweep.path}")
+        _divide_machine(config)
+        overrides = list(map(str, config.hydra.overrides.task))
+        sweep.begin(environment.command(), overrides, _jobs(config, overrides))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Say where the answer is."""
+        log.info("kwta-exp summary %s", shlex.quote(str(config.hydra.sweep.dir)))
+
+
+_PLUGINS = {
+    "hydra_joblib_launcher": ("parallel", "hydra-joblib-launcher"),
+    "hydra_submitit_launcher": ("slurm", "hydra-submitit-launcher"),
+    "hydra_ray_launcher": ("ray", "hydra-ray-launcher"),
+}
+"""The option and the package of each plugin that ``conf/hydra/launcher`` uses."""
+
+
+def _require_plugin(target: str) -> None:
+    package, _, rest = target.partition(".")
+    plugin = rest.partition(".")[0]
+    if package != "hydra_plugins" or plugin not in _PLUGINS:
+        return
+    try:
+        found = importlib.util.find_spec(f"{package}.{plugin}") is not None
+    except ModuleNotFoundError:  # there are no plugins at all
+        found = False
+    if not found:
+        extra, name = _PLUGINS[plugin]
+        raise UserError(
+            f"hydra/launcher={extra}: {name} is not installed; expected it: pip install 'kwta_exp[{extra}]', or"
+            f" in a checkout .venv/bin/pip install -e '.[{extra}]'"
+        )
+
+
+def _divide_machine(config: DictConfig) -> None:
+    """Say how many jobs run at once and how many threads each may use, where the user leaves that open."""
+    launcher = config.hydra.launcher
+    name = str(launcher._target_).rpartition(".")[2]
+    threads: int | None = None
+    with open_dict(config):
+        if name == "JoblibLauncher":
+            if launcher.get("n_jobs") is None:
+                launcher.n_jobs = hardware.jobs_at_once(config.jobs_per_gpu)
+                config.hydra.overrides.hydra.append(f"hydra.launcher.n_jobs={launcher.n_jobs}")
+            at_once = launcher.n_jobs if launcher.n_jobs > 0 else hardware.usable_cores()
+            threads = max(1, hardware.usable_cores() // at_once)
+        elif name == "RayLauncher":
+            threads = max(1, int(launcher.ray.remote.get("num_cpus") or 1))
+        elif name == "SlurmLauncher":
+            threads = launcher.get("cpus_per_task")
+        given = any(text.lstrip("+").startswith("runtime.threads=") for text in config.hydra.overrides.task)
+        if threads is not None and not given and config.runtime.threads is None:
+            config.hydra.overrides.task.append(f"runtime.threads={threads}")
 
 
 def _jobs(config: DictConfig, overrides: list[str]) -> list[list[str]] | None:

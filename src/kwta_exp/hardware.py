@@ -125,6 +125,36 @@ def nvidia_gpus() -> int:
     return len(_visible(_handles))
 
 
+def gpu_entries() -> list[str]:
+    """A value of ``CUDA_VISIBLE_DEVICES`` for each GPU that is visible to this process."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [
+        str(number) if visible is None else visible.split(",")[number].strip()
+        for number in range(nvidia_gpus())
+    ]
+
+
+def jobs_at_once(jobs_per_gpu: int) -> int:
+    """How many runs this machine can take at once: on its GPUs, or one a core, each with 2 GiB of memory."""
+    if gpus := nvidia_gpus():
+        return gpus * jobs_per_gpu
+    memory = available_memory()
+    return max(1, min(usable_cores(), memory // _MEMORY_OF_A_RUN if memory else usable_cores()))
+
+
+_MEMORY_OF_A_RUN = 2 << 30
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that are available; ``None`` if that is unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return None
+    found = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return next((int(kibibytes) << 10 for kibibytes in found), None)
+
+
 def first_gpu() -> Gpu | None:
     """The GPU that CUDA calls 0, found without initialising CUDA; ``None`` if there is none.
 

@@ -33,6 +33,7 @@ from kwta_exp.runtime import Runtime
 from kwta_exp.sealed import read_metadata, trained_ratio
 from kwta_exp.settings import Inputs, Settings
 from kwta_exp.storage import guarded, sha256_of_file, write_json
+from kwta_exp.sweeps import Sweep
 from kwta_exp.tracking import Tracking
 from kwta_exp.trust import local_code
 
@@ -102,6 +103,11 @@ class Plan:
         options, scale = settings(cfg), str(cfg.scale.name)
         tracking = build(cfg, "tracking", Tracking)
         runtime, dataset = build(cfg, "runtime", Runtime), build(cfg, "dataset", Dataset)
+        if runtime.devices > 1 and options.evaluation.processes > 1:
+            raise UserError(
+                f"evaluation.processes={options.evaluation.processes}: with runtime.devices={runtime.devices}"
+                " the processes of the run share the images; expected evaluation.processes=1"
+            )
         evaluation = options.evaluation.resolved(runtime.resolved_accelerator)
         options = options.model_copy(update={"evaluation": evaluation})
         if scale != "full" and _is_replaceable(dataset, line):
@@ -154,8 +160,8 @@ class Plan:
     @property
     def command(self) -> str:
         """The command line of this run; in a multirun, that of this job alone."""
-        if self.line.multirun:
-            return shlex.join([*environment.program(), *self.line.overrides])
+        if self.line.sweep is not None:
+            return shlex.join([*Sweep(self.line.sweep).program, *self.line.overrides])
         return environment.command()
 
     def finished_results(self) -> dict[str, Any] | None:

@@ -15,7 +15,8 @@ from filelock import FileLock, Timeout
 
 from kwta_exp import environment
 from kwta_exp.attempts import attempt, lock_of
-from kwta_exp.errors import DamagedError, PrintableFormatter, UserError
+from kwta_exp.attempts import read as read_attempts
+from kwta_exp.errors import BusyError, DamagedError, PrintableFormatter, UserError
 from kwta_exp.results_file import changed_files, read_results
 from kwta_exp.sealed import read_metadata
 from kwta_exp.storage import (
@@ -35,6 +36,9 @@ from kwta_exp.storage import (
 log = logging.getLogger(__name__)
 
 _HASH_DIGITS = 10
+
+_PATIENCE = 1.0
+"""Seconds to wait for a lock: a process that was killed has released it by then."""
 
 CONFIG_FILES = ("config.yaml", "overrides.yaml")
 """The files that record how the weights were made; ``environment.json`` holds their checksums."""
@@ -173,9 +177,11 @@ def opened(
             raise UserError(f"{path}: is a symbolic link, which is not followed for writing; remove it")
     try:
         folder.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.lock, timeout=0).acquire()
+        lock = FileLock(folder.lock, timeout=_PATIENCE).acquire()
     except Timeout as error:
-        raise UserError(f"{folder.path}: another process is running this experiment") from error
+        raise BusyError(
+            f"{folder.path}: another process is running this experiment{_holder(folder.path)}"
+        ) from error
     except OSError as error:
         raise UserError(f"paths.outputs: cannot write {folder.path}: {error.strerror}") from error
     with lock:
@@ -192,6 +198,12 @@ def opened(
                 except BaseException:
                     file_only.exception("stopped")
                     raise
+
+
+def _holder(folder: Path) -> str:
+    """Who runs the experiment, as far as it is recorded."""
+    last = (read_attempts(folder) or [{}])[-1]
+    return f" (process {last.get('pid')} on {last.get('host')})" if "ended" not in last and last else ""
 
 
 def _write_config(folder: RunFolder, texts: Mapping[str, str], described: Mapping[str, Any]) -> None:

@@ -1,9 +1,11 @@
 """The device, precision, processes and threads of a run, through Lightning Fabric."""
 
+import datetime
+import inspect
 import logging
 import os
 import shutil
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import PositiveInt, dataclasses
 
@@ -46,13 +48,14 @@ class Runtime:
 
     Args:
         accelerator: ``"auto"`` takes an NVIDIA GPU if there is one.
-        devices: processes, one per device. Only 1 is supported.
+        devices: processes, one for each GPU; on a CPU they share the cores. Several train by DDP and share the
+            images of an evaluation.
         precision: of training, by Fabric's name: ``"32-true"`` or ``"bf16-mixed"``. Evaluation is always in
             float32. (``"16-mixed"`` would lose the small gradients that attacks need.)
         channels_last: train in channels-last memory format, which is often faster. Evaluation never uses it.
         compile: train through ``torch.compile``, inner attacks included. Compiling takes a minute or more, and
             on a CPU it needs a C++ compiler. Evaluation never uses it.
-        threads: CPU threads; ``None`` means one per core that the process may use
+        threads: CPU threads of each process; ``None`` shares the cores that the run may use
             (:func:`kwta_exp.hardware.usable_cores`). On a CPU the number decides the last bits of the
             weights, so it is part of the run's identity; set it to get the same run on another machine.
         deterministic: on a GPU, use deterministic algorithms alone, so that a command gives the same figures
@@ -62,7 +65,7 @@ class Runtime:
     """
 
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    devices: Literal[1] = 1
+    devices: PositiveInt = 1
     precision: Precision = "32-true"
     channels_last: bool = False
     compile: bool = False
@@ -74,6 +77,11 @@ class Runtime:
             raise UserError(
                 "runtime.accelerator='cuda': no NVIDIA GPU is visible on this machine;"
                 " expected one, or runtime=cpu"
+            )
+        if self.resolved_accelerator == "cuda" and self.devices > max(1, hardware.nvidia_gpus()):
+            raise UserError(
+                f"runtime.devices={self.devices}: this machine has {hardware.nvidia_gpus()} visible NVIDIA"
+                " GPUs; expected at most as many"
             )
         if self.compile and self.resolved_accelerator == "cpu" and not _cpp_compiler():
             raise UserError(
@@ -89,7 +97,7 @@ class Runtime:
 
     @property
     def resolved_threads(self) -> int:
-        return self.threads or hardware.usable_cores()
+        return self.threads or max(1, hardware.usable_cores() // self.devices)
 
     def identity(self) -> dict[str, str | int | None]:
         """The values that decide the last bits of the weights.
@@ -110,29 +118,58 @@ class Runtime:
         }
 
     def launch(self) -> "Fabric":
-        """Load torch, set its threads and start Fabric.
+        """Load torch, set its threads and start Fabric with one process.
 
         Raises:
             UserError: if a GPU is there but this build of torch cannot use it.
         """
         import torch
-        from lightning_fabric import Fabric
+
+        self.prepare()
+        if self.resolved_accelerator == "cuda" and not hardware.torch_has_cuda():
+            raise UserError(
+                f"runtime.accelerator={self.accelerator!r}: the machine has a GPU that torch"
+                f" {torch.__version__} cannot use; expected a working driver, or runtime=cpu"
+            )
+        fabric = self.fabric()
+        fabric.launch()
+        if fabric.device.type == "cuda":
+            _compare_names(torch.cuda.get_device_name(fabric.device))
+        return fabric
+
+    def prepare(self) -> None:
+        """Set the threads, the algorithms and the allocator of this process."""
+        import torch
 
         torch.set_num_threads(self.resolved_threads)
         compute_in_float32()
         self._set_algorithms()
         if self.resolved_accelerator == "cpu":
             keep_freed_memory()
-        if self.resolved_accelerator == "cuda" and not hardware.torch_has_cuda():
-            raise UserError(
-                f"runtime.accelerator={self.accelerator!r}: the machine has a GPU that torch"
-                f" {torch.__version__} cannot use; expected a working driver, or runtime=cpu"
-            )
-        fabric = Fabric(accelerator=self.resolved_accelerator, devices=self.devices, precision=self.precision)
-        fabric.launch()
-        if fabric.device.type == "cuda":
-            _compare_names(torch.cuda.get_device_name(fabric.device))
-        return fabric
+
+    def fabric(self, patience: datetime.timedelta | None = None) -> "Fabric":
+        """Fabric with these settings, not launched.
+
+        Args:
+            patience: how long processes wait for each other.
+        """
+        from lightning_fabric import Fabric
+        from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+        from lightning_fabric.strategies.ddp import DDPStrategy
+        from torch.nn.parallel import DistributedDataParallel
+
+        # Statistics of BatchNorm are averaged by the trainer: DDP would copy them between two forward passes.
+        names = inspect.signature(DistributedDataParallel.__init__).parameters
+        synchronises = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in names)
+        settings: dict[str, Any] = {"start_method": "spawn", "timeout": patience, synchronises: False}
+        ddp = DDPStrategy(**settings)
+        return Fabric(
+            accelerator=self.resolved_accelerator,
+            devices=self.devices,
+            precision=self.precision,
+            plugins=[LightningEnvironment()],  # else it takes the processes of a SLURM job for those of one run
+            strategy=ddp if self.devices > 1 else "auto",
+        )
 
     def _set_algorithms(self) -> None:
         """Whether GPU operations must be deterministic; before CUDA is initialised.

@@ -49,10 +49,11 @@ class Inputs(BaseModel):
 
 
 class SweepSettings(BaseModel):
-    """The name of a grid's folder."""
+    """The name of a grid's folder, and how many of its jobs share a GPU."""
 
     model_config = STRICT
     sweep: FolderName | None
+    jobs_per_gpu: PositiveInt
 
 
 class Settings(SweepSettings, Inputs):

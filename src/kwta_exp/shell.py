@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 
 from kwta_exp.errors import PrintableFormatter, UserError, printable, shortened
+from kwta_exp.interruption import StoppedError, heeded
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C: 128 and the number of the signal, as shells count."""
@@ -41,6 +43,9 @@ def at_the_shell(explained: Callable[[Exception], str | None] = lambda error: No
     except KeyboardInterrupt:
         _say("interrupted; the same command continues")
         sys.exit(INTERRUPTED)
+    except StoppedError as stopped:
+        _say(f"stopped by {signal.Signals(stopped.number).name}; the same command continues")
+        raise
     except BrokenPipeError:
         pass  # from print: the reader has closed the pipe
     except Exception as error:
@@ -59,14 +64,15 @@ def at_the_shell(explained: Callable[[Exception], str | None] = lambda error: No
 
 @contextmanager
 def in_a_job() -> Iterator[None]:
-    """Run a job of Hydra's in this context: a mistake in a single run ends in its message alone.
+    """Run a job of Hydra's in this context: signals are heeded, and a mistake ends in its message alone.
 
     Hydra would print all overrides before it. In a grid the error is raised as it is, so that the other jobs
     run.
     """
     calm_streams()
     try:
-        yield
+        with heeded():
+            yield
     except CompactHydraException as error:
         if _TRACEBACK_WANTED or HydraConfig.get().mode == RunMode.MULTIRUN:
             raise

@@ -17,9 +17,13 @@ from kwta_exp.config import composed
 from kwta_exp.environment import CONF
 from kwta_exp.errors import UserError
 from kwta_exp.explain import did_you_mean
+from kwta_exp.failures import first_line
 
 OPTIONAL = ("experiment", "suite", "evaluation", "threat")
 """Groups of ``config.yaml`` that Hydra can compose without."""
+
+_LAUNCHERS = ("submitit", "joblib", "ray")
+"""Their own errors say that the process of a job died."""
 
 _KEY = re.compile(r"[+~]*[\w-]+([./@:][\w-]+)*")
 
@@ -34,6 +38,11 @@ def better_message(error: Exception, arguments: Sequence[str]) -> str | None:
     Returns:
         ``None`` where the error is no mistake of the command line, or has its message already.
     """
+    if type(error).__module__.partition(".")[0] in _LAUNCHERS:
+        return (
+            f"a job of the grid was lost: {first_line(error)}\nkwta-exp status shows how far the others are;"
+            " the same command continues"
+        )
     if isinstance(error, UserError) or isinstance(error.__cause__, UserError) or _in_a_job(error):
         return None
     given, _ = get_args_parser().parse_known_args(list(arguments))

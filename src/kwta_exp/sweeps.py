@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kwta_exp.errors import UserError, shortened
+from kwta_exp import environment
+from kwta_exp.errors import BusyError, UserError, shortened
 from kwta_exp.storage import read_json, sha256_of_json, write_json
 
 SWEEPS = "sweeps"
@@ -74,6 +75,7 @@ class Sweep:
             self.path / "sweep.json",
             {
                 "command": command,
+                "program": environment.program(),
                 "overrides": list(overrides),
                 "jobs": None if jobs is None else [list(job) for job in jobs],
                 "started": round(time.time(), 3),
@@ -87,6 +89,8 @@ class Sweep:
         running.write("running")
         try:
             yield running
+        except BusyError:  # the other process writes the record of this job
+            raise
         except SkippedError as error:
             running.write("skipped", error)
             raise
@@ -115,6 +119,15 @@ class Sweep:
             UserError: if this is not the folder of a grid.
         """
         return read_json(self.path / "sweep.json")
+
+    @property
+    def program(self) -> list[str]:
+        """What a user would start a job with; in a launcher's worker that is not the program of the process."""
+        try:
+            found = self.content().get("program")
+        except UserError:
+            found = None
+        return list(map(str, found)) if isinstance(found, list) and found else environment.program()
 
     def recorded(self) -> Iterator[Job]:
         """The jobs that have begun, in order; a record that cannot be read is left out."""
@@ -153,7 +166,7 @@ class RunningJob:
         self._started = time.time()
         self._content: dict[str, Any] = {
             "overrides": list(overrides), "host": platform.node(), "pid": os.getpid(),
-            **({"slurm_job": job} if (job := os.environ.get("SLURM_JOB_ID")) else {}),
+            **({"slurm_job": job} if (job := environment.slurm_job()) else {}),
         }  # fmt: skip
 
     def runs_in(self, folder: Path) -> None:

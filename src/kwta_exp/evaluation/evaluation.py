@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,9 +17,11 @@ from kwta_exp.errors import UserError
 from kwta_exp.evaluation.chunks import ChunkResult, Networks, rows_of
 from kwta_exp.evaluation.forecast import announce, within_budget
 from kwta_exp.evaluation.outcome import Outcome
+from kwta_exp.evaluation.ranks import Ranks
 from kwta_exp.evaluation.records import ATTACK_COLUMNS, CLEAN_COLUMNS, Record
 from kwta_exp.evaluation.roles import Roles
 from kwta_exp.evaluation.workers import Workers
+from kwta_exp.interruption import saving
 from kwta_exp.naming import safe_names
 from kwta_exp.progress import Progress
 from kwta_exp.randomness import isolated, key
@@ -80,11 +82,14 @@ class Evaluation:
         """Which attacks of the suite are the baseline and which take a single step."""
         return Roles.of(self.suite, self.threat)
 
-    def run(self) -> Outcome:
+    def run(self, ranks: Ranks | None = None) -> Outcome:
         """Judge the network clean, and under each attack on the images it classifies correctly.
 
         Chunks are fixed by the images and the clean outcome, random streams by (seed, attack, image), and each
         chunk's rows are on disk before the next begins.
+
+        Args:
+            ranks: the processes of the run, if there are several; this is the first of them.
 
         Raises:
             UserError: if an attack fails or returns something other than images, naming it, or has a name that
@@ -94,8 +99,9 @@ class Evaluation:
         self.network.eval().requires_grad_(False)
         networks = Networks.of(self)
         with (
-            Workers(self, networks) as workers,
+            Workers(self, networks, ranks) as workers,
             Progress("evaluating", len(self.images), "image") as progress,
+            saving() as leave_if_asked,
         ):
             outcome = Outcome(self._clean_record(networks, progress))
             n = int(outcome.clean_correct.sum())
@@ -107,7 +113,7 @@ class Evaluation:
                 if name in outcome.inapplicable:
                     progress.advance(len(due))
                 else:
-                    self._attack(name, due, outcome, workers, progress)
+                    self._attack(name, due, outcome, workers, progress, leave_if_asked)
         return outcome
 
     def _clean_record(self, networks: Networks, progress: Progress) -> Record:
@@ -135,7 +141,10 @@ class Evaluation:
         outcome.inapplicable |= within_budget(self.suite, n, classes, self.budget)
         announce(self.suite, outcome.inapplicable, networks.searched, sample, n, classes)
 
-    def _attack(self, name: str, due: Tensor, outcome: Outcome, workers: Workers, progress: Progress) -> None:
+    def _attack(
+        self, name: str, due: Tensor, outcome: Outcome, workers: Workers, progress: Progress,
+        leave_if_asked: Callable[[], None],
+    ) -> None:  # fmt: skip
         """Run one attack on the images at positions ``due``, and add its record to ``outcome``."""
         size = _chunk_size(self.suite[name], self.batch_size)
         record = Record.resumed(self.folder / f"{name}.npz", ATTACK_COLUMNS, self.images.index[due])
@@ -154,6 +163,7 @@ class Evaluation:
                 robust[chunk.cpu().numpy()[result.rows["fooled"]]] = False
                 progress.advance(len(chunk))
                 progress.show(attack=name, worst_case=f"{robust.mean():.1%}")
+                leave_if_asked()
         except NotApplicableError as reason:  # what it found in earlier chunks does not count
             outcome.inapplicable[name] = str(reason)
             log.info("%s does not apply: %s", name, reason)

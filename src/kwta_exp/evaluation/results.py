@@ -9,24 +9,28 @@ import numpy.typing as npt
 from kwta_exp.evaluation.checks import Diagnosis, compare, diagnose
 from kwta_exp.evaluation.evaluation import Evaluation
 from kwta_exp.evaluation.outcome import Outcome
+from kwta_exp.evaluation.ranks import Ranks
 from kwta_exp.evaluation.records import Record
 from kwta_exp.evaluation.verdict import MIN_QUERIES, Tried, verdict
 
 SCHEMA = 1
 
 
-def evaluate(evaluation: Evaluation, run: Mapping[str, Any], checks_n: int) -> dict[str, Any]:
+def evaluate(
+    evaluation: Evaluation, run: Mapping[str, Any], checks_n: int, ranks: Ranks | None = None
+) -> dict[str, Any]:
     """Attack, check, and summarise.
 
     Args:
         evaluation: what to attack with what.
         run: the ``run`` part of the results.
         checks_n: images on which to check for masked gradients; 0 for none.
+        ranks: the processes of the run, if there are several; this is the first of them.
 
     Raises:
         UserError: if an attack fails, naming it.
     """
-    outcome = evaluation.run()
+    outcome = evaluation.run(ranks)
     checked = checks_n and outcome.records
     diagnosis = diagnose(evaluation, outcome, checks_n) if checked else Diagnosis()
     return summarise(run, evaluation, outcome, diagnosis)

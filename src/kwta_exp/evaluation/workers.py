@@ -20,26 +20,28 @@ from torch import Tensor
 
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.chunks import ChunkResult, Networks, attack_chunk
+from kwta_exp.evaluation.ranks import Ranks
 
 if TYPE_CHECKING:
     from kwta_exp.evaluation.evaluation import Evaluation
 
 
 class Workers:
-    """Attacks chunks here, or in ``evaluation.processes`` processes; the results are the same.
+    """Attacks chunks here, in ``evaluation.processes`` processes, or in those of the run; results are the same.
 
     Processes are started with "spawn" and receive the evaluation once. Each uses as many threads as this one.
 
     Args:
         evaluation: what to do.
         networks: of this process.
+        ranks: the processes of the run, if there are several.
 
     Raises:
         UserError: for several processes with a network or attack that cannot be pickled, or off the CPU.
     """
 
-    def __init__(self, evaluation: "Evaluation", networks: Networks) -> None:
-        self._evaluation, self._networks = evaluation, networks
+    def __init__(self, evaluation: "Evaluation", networks: Networks, ranks: Ranks | None = None) -> None:
+        self._evaluation, self._networks, self._ranks = evaluation, networks, ranks
         self._processes = evaluation.processes
         self._pool: ProcessPoolExecutor | None = None
         self._shared: Path | None = None
@@ -61,6 +63,9 @@ class Workers:
 
     def results(self, name: str, chunks: Sequence[Tensor]) -> Iterator[ChunkResult]:
         """The results of the attack ``name`` on ``chunks``, in their order."""
+        if self._ranks is not None:
+            yield from self._ranks.lead(self._evaluation, self._networks, name, chunks)
+            return
         if self._processes == 1 or len(chunks) < 2:
             for chunk in chunks:
                 yield attack_chunk(self._evaluation, self._networks, name, chunk)

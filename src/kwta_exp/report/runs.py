@@ -26,6 +26,7 @@ _UNINTERESTING = (
     "rerun",
     "retries",
     "fail_fast",
+    "jobs_per_gpu",
     "trust",
     "tracking",
     "evaluation.processes",

@@ -16,14 +16,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from kwta_exp.checkpoint import Weights, read_state_or_set_aside, save_state, weights_of
+from kwta_exp.checkpoint import Weights, read_state, read_state_or_set_aside, save_state, weights_of
 from kwta_exp.data.batches import Batch, Split, TrainingBatches
 from kwta_exp.errors import UserError
 from kwta_exp.failures import is_of_the_machine
+from kwta_exp.interruption import saving
 from kwta_exp.progress import Progress
 from kwta_exp.randomness import key
 from kwta_exp.training.objectives import Training
 from kwta_exp.training.objectives.base import correct
+from kwta_exp.training.shares import Shares, Sums
 from kwta_exp.training.sparsity import Constant, Sparsity, set_ratio
 
 log = logging.getLogger(__name__)
@@ -58,37 +60,6 @@ class Trained:
     history: list[EpochRecord]
 
 
-@dataclass
-class _Sums:
-    """Sums over the epoch so far; tensors stay on the device, so that no step waits for their values.
-
-    ``images`` counts each training image once, ``forwarded`` once for each step taken on it.
-    """
-
-    loss: Tensor
-    correct: Tensor
-    forwarded: int = 0
-    images: int = 0
-    seconds: float = 0.0
-
-    @classmethod
-    def zero(cls, device: torch.device) -> "_Sums":
-        return cls(torch.zeros((), device=device), torch.zeros((), device=device))
-
-    def add(self, loss: Tensor, correct_N: Tensor) -> None:
-        """Add a step's mean loss and which of its images were classified correctly."""
-        self.loss += loss * len(correct_N)
-        self.correct += correct_N.sum()
-        self.forwarded += len(correct_N)
-
-    def means(self) -> EpochRecord:
-        return {
-            "loss": self.loss.item() / self.forwarded,
-            "accuracy": self.correct.item() / self.forwarded,
-            "images_per_second": self.images / self.seconds,
-        }
-
-
 class Trainer:
     """Trains a network, validates it after each epoch, and keeps the weights of the best epoch.
 
@@ -119,7 +90,7 @@ class Trainer:
             model = copy.deepcopy(model)
             model.compile()
         self.model, self.method, self.sparsity = model, recipe.method, recipe.sparsity
-        self.batches, self.val, self.fabric = batches, val, fabric
+        self.batches, self.val, self.fabric, self.shares = batches, val, fabric, Shares(fabric)
         self.optimizer = recipe.optimizer(model.parameters())
         self.lr_schedule = recipe.lr_schedule(self.optimizer)
         self._wrapped_model, self._wrapped_optimizer = fabric.setup(model, self.optimizer)
@@ -129,7 +100,7 @@ class Trainer:
 
         self.epoch = self.step = 0
         self.memory: dict[str, Tensor] = {}
-        self.sums = _Sums.zero(fabric.device)
+        self.sums = Sums.zero(fabric.device)
         self.history: list[EpochRecord] = []
         self.best: Weights = {}
         self.best_epoch = 0
@@ -154,7 +125,13 @@ class Trainer:
         if self._resume(state_path):
             on_epoch(self.history)
         total, done = self.method.epochs * len(self.batches), self.epoch * len(self.batches) + self.step
-        with Progress("training", total, "step", start=done) as progress:
+
+        def save() -> None:
+            state = self.state_dict()
+            if self.shares.is_first:
+                save_state(state_path, state)
+
+        with Progress("training", total, "step", start=done) as progress, saving(save) as leave_if_asked:
             while self.epoch < self.method.epochs:
                 self._start_epoch()
                 step_start = last_saved = time.monotonic()
@@ -167,12 +144,16 @@ class Trainer:
                     progress.advance()
                     if progress.due:
                         self._show(progress)
-                    if now - last_saved > checkpoint_seconds and self.step < len(self.batches):
-                        save_state(state_path, self.state_dict())
+                    due = now - last_saved > checkpoint_seconds
+                    if self.shares.agreed(due) and self.step < len(self.batches):
+                        save()
                         step_start = last_saved = time.monotonic()
+                    if self.step < len(self.batches):
+                        leave_if_asked()
                 self._end_epoch()
-                save_state(state_path, self.state_dict())
+                save()
                 on_epoch(self.history)
+                leave_if_asked()
 
         return Trained(self.best, self.best_epoch, weights_of(self.eval_model), self.history)
 
@@ -185,8 +166,8 @@ class Trainer:
             "lr_schedule": self.lr_schedule.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
-            "memory": self.memory,
-            "sums": vars(self.sums),
+            "memory": self.shares.whole(self.memory),
+            "sums": vars(self.sums.of_all(self.shares)),
             "history": self.history,
             "best": self.best,
             "best_epoch": self.best_epoch,
@@ -200,8 +181,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_schedule.load_state_dict(state["lr_schedule"])
         self.epoch, self.step = state["epoch"], state["step"]
-        self.memory = self.fabric.to_device(state["memory"])
-        self.sums = _Sums(**self.fabric.to_device(state["sums"]))
+        self.memory = self.shares.own(self.fabric.to_device(state["memory"]))
+        self.sums = Sums(**self.fabric.to_device(state["sums"])).of_rank(self.shares)
         self.history, self.best, self.best_epoch = state["history"], state["best"], state["best_epoch"]
 
     @property
@@ -211,7 +192,11 @@ class Trainer:
 
     def _resume(self, state_path: Path) -> bool:
         """Load the state in ``state_path``, if it is there and intact."""
-        state = read_state_or_set_aside(state_path)
+        state = read_state_or_set_aside(state_path) if self.shares.is_first else None
+        if not self.shares.agreed(state is not None):
+            return False
+        if not self.shares.is_first:
+            state = read_state(state_path)
         if state is None:
             return False
         try:
@@ -239,20 +224,23 @@ class Trainer:
     def _train_on(self, batch: Batch) -> None:
         """Take the optimizer steps that the method takes on ``batch``."""
         # Dropout and the like draw from torch's global generator.
-        torch.manual_seed(key(self.batches.seed, "step", self.epoch, self.step))
+        rank = (self.shares.rank,) if self.shares.rank else ()
+        torch.manual_seed(key(self.batches.seed, "step", self.epoch, self.step, *rank))
+        n = len(batch.y)
+        batch, weight = self.shares.of_batch(batch)
         losses = self.method.losses(self._wrapped_model, batch, self.memory)
         while True:
             with self.fabric.autocast():
                 loss_and_logits = next(losses, None)
             if loss_and_logits is None:
                 break
-            self._optimizer_step(*loss_and_logits, batch.y)
-        self.sums.images += len(batch.y)
+            self._optimizer_step(*loss_and_logits, batch.y, weight)
+        self.sums.images += n
         self.step += 1
 
-    def _optimizer_step(self, loss: Tensor, logits_NK: Tensor, y_N: Tensor) -> None:
+    def _optimizer_step(self, loss: Tensor, logits_NK: Tensor, y_N: Tensor, weight: float) -> None:
         self._wrapped_optimizer.zero_grad()
-        self.fabric.backward(loss)
+        self.fabric.backward(loss if weight == 1 else loss * weight)
         if self.method.clip_norm is not None:
             self.fabric.clip_gradients(
                 self._wrapped_model,
@@ -261,9 +249,11 @@ class Trainer:
                 error_if_nonfinite=False,  # _end_epoch raises a clearer error
             )
         self._wrapped_optimizer.step()
+        self.shares.average_statistics(self.model)
         if self.average:
             self.average.update_parameters(self.model)
-        self.sums.add(loss.detach(), correct(logits_NK.detach(), y_N))
+        if weight:
+            self.sums.add(loss.detach(), correct(logits_NK.detach(), y_N))
 
     def _end_epoch(self) -> None:
         """Validate, record the epoch, and keep the weights if they are the best so far."""
@@ -272,7 +262,7 @@ class Trainer:
             "epoch": self.epoch + 1,
             "learning_rate": learning_rate,
             **({} if ratio is None else {"sparsity_ratio": ratio}),
-            **self.sums.means(),
+            **self.sums.of_all(self.shares).means(),
             **self.validate(),
         }
         if not math.isfinite(record["loss"]):
@@ -291,24 +281,29 @@ class Trainer:
 
         self.lr_schedule.step()
         self.epoch, self.step = self.epoch + 1, 0
-        self.sums = _Sums.zero(self.fabric.device)
+        self.sums = Sums.zero(self.fabric.device)
 
     @torch.no_grad()
     def validate(self) -> EpochRecord:
         """Accuracy on the validation images, and robust accuracy under the method's attack if it has one."""
         self.eval_model.eval()
-        n_correct = torch.zeros((), device=self.fabric.device)
-        n_robust: Tensor | None = None
-        for batch in self.val.batches(self.method.batch_size, key(self.batches.seed, "validate")):
+        # Correct ones, those that an attack leaves correct, and batches that were attacked.
+        counts = torch.zeros(3, device=self.fabric.device)
+        batches = self.val.batches(self.method.batch_size, key(self.batches.seed, "validate"))
+        for number, batch in enumerate(batches):
+            if not self.shares.has(number):
+                continue
             with self.fabric.autocast():
                 clean_correct = correct(self.eval_model(batch.x), batch.y)
                 robust = self.method.robustly_correct(self.eval_model, batch)
-            n_correct += clean_correct.sum()
+            counts[0] += clean_correct.sum()
             if robust is not None:
-                n_robust = (0 if n_robust is None else n_robust) + (clean_correct & robust).sum()
-        measured: EpochRecord = {"val_accuracy": n_correct.item() / len(self.val)}
-        if n_robust is not None:
-            measured["val_robust_accuracy"] = n_robust.item() / len(self.val)
+                counts[1] += (clean_correct & robust).sum()
+                counts[2] += 1
+        n_correct, n_robust, attacked = self.shares.total(counts).tolist()
+        measured: EpochRecord = {"val_accuracy": n_correct / len(self.val)}
+        if attacked:
+            measured["val_robust_accuracy"] = n_robust / len(self.val)
         return measured
 
     def _show(self, progress: Progress) -> None:
