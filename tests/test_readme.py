@@ -16,9 +16,11 @@ from kwta_exp import cli
 from kwta_exp.activations import KWTA
 from kwta_exp.models import MLP
 from kwta_exp.storage import sha256_of_file
+from kwta_exp.tracking import MLflow, TensorBoard, WandB
 from tests.conftest import ROOT, run_py_forked
+from tests.servers import server
 
-DOCS = ("guide", "reference", "architecture", "verdict", "calibration", "performance", "results")
+DOCS = ("guide", "reference", "tracking", "architecture", "verdict", "calibration", "performance", "results")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS)]
 
 BLOCKS = [
@@ -33,6 +35,9 @@ PYTHON = [text for kind, text in BLOCKS if kind == "python" and not NAMED.match(
 
 SMALL = ["runtime=cpu", "runtime.threads=1", "scale=tiny"]
 """Added to every command, so that it takes seconds."""
+
+SERVERS = {"tensorboard": "tensorboard.main", "mlflow": "mlflow"}
+"""Commands that show pages until they are stopped, and their modules."""
 
 SLOW = (
     "suite=strong", "compile=true", "image_folder", "paper/refutation", "model.name=densenet121", "resnet50",
@@ -97,13 +102,28 @@ def parsed(line: str, folder: Path) -> tuple[dict[str, str], list[str]]:
     return dict(word.split("=", 1) for word in variables), words[len(variables) :]
 
 
+def _marks(line: str) -> list[pytest.MarkDecorator]:
+    """Pages of a tracker are opened with those in a browser, and with no other test."""
+    if line.startswith(tuple(SERVERS)):
+        return [pytest.mark.browser]
+    return [pytest.mark.slow] if any(word in line for word in SLOW) else []
+
+
+def skip_without_its_packages(line: str) -> None:
+    """Not every tracker is small enough to be installed for the tests."""
+    for tracking in (MLflow, TensorBoard, WandB):
+        if re.search(rf"tracking={tracking.option}|track {tracking.option}", line):
+            for module in tracking.modules:
+                pytest.importorskip(module, reason=f"tracking={tracking.option} is not installed")
+
+
 @pytest.mark.parametrize(
     "line",
     [
         pytest.param(
             line,
             id=f"{number}: {line[:60].strip()}",
-            marks=pytest.mark.slow if any(word in line for word in SLOW) else (),
+            marks=_marks(line),
         )
         for number, line in enumerate(COMMANDS)
     ],
@@ -111,6 +131,7 @@ def parsed(line: str, folder: Path) -> tuple[dict[str, str], list[str]]:
 def test_every_command_runs(
     line: str, workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    skip_without_its_packages(line)
     variables, words = parsed(line, workspace)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -128,6 +149,13 @@ def test_every_command_runs(
             words = [*words[:3], relu_run(workspace), "--n", "8"]
         cli.main(words[1:])
         assert capsys.readouterr().out
+    elif words[0] in SERVERS:
+        monkeypatch.chdir(workspace)
+        monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        module = SERVERS[words[0]]
+        pytest.importorskip(module, reason="make test-browser installs it")
+        with server(module, *words[1:]) as url:
+            assert url.startswith("http://127.0.0.1:")
     else:
         assert words == ["mkdir", "-p", "data"]
         (workspace / "data").mkdir(exist_ok=True)

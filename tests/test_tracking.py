@@ -4,14 +4,12 @@ import json
 import logging
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from kwta_exp.tracking import MLflow, TensorBoard, Tracking, WandB, base, follow
 from kwta_exp.tracking.base import TrackedRun, safe
 from tests import stored
 from tests.conftest import ROOT, TINY, run_py, run_py_forked
+from tests.servers import server
 
 N = 20
 SMALL = [*TINY, "training.epochs=3"]
@@ -540,28 +539,6 @@ def test_track_leaves_out_runs_that_cannot_be_logged(
     assert "is damaged; not logged" in caplog.text
 
 
-@contextmanager
-def server(url: str, *command: str) -> Iterator[str]:
-    """The address of a server that this test starts."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(url, timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None, command
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
-        yield url
-    finally:
-        process.terminate()
-        process.wait()
-
-
 @pytest.fixture
 def page() -> Iterator[Any]:
     """A page in Chromium that reaches this machine alone."""
@@ -577,12 +554,6 @@ def page() -> Iterator[Any]:
         opened.close()
 
 
-def free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def accuracies(grid: Path) -> dict[str, float]:
     """The worst case of each run of the grid, by the run's name."""
     return {
@@ -593,11 +564,7 @@ def accuracies(grid: Path) -> dict[str, float]:
 
 @pytest.mark.browser
 def test_tensorboard_shows_the_grid_in_a_browser(grid: Path, page: Any) -> None:
-    url = f"http://127.0.0.1:{free_port()}"
-    logdir = str(grid / "tensorboard")
-    with server(
-        url, "tensorboard.main", "--logdir", logdir, "--host", "127.0.0.1", "--port", url.rpartition(":")[2]
-    ):
+    with server("tensorboard.main", "--logdir", str(grid / "tensorboard")) as url:
         page.goto(f"{url}/#timeseries&tagFilter=worst_case")
         worst = accuracies(grid)
         for name in worst:
@@ -608,9 +575,10 @@ def test_tensorboard_shows_the_grid_in_a_browser(grid: Path, page: Any) -> None:
             tag = f"{url}/data/plugin/scalars/scalars?run={run}&tag=quick/worst_case"
             ((_, step, shown),) = page.request.get(tag).json()
             assert (step, shown) == (1, pytest.approx(value))
-        page.goto(f"{url}/#hparams")
-        page.reload()
-        page.get_by_text("activation", exact=True).first.wait_for(timeout=60_000)
+        page.goto(f"{url}/?table#hparams")
+        page.get_by_text("quick/worst_case").first.wait_for(state="attached", timeout=60_000)
+        for value in worst.values():
+            page.get_by_text(f"{value:#.5g}").first.wait_for(state="attached", timeout=60_000)
 
 
 @pytest.mark.browser
@@ -620,10 +588,8 @@ def test_mlflow_shows_the_grid_in_a_browser(
     pytest.importorskip("flask", reason="the pages are in the package mlflow, not in mlflow-skinny")
     logged_in_mlflow(grid, empty_database, monkeypatch)
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-    url, client_and_runs = f"http://127.0.0.1:{free_port()}", mlflow_runs(grid)
-    address = ["--host", "127.0.0.1", "--port", url.rpartition(":")[2]]
-    with server(url, "mlflow", "ui", "--backend-store-uri", f"sqlite:///{grid}/mlflow.db", *address):
-        runs = client_and_runs[1]
+    _, runs = mlflow_runs(grid)
+    with server("mlflow", "ui", "--backend-store-uri", f"sqlite:///{grid}/mlflow.db") as url:
         for name, worst in accuracies(grid).items():
             info = runs[name].info
             page.goto(f"{url}/#/experiments/{info.experiment_id}/runs/{info.run_id}")
