@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "kwta_exp"
 LAYERS = [
     {"allocator", "compiled", "errors", "failures", "fields", "hardware", "progress", "received"},
     {"gpu_slots", "interruption", "randomness_numba", "randomness_triton"},
-    {"randomness"},
+    {"orphans", "randomness"},
     {"activations", "environment", "storage", "runtime", "explain", "naming", "settings"},
     {"sealed", "download", "trust", "attempts", "sweeps"},
     {"results_file"},

@@ -3,10 +3,7 @@
 import os
 import pickle
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +33,7 @@ from kwta_exp.training.shares import Shares
 from kwta_exp.training.trainer import Recipe, Trainer
 from tests.conftest import TINY, run_py_forked
 from tests.grids import outcomes
+from tests.test_launchers import start, wait_for
 
 ROOT = Path(__file__).parent.parent
 INNER = {"norm": "linf", "eps": 0.1, "steps": 2, "keep_best": False}
@@ -126,20 +124,6 @@ def test_a_process_without_rows_takes_part_at_weight_zero() -> None:
 
 DDP = ["runtime=ddp", "runtime.accelerator=cpu", "runtime.threads=1"]
 RUN = [*(each for each in TINY if not each.startswith("runtime")), "suite=quick", "training=pgd"]
-
-
-def start(outputs: Path, *overrides: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "run.py"), *overrides, f"paths.outputs={outputs}"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-    )  # fmt: skip
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    until = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < until, "nothing happened"
-        time.sleep(0.02)
 
 
 def children(pid: int) -> list[int]:

@@ -31,11 +31,11 @@ needs_joblib = pytest.mark.skipif(
 )
 
 
-def start(outputs: Path, *overrides: str) -> "subprocess.Popen[str]":
+def start(outputs: Path, *overrides: str, cwd: Path = ROOT) -> "subprocess.Popen[str]":
     """Start a grid in a process of its own."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "run.py"), *overrides, f"paths.outputs={outputs}"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd,
     )  # fmt: skip
 
 
@@ -61,6 +61,39 @@ def test_parallel_jobs_run_at_once_and_leave_the_files_of_the_basic_launcher(tmp
     assert again.stdout.count("already finished") == 4
 
 
+@needs_joblib
+def test_workers_end_with_their_launcher_and_save_their_state(tmp_path: Path) -> None:
+    grid = ["-m", *TINY, "suite=none", "activation=relu", "seed=0,1,2", "training.epochs=100000"]
+    grid = [each for each in grid if not each.startswith("attack.")]
+    parallel = start(tmp_path, *grid, "hydra/launcher=parallel", "hydra.launcher.n_jobs=2")
+
+    def under_way(number: int) -> "dict[str, Any] | None":
+        tried = attempts(tmp_path, the_grid(tmp_path)).get(number) if (tmp_path / "sweeps").exists() else None
+        return tried[-1] if tried and (tmp_path / folder(number) / "metrics.jsonl").exists() else None
+
+    def folder(number: int) -> str:
+        return str(next(job.folder for job in the_grid(tmp_path).jobs() if job.number == number))
+
+    wait_for(lambda: under_way(0) and under_way(1))
+    parallel.kill()
+    wait_for(lambda: all("ended" in attempts(tmp_path, the_grid(tmp_path))[number][-1] for number in (0, 1)))
+    parallel.communicate()
+    for number in (0, 1):
+        (tried,) = attempts(tmp_path, the_grid(tmp_path))[number]
+        assert tried["ended"] == "interrupted"
+        assert (tmp_path / folder(number) / "checkpoints" / "state.pt").exists()
+        wait_for(lambda tried=tried: not is_running(tried["pid"]))
+    assert [job.state for job in the_grid(tmp_path).jobs()] == ["running", "running", "missing"]
+    assert "2 interrupted" in status(the_grid(tmp_path))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("attached", [False, True])
 def test_ray_jobs_leave_the_files_of_the_basic_launcher(tmp_path: Path, attached: bool) -> None:
@@ -69,9 +102,9 @@ def test_ray_jobs_leave_the_files_of_the_basic_launcher(tmp_path: Path, attached
     assert basic.returncode == 0, basic.stderr
     address = ["hydra.launcher.ray.init.address=auto"] if attached else []
     if attached:
-        ray("start", "--head", "--num-cpus=2", "--include-dashboard=false")
+        ray("start", "--head", "--num-cpus=2", "--include-dashboard=false")  # in another folder than the grid
     try:
-        started = start(tmp_path / "ray", *GRID, "hydra/launcher=ray", *address)
+        started = start(Path("ray"), *GRID, "hydra/launcher=ray", *address, cwd=tmp_path)
         said, _ = started.communicate(timeout=300)
     finally:
         if attached:
@@ -79,6 +112,25 @@ def test_ray_jobs_leave_the_files_of_the_basic_launcher(tmp_path: Path, attached
     assert started.returncode == 0, said
     assert "deprecated" not in said
     assert outcomes(tmp_path / "ray") == outcomes(tmp_path / "basic")
+    for tried in attempts(tmp_path / "ray", the_grid(tmp_path / "ray")).values():
+        assert tried[0]["command"].startswith("python run.py model=mlp")
+
+
+@pytest.mark.slow
+def test_a_lost_ray_job_loses_no_other(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="without the extra ray")
+    grid = [
+        "-m", *(each for each in TINY if not each.startswith("training.")), "activation=relu", "suite=quick",
+        "training.epochs=100000,2,3", "hydra/launcher=ray", "hydra.launcher.ray.init.num_cpus=1",
+        "hydra.launcher.ray.remote.max_retries=0",
+    ]  # fmt: skip
+    started = start(tmp_path, *grid)
+    wait_for(lambda: (tmp_path / "sweeps").exists() and attempts(tmp_path, the_grid(tmp_path)).get(0))
+    os.kill(attempts(tmp_path, the_grid(tmp_path))[0][-1]["pid"], signal.SIGKILL)
+    said, _ = started.communicate(timeout=300)
+    assert started.returncode == 1
+    assert "job #0 was lost" in said
+    assert len(outcomes(tmp_path)) == 2
 
 
 def ray(*arguments: str) -> None:
@@ -150,12 +202,13 @@ def test_jobs_at_once_are_bounded_by_memory(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_missing_plugin_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for plugin, extra in (("joblib", "parallel"), ("submitit", "slurm"), ("ray", "ray")):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        target = hydra_config(f"hydra/launcher={extra}").hydra.launcher._target_
         with pytest.raises(
             UserError, match=rf"hydra/launcher={extra}: hydra-{plugin}-launcher is not installed.*pip"
         ):
-            _require_plugin(f"hydra_plugins.hydra_{plugin}_launcher.x.Launcher")
+            _require_plugin(target)
     _require_plugin("hydra._internal.core_plugins.basic_launcher.BasicLauncher")
 
 
@@ -247,13 +300,14 @@ def test_a_slurm_grid_survives_cancelled_killed_timed_out_and_preempted_jobs(
     wait_for(lambda: running(3))
     slurm("scontrol", "requeue", job_id(3))
     print("job 3 preempted:", job_id(3))
-    said, _ = first.communicate(timeout=900)
+    said, _ = first.communicate(timeout=900)  # the command waits for all of them
     print(said[-1500:])
-    wait_for(lambda: not slurm("squeue", "-h"), 400)
     print(status(the_grid(outputs)))
     tried = attempts(outputs, the_grid(outputs))
     print({number: [each.get("ended", "killed") for each in of_job] for number, of_job in tried.items()})
     assert first.returncode == 1
+    for number in (1, 2):
+        assert f"job #{number} was lost" in said
     assert "the same command continues" in said
     assert len(tried[0]) >= 2, "job 0 was to run out of time"
     assert len(tried[3]) >= 2

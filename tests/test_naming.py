@@ -15,7 +15,7 @@ from kwta_exp.errors import UserError
 from kwta_exp.evaluation import Evaluation
 from kwta_exp.evaluation.stored import Stored
 from kwta_exp.experiment import run
-from kwta_exp.naming import LONGEST, as_name, safe_name, safe_names
+from kwta_exp.naming import LONGEST, as_name, in_few_digits, safe_name, safe_names
 from kwta_exp.run_folder import RunFolder, readable
 from kwta_exp.storage import write_json
 from tests.stored import evaluation
@@ -165,3 +165,9 @@ def test_an_inapplicable_attack_does_not_remove_images_of_others(tmp_path: Path)
     outcome = evaluation.run()
     assert (list(outcome.records), list(outcome.inapplicable)) == (["pgd-2"], ["pgd"])
     assert {path.name for path in (tmp_path / "images").iterdir()} == {"pgd-2-0.npz", "pgd-2-2.npz"}
+
+
+def test_a_number_in_a_name_has_few_digits() -> None:
+    shown = {0.1: "0.1", 0.05: "0.05", 0.123456: "0.123456", 3: "3", 1e-05: "1e-05"}
+    assert {number: in_few_digits(number) for number in shown} == shown
+    assert [in_few_digits(each) for each in (0.12345678901234567, 1 / 3)] == ["0.123457", "0.333333"]

@@ -20,7 +20,10 @@ from kwta_exp.tracking import MLflow, TensorBoard, WandB
 from tests.conftest import ROOT, run_py_forked
 from tests.servers import server
 
-DOCS = ("guide", "reference", "tracking", "architecture", "verdict", "calibration", "performance", "results")
+DOCS = (
+    "guide", "grids", "launchers", "tracking", "reference", "architecture", "verdict", "calibration",
+    "performance", "results",
+)  # fmt: skip
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS)]
 
 BLOCKS = [
@@ -41,8 +44,16 @@ SERVERS = {"tensorboard": "tensorboard.main", "mlflow": "mlflow"}
 
 SLOW = (
     "suite=strong", "compile=true", "image_folder", "paper/refutation", "model.name=densenet121", "resnet50",
-    "wrn", "seed=0,1", "+point=",
+    "wrn", "seed=0,1", "+point=", "launcher=ray",
 )  # fmt: skip
+
+
+def marks(line: str) -> tuple[pytest.MarkDecorator, ...]:
+    """What a command needs."""
+    if line.startswith(tuple(SERVERS)):
+        return (pytest.mark.browser,)  # no other test opens a tracker's pages
+    slow = (pytest.mark.slow,) if any(word in line for word in SLOW) else ()
+    return (*slow, pytest.mark.slurm) if "launcher=slurm" in line else slow
 
 
 def mlp(activation: Callable[[], torch.nn.Module] = torch.nn.ReLU) -> MLP:
@@ -102,13 +113,6 @@ def parsed(line: str, folder: Path) -> tuple[dict[str, str], list[str]]:
     return dict(word.split("=", 1) for word in variables), words[len(variables) :]
 
 
-def _marks(line: str) -> list[pytest.MarkDecorator]:
-    """Pages of a tracker are opened with those in a browser, and with no other test."""
-    if line.startswith(tuple(SERVERS)):
-        return [pytest.mark.browser]
-    return [pytest.mark.slow] if any(word in line for word in SLOW) else []
-
-
 def skip_without_its_packages(line: str) -> None:
     """Not every tracker is small enough to be installed for the tests."""
     for tracking in (MLflow, TensorBoard, WandB):
@@ -123,7 +127,7 @@ def skip_without_its_packages(line: str) -> None:
         pytest.param(
             line,
             id=f"{number}: {line[:60].strip()}",
-            marks=_marks(line),
+            marks=marks(line),
         )
         for number, line in enumerate(COMMANDS)
     ],
@@ -132,6 +136,8 @@ def test_every_command_runs(
     line: str, workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     skip_without_its_packages(line)
+    if "launcher=ray" in line:
+        pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="without the extra ray")
     variables, words = parsed(line, workspace)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -140,7 +146,8 @@ def test_every_command_runs(
         done = run_py_forked(*words[2:], *extra, cwd=workspace)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "Traceback" not in done.stdout + done.stderr
-        assert extra == [] or "Everything is in" in done.stdout
+        # A task of SLURM's has a log of its own.
+        assert extra == [] or "Everything is in" in done.stdout or "launcher=slurm" in line
     elif words[0] == "kwta-exp":
         monkeypatch.chdir(workspace)
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # a command sets it, for its own process

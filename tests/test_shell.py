@@ -113,10 +113,12 @@ def test_log_lines_of_a_grid_begin_with_the_job_number(tmp_path: Path) -> None:
     assert alone.stdout.startswith("training ")
 
 
-def test_job_formatter_puts_the_job_number_first() -> None:
+def test_job_formatter_puts_the_job_number_first_in_each_line() -> None:
     record = logging.LogRecord("n", logging.INFO, "f", 1, "epoch %d", (3,), None)
     assert JobFormatter(7).format(record) == "#7 epoch 3"
     assert JobFormatter().format(record) == "epoch 3"
+    table = logging.LogRecord("n", logging.INFO, "f", 1, "a table\nof two lines", (), None)
+    assert JobFormatter(7).format(table) == "#7 a table\n#7 of two lines"
 
 
 @pytest.mark.parametrize(("error", "status", "said"), [

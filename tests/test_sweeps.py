@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kwta_exp import attempts
+from kwta_exp import attempts, conventions
 from kwta_exp.attempts import lock_of
 from kwta_exp.errors import UserError
 from kwta_exp.report.status import jobs_of, status, sweeps_in
@@ -220,3 +220,21 @@ def test_options_of_hydra_that_change_no_folder_work(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+
+
+def test_a_missing_optuna_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conventions, "_is_installed", lambda plugin: False)
+    with pytest.raises(UserError, match=r"hydra/sweeper=optuna: .*is not installed.*pip install"):
+        conventions.refuse(["-m", "hydra/sweeper=optuna", "seed=0,1"])
+
+
+@pytest.mark.skipif(not conventions._is_installed("hydra_optuna_sweeper"), reason="without the extra optuna")
+def test_optuna_chooses_the_jobs_of_a_grid(tmp_path: Path) -> None:
+    done = run_py_forked(
+        *GRID, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1",
+        "hydra.sweeper.direction=maximize", "optimizer.lr=interval(0.01,0.1)", f"paths.outputs={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (sweep,) = sweeps_in(tmp_path)
+    assert [job.state for job in sweep.jobs()] == ["finished"] * 3
+    assert len({job.folder for job in sweep.jobs()}) == 3

@@ -1,5 +1,6 @@
-"""Options of Hydra that have no place here, each refused with a sentence before anything is made."""
+"""Options of Hydra without a place here, or not installed: refused with a sentence before anything is made."""
 
+import importlib.util
 from collections.abc import Sequence
 
 from hydra._internal.utils import get_args_parser
@@ -13,6 +14,13 @@ _REFUSED = {
     "hydra.output_subdir": "config.yaml and overrides.yaml in the folder of a run say what .hydra/ would say",
     "hydra.job.chdir": "a run stays in the folder where it was started; its files go to paths.outputs",
 }
+
+
+def _is_installed(plugin: str) -> bool:
+    try:
+        return importlib.util.find_spec(f"hydra_plugins.{plugin}") is not None
+    except ModuleNotFoundError:  # there are no plugins at all
+        return False
 
 
 def refuse(arguments: Sequence[str]) -> None:
@@ -32,5 +40,10 @@ def refuse(arguments: Sequence[str]) -> None:
         )
     for override in given.overrides:
         key, _, value = override.lstrip("+~").partition("=")
+        if (key, value) == ("hydra/sweeper", "optuna") and not _is_installed("hydra_optuna_sweeper"):
+            raise UserError(
+                "hydra/sweeper=optuna: hydra-optuna-sweeper is not installed; expected it:"
+                " pip install 'kwta_exp[optuna]', or in a checkout .venv/bin/pip install -e '.[optuna]'"
+            )
         if key in _REFUSED and not (key == "hydra.job.chdir" and value.lower() in ("false", "null", "no")):
             raise UserError(f"{override}: {_REFUSED[key]}")

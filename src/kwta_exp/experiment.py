@@ -11,6 +11,7 @@ from kwta_exp import attempts, environment
 from kwta_exp.config import CommandLine, Config, ConfigError, plain, settings, user_errors, yaml_of
 from kwta_exp.errors import UserError, shortened
 from kwta_exp.gpu_slots import take_gpu
+from kwta_exp.orphans import leaving_with_launcher
 from kwta_exp.plan import Plan
 from kwta_exp.results_file import evaluation_info, read_results
 from kwta_exp.run_folder import RunFolder, opened, set_changed_aside
@@ -74,7 +75,8 @@ def _run_job(cfg: Config, line: CommandLine) -> dict[str, Any]:
     if not sweep.begun:  # Hydra only warns of errors before the first job
         settings(cfg)
         raise UserError(f"{sweep.path}: the grid's folder could not be made; the warning above says why")
-    with sweep.job(line.job, line.overrides, outputs) as job:
+    in_a_worker = leaving_with_launcher() if line.shares_machine else nullcontext()
+    with sweep.job(line.job, line.overrides, outputs) as job, in_a_worker:
         if cfg.fail_fast is True and (failed := sweep.failed_job()):
             raise SkippedError(f"fail_fast=true: job #{failed.number} of this grid failed; it was not started")
         if line.shares_machine:

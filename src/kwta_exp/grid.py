@@ -52,27 +52,19 @@ class RecordGrid(Callback):
 
 
 _PLUGINS = {
-    "hydra_joblib_launcher": ("parallel", "hydra-joblib-launcher"),
-    "hydra_submitit_launcher": ("slurm", "hydra-submitit-launcher"),
-    "hydra_ray_launcher": ("ray", "hydra-ray-launcher"),
+    "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher": ("parallel", "joblib"),
+    "hydra_plugins.kwta_exp_launchers.SlurmLauncher": ("slurm", "submitit"),
+    "hydra_plugins.kwta_exp_launchers.RayLauncher": ("ray", "ray"),
 }
-"""The option and the package of each plugin that ``conf/hydra/launcher`` uses."""
+"""The option and the plugin of each launcher in ``conf/hydra/launcher``."""
 
 
 def _require_plugin(target: str) -> None:
-    package, _, rest = target.partition(".")
-    plugin = rest.partition(".")[0]
-    if package != "hydra_plugins" or plugin not in _PLUGINS:
-        return
-    try:
-        found = importlib.util.find_spec(f"{package}.{plugin}") is not None
-    except ModuleNotFoundError:  # there are no plugins at all
-        found = False
-    if not found:
-        extra, name = _PLUGINS[plugin]
+    extra, plugin = _PLUGINS.get(target, ("", ""))
+    if extra and importlib.util.find_spec(f"hydra_plugins.hydra_{plugin}_launcher") is None:
         raise UserError(
-            f"hydra/launcher={extra}: {name} is not installed; expected it: pip install 'kwta_exp[{extra}]', or"
-            f" in a checkout .venv/bin/pip install -e '.[{extra}]'"
+            f"hydra/launcher={extra}: hydra-{plugin}-launcher is not installed; expected it:"
+            f" pip install 'kwta_exp[{extra}]', or in a checkout .venv/bin/pip install -e '.[{extra}]'"
         )
 
 

@@ -11,6 +11,9 @@ LONGEST = 100
 RESERVED = frozenset({"clean", "evaluation", "images", "repeated", "results"})
 """The names of an evaluation's own files and folders, beside ``binarized-...``."""
 
+_LONG_NUMBER = 10
+"""Characters beyond which a number is shortened: a sweeper that draws numbers draws all their digits."""
+
 _SAFE = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9_.+-]*")
 
 
@@ -53,6 +56,11 @@ def safe_names(names: Iterable[object], key: str = "attack") -> list[str]:
         if (other := seen.setdefault(name.lower(), name)) != name:
             raise UserError(f"{key}: names {other} and {name} differ only in case; expected another name")
     return list(seen.values())
+
+
+def in_few_digits(number: float) -> str:
+    """A number for a folder's name: six digits, if it has many more. The hash in the name tells runs apart."""
+    return text if len(text := str(number)) <= _LONG_NUMBER else f"{number:.6g}"
 
 
 def as_name(text: str) -> str:

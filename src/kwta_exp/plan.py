@@ -25,6 +25,7 @@ from kwta_exp.data.datasets import Dataset, Synthetic, synthetic_like
 from kwta_exp.data.image_folder import ImageFolder
 from kwta_exp.download import fetch, is_url
 from kwta_exp.errors import UserError
+from kwta_exp.naming import in_few_digits
 from kwta_exp.received import regular_size
 from kwta_exp.recorded import PLACES, RecordedRun
 from kwta_exp.results_file import read_results
@@ -219,9 +220,9 @@ def run_name(cfg: Config, chosen: Mapping[str, str], scale: str) -> str:
     """``<dataset>-<model>-<activation and its amount>-<training>``, after the scale if it is not full."""
     activation, final = plain(cfg, "activation"), plain(cfg, "sparsity.final")
     amounts = [activation.get(name) for name in ("ratio", "k", "group_size")]
-    amount = "".join(str(amount) for amount in amounts if amount is not None)
+    amount = "".join(in_few_digits(amount) for amount in amounts if amount is not None)
     if final is not None:
-        amount += f"to{final}"
+        amount += f"to{in_few_digits(final)}"
     parts = [chosen["dataset"], chosen["model"], chosen["activation"] + amount, chosen["training"]]
     return "-".join(map(readable, parts if scale == "full" else [scale, *parts]))
 

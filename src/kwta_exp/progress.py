@@ -3,6 +3,7 @@
 import sys
 import time
 from contextlib import ExitStack
+from multiprocessing import current_process
 from types import TracebackType
 from typing import Self
 
@@ -13,12 +14,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 class Progress:
     """A tqdm bar on stderr with a description, a count, an ETA and a few figures.
 
-    Disabled when stderr is not a terminal. Figures are drawn at most ten times a second: check :attr:`due`
-    before computing expensive ones.
+    Disabled when stderr is not a terminal, and in the workers of a launcher, which share one. Figures are drawn
+    at most ten times a second: check :attr:`due` before computing expensive ones.
     """
 
     def __init__(self, description: str, total: int, unit: str, start: int = 0) -> None:
-        self.enabled = sys.stderr.isatty()
+        self.enabled = sys.stderr.isatty() and current_process().name == "MainProcess"
         self._bar = tqdm(
             desc=description,
             total=total,

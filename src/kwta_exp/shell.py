@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -66,17 +67,28 @@ def at_the_shell(explained: Callable[[Exception], str | None] = lambda error: No
 def in_a_job() -> Iterator[None]:
     """Run a job of Hydra's in this context: signals are heeded, and a mistake ends in its message alone.
 
-    Hydra would print all overrides before it. In a grid the error is raised as it is, so that the other jobs
-    run.
+    Hydra would print all overrides before it. In a grid the error is raised, so that the other jobs run: as it
+    is, or as one that a launcher's worker can send to the launcher.
     """
     calm_streams()
     try:
         with heeded():
             yield
-    except CompactHydraException as error:
-        if _TRACEBACK_WANTED or HydraConfig.get().mode == RunMode.MULTIRUN:
+    except Exception as error:
+        in_a_grid = HydraConfig.get().mode == RunMode.MULTIRUN
+        if in_a_grid and not _can_be_sent(error):
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        if _TRACEBACK_WANTED or in_a_grid or not isinstance(error, CompactHydraException):
             raise
         end_with(error)
+
+
+def _can_be_sent(error: Exception) -> bool:
+    """Whether an error survives pickling; those of some libraries do not."""
+    try:
+        return type(pickle.loads(pickle.dumps(error))) is type(error)
+    except Exception:  # whatever its methods raise
+        return False
 
 
 def end_with(error: Exception) -> NoReturn:
@@ -86,14 +98,19 @@ def end_with(error: Exception) -> NoReturn:
 
 
 class JobFormatter(PrintableFormatter):
-    """The message alone, printable; in a grid it begins with the job's number, ``#3``, as Hydra counts.
+    """The message alone, printable; in a grid each line begins with the job's number, ``#3``, as Hydra counts.
 
     Args:
         job: the number; ``None`` outside a grid.
     """
 
     def __init__(self, job: int | None = None) -> None:
-        super().__init__("%(message)s" if job is None else f"#{job} %(message)s")
+        super().__init__("%(message)s")
+        self._prefix = "" if job is None else f"#{job} "
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The lines of a record; lines of another job may come between two records, not within one."""
+        return "\n".join(self._prefix + line for line in super().format(record).split("\n"))
 
 
 def calm_streams() -> None:

@@ -145,7 +145,7 @@ class Trainer:
                     if progress.due:
                         self._show(progress)
                     due = now - last_saved > checkpoint_seconds
-                    if self.shares.agreed(due) and self.step < len(self.batches):
+                    if self.shares.agreed_at(self.step, due) and self.step < len(self.batches):
                         save()
                         step_start = last_saved = time.monotonic()
                     if self.step < len(self.batches):
