@@ -34,7 +34,7 @@ test: lint type  ## lint, types, tests: what CI runs
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not slurm and not network and not browser"
 
 test-browser: $(READY)  ## look at reports in Chromium, which the distribution has to provide
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[browser]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[browser,tensorboard,mlflow]'
 	$(BIN)/python -m pytest -m browser
 
 test-cpus: $(READY)  ## the same tests as on each kind of CPU that this one can emulate

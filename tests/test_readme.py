@@ -16,11 +16,13 @@ from kwta_exp import cli
 from kwta_exp.activations import KWTA
 from kwta_exp.models import MLP
 from kwta_exp.storage import sha256_of_file
+from kwta_exp.tracking import MLflow, TensorBoard, WandB
 from tests.conftest import ROOT, run_py_forked
+from tests.servers import server
 
 DOCS = (
-    "guide", "grids", "launchers", "reference", "architecture", "verdict", "calibration", "performance",
-    "results",
+    "guide", "grids", "launchers", "tracking", "reference", "architecture", "verdict", "calibration",
+    "performance", "results",
 )  # fmt: skip
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS)]
 
@@ -37,6 +39,9 @@ PYTHON = [text for kind, text in BLOCKS if kind == "python" and not NAMED.match(
 SMALL = ["runtime=cpu", "runtime.threads=1", "scale=tiny"]
 """Added to every command, so that it takes seconds."""
 
+SERVERS = {"tensorboard": "tensorboard.main", "mlflow": "mlflow"}
+"""Commands that show pages until they are stopped, and their modules."""
+
 SLOW = (
     "suite=strong", "compile=true", "image_folder", "paper/refutation", "model.name=densenet121", "resnet50",
     "wrn", "seed=0,1", "+point=", "launcher=ray",
@@ -45,6 +50,8 @@ SLOW = (
 
 def marks(line: str) -> tuple[pytest.MarkDecorator, ...]:
     """What a command needs."""
+    if line.startswith(tuple(SERVERS)):
+        return (pytest.mark.browser,)  # no other test opens a tracker's pages
     slow = (pytest.mark.slow,) if any(word in line for word in SLOW) else ()
     return (*slow, pytest.mark.slurm) if "launcher=slurm" in line else slow
 
@@ -106,6 +113,14 @@ def parsed(line: str, folder: Path) -> tuple[dict[str, str], list[str]]:
     return dict(word.split("=", 1) for word in variables), words[len(variables) :]
 
 
+def skip_without_its_packages(line: str) -> None:
+    """Not every tracker is small enough to be installed for the tests."""
+    for tracking in (MLflow, TensorBoard, WandB):
+        if re.search(rf"tracking={tracking.option}|track {tracking.option}", line):
+            for module in tracking.modules:
+                pytest.importorskip(module, reason=f"tracking={tracking.option} is not installed")
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -120,6 +135,7 @@ def parsed(line: str, folder: Path) -> tuple[dict[str, str], list[str]]:
 def test_every_command_runs(
     line: str, workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    skip_without_its_packages(line)
     if "launcher=ray" in line:
         pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="without the extra ray")
     variables, words = parsed(line, workspace)
@@ -140,6 +156,16 @@ def test_every_command_runs(
             words = [*words[:3], relu_run(workspace), "--n", "8"]
         cli.main(words[1:])
         assert capsys.readouterr().out
+    elif words[0] in SERVERS:
+        monkeypatch.chdir(workspace)
+        monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        for module in (
+            SERVERS[words[0]],
+            *(["flask"] if words[0] == "mlflow" else []),
+        ):  # mlflow-skinny lacks it
+            pytest.importorskip(module, reason="make test-browser installs it")
+        with server(SERVERS[words[0]], *words[1:]) as url:
+            assert url.startswith("http://127.0.0.1:")
     else:
         assert words == ["mkdir", "-p", "data"]
         (workspace / "data").mkdir(exist_ok=True)

@@ -92,6 +92,20 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, metavar="FILE", help="default: report.html in the run's or grid's folder"
     )
 
+    track = command("track", _track, "log runs in TensorBoard, MLflow or Weights & Biases, as tracking= does")
+    track.add_argument(
+        "tracker", choices=["tensorboard", "mlflow", "wandb"], help="what tracking= would choose"
+    )
+    _add_selection(track)
+    track.add_argument(
+        "--with",
+        nargs="+",
+        default=[],
+        dest="overrides",
+        metavar="OVERRIDE",
+        help="such as tracking.project=mine",
+    )
+
     verify = command("verify", _verify, "recompute the worst case from weights and saved adversarial images")
     verify.add_argument("folder", type=Path, metavar="FOLDER", help="a run's, or one of its evaluations'")
     _add_override_options(verify)
@@ -227,6 +241,15 @@ def _report(args: argparse.Namespace) -> str:
         command = str(Sweep(folder).content().get("command", ""))
     to = args.output or folder / "report.html"
     return f"{write_grid_page(runs, f'Runs in {folder.absolute().name}', to, command)} is written"
+
+
+def _track(args: argparse.Namespace) -> str:
+    from kwta_exp.config import build, composed, user_errors
+    from kwta_exp.tracking import Tracking, log_runs
+
+    with user_errors():
+        cfg, _ = composed([f"tracking={args.tracker}", *args.overrides])
+        return log_runs(build(cfg, "tracking", Tracking), _selected(args.select))
 
 
 def _verify(args: argparse.Namespace) -> str:

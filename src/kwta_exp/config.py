@@ -29,7 +29,7 @@ from kwta_exp.trust import require_buildable
 
 GROUPS = (
     "dataset", "activation", "model", "optimizer", "lr_schedule", "sparsity", "training", "suite", "runtime",
-    "scale",
+    "tracking", "scale",
 )  # fmt: skip
 """The groups of which a run needs one option each."""
 

@@ -2,8 +2,8 @@
 
 import json
 import logging
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from kwta_exp.results_file import evaluation_info, read_results
 from kwta_exp.run_folder import RunFolder, opened, set_changed_aside
 from kwta_exp.storage import write_json, write_lines
 from kwta_exp.sweeps import SkippedError, Sweep
+from kwta_exp.tracking import followed
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -125,11 +126,11 @@ def _execute_on(fabric: "Fabric", plan: Plan, parts: "Parts") -> dict[str, Any]:
 
     options, first = plan.options, fabric.is_global_zero
     described = environment.describe(plan.command, str(fabric.device), plan.runtime.identity())
-    with opened(plan.folder, _texts(plan), described, options.rerun) if first else nullcontext():
+    with _opened(plan, described) if first else nullcontext(_no_tracker) as track:
         if first:
             plan.folder.set_damaged_aside()
         if not fabric.broadcast(plan.folder.trained):
-            _write_weights(plan, parts, fabric)
+            _write_weights(plan, parts, fabric, track)
         elif first and parts.recipe and not plan.folder.metrics.exists():
             _restore_metrics(plan)
         fabric.barrier()
@@ -160,8 +161,24 @@ def _execute_on(fabric: "Fabric", plan: Plan, parts: "Parts") -> dict[str, Any]:
         write_json(folder / "results.json", results)  # last: its presence means that the run is finished
         log.info("%s\n\nEverything is in %s", results_table(results), folder)
         _write_report(plan.folder)
+        track()
 
     return results
+
+
+@contextmanager
+def _opened(plan: Plan, described: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
+    """The run's folder, to be written; yields what logs its news in the tracker."""
+    grid = plan.line.sweep.name if plan.line.sweep else None
+    with (
+        opened(plan.folder, _texts(plan), described, plan.options.rerun),
+        followed(plan.tracking, plan.folder.path, grid) as track,
+    ):
+        yield track
+
+
+def _no_tracker() -> None:
+    """What the other processes of a run have instead."""
 
 
 def _write_report(folder: RunFolder) -> None:
@@ -174,7 +191,7 @@ def _write_report(folder: RunFolder) -> None:
         log.warning("no report was written: %s", error)
 
 
-def _write_weights(plan: Plan, parts: "Parts", fabric: "Fabric") -> None:
+def _write_weights(plan: Plan, parts: "Parts", fabric: "Fabric", track: Callable[[], None]) -> None:
     """Train, and write the best and the last weights; without training, those of the network as it is."""
     from kwta_exp.checkpoint import save_weights, weights_of
 
@@ -183,7 +200,7 @@ def _write_weights(plan: Plan, parts: "Parts", fabric: "Fabric") -> None:
         for path in (plan.folder.best, plan.folder.last) if fabric.is_global_zero else ():
             save_weights(path, weights_of(parts.network), about)
         return
-    trained = _train(plan, parts, parts.recipe, fabric)
+    trained = _train(plan, parts, parts.recipe, fabric, track)
     if not fabric.is_global_zero:
         return
     save_weights(plan.folder.best, trained.best, {"epoch": str(trained.best_epoch), **about})
@@ -191,7 +208,9 @@ def _write_weights(plan: Plan, parts: "Parts", fabric: "Fabric") -> None:
     log.info("best epoch: %d", trained.best_epoch)
 
 
-def _train(plan: Plan, parts: "Parts", recipe: "Recipe", fabric: "Fabric") -> "Trained":
+def _train(
+    plan: Plan, parts: "Parts", recipe: "Recipe", fabric: "Fabric", track: Callable[[], None]
+) -> "Trained":
     import torch
 
     from kwta_exp.data.batches import TrainingBatches, split_training
@@ -213,6 +232,7 @@ def _train(plan: Plan, parts: "Parts", recipe: "Recipe", fabric: "Fabric") -> "T
             return
         write_lines(plan.folder.metrics, history)
         log.info("%s", _epoch_line(history[-1], method.epochs) if history else "starting")
+        track()
 
     return trainer.train(plan.folder.state, on_epoch)
 

@@ -35,6 +35,7 @@ from kwta_exp.sealed import read_metadata, trained_ratio
 from kwta_exp.settings import Inputs, Settings
 from kwta_exp.storage import guarded, sha256_of_file, write_json
 from kwta_exp.sweeps import Sweep
+from kwta_exp.tracking import Tracking
 from kwta_exp.trust import local_code
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Plan:
         options: the plain values of ``cfg``, with ``evaluation.search=auto`` resolved.
         scale: the name of the scale, ``"full"`` for a real run.
         runtime: device, precision and threads.
+        tracking: where else the run is shown; no part of its identity.
         dataset: the data, not loaded.
         weights: the checkpoint to start from or to judge.
         name: of the folder that holds the runs of this configuration.
@@ -63,6 +65,7 @@ class Plan:
     options: Settings
     scale: str
     runtime: Runtime
+    tracking: Tracking
     dataset: Dataset
     weights: Path | None
     name: str
@@ -99,6 +102,7 @@ class Plan:
         cfg = read_fractions(scaled(cfg, [node for node in SCALED if node != "model" or sized]))
 
         options, scale = settings(cfg), str(cfg.scale.name)
+        tracking = build(cfg, "tracking", Tracking)
         runtime, dataset = build(cfg, "runtime", Runtime), build(cfg, "dataset", Dataset)
         if runtime.devices > 1 and options.evaluation.processes > 1:
             raise UserError(
@@ -124,7 +128,7 @@ class Plan:
         }
         name = run_name(cfg, chosen, scale)
         folder = RunFolder.of(Path(options.paths.outputs), name, options.seed, identity)
-        return cls(cfg, line, chosen, options, scale, runtime, dataset, weights, name, folder)
+        return cls(cfg, line, chosen, options, scale, runtime, tracking, dataset, weights, name, folder)
 
     @property
     def trains(self) -> bool:

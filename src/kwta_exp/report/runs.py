@@ -28,6 +28,7 @@ _UNINTERESTING = (
     "fail_fast",
     "jobs_per_gpu",
     "trust",
+    "tracking",
     "evaluation.processes",
 )
 """Beginnings, or last parts, of keys that do not tell runs apart."""
@@ -167,7 +168,7 @@ def varying(runs: Sequence[Run]) -> list[str]:
     other values.
     """
     readable = [run for run in runs if run.settings]
-    keys = dict.fromkeys(key for run in readable for key in run.settings if not _is_uninteresting(key))
+    keys = dict.fromkeys(key for run in readable for key in run.settings if tells_runs_apart(key))
     differing = [key for key in keys if len({shown(run.settings.get(key)) for run in readable}) > 1]
     kept = [key for key in differing if not _follows_from_another(key, differing, readable)]
     return sorted(kept, key=lambda key: (key == "seed", "." in key))
@@ -184,8 +185,9 @@ def _follows_from_another(key: str, differing: Sequence[str], runs: Sequence[Run
     return all(len(of_group) == 1 for of_group in values.values())
 
 
-def _is_uninteresting(key: str) -> bool:
-    return key.rpartition(".")[2] in _UNINTERESTING or key.startswith(_UNINTERESTING)
+def tells_runs_apart(key: str) -> bool:
+    """Whether runs with other values at ``key`` are other runs."""
+    return key.rpartition(".")[2] not in _UNINTERESTING and not key.startswith(_UNINTERESTING)
 
 
 def shown(value: Any) -> str:
