@@ -19,6 +19,7 @@ LAYERS = [
     {"attacks", "models", "data", "checkpoint"},
     {"training", "evaluation"},
     {"report"},
+    {"draw"},
     {"tracking"},
     {"config", "shell"},
     {"adjust", "conventions", "suggest", "grid"},

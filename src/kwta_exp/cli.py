@@ -106,6 +106,17 @@ def _parser() -> argparse.ArgumentParser:
         help="such as tracking.project=mine",
     )
 
+    draw = command("draw", _draw, "draw a figure as SVG and PNG, with its numbers as CSV")
+    draw.add_argument("kind", choices=["ratio"], help="ratio: accuracy against the ratio, PGD and worst case")
+    _add_selection(draw)
+    draw.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="default: figures, in the grid's folder or outputs",
+    )
+
     verify = command("verify", _verify, "recompute the worst case from weights and saved adversarial images")
     verify.add_argument("folder", type=Path, metavar="FOLDER", help="a run's, or one of its evaluations'")
     _add_override_options(verify)
@@ -250,6 +261,16 @@ def _track(args: argparse.Namespace) -> str:
     with user_errors():
         cfg, _ = composed([f"tracking={args.tracker}", *args.overrides])
         return log_runs(build(cfg, "tracking", Tracking), _selected(args.select))
+
+
+def _draw(args: argparse.Namespace) -> str:
+    from kwta_exp.draw import ratio
+    from kwta_exp.draw.style import save
+    from kwta_exp.report.summary import measured
+
+    figure, rows = ratio.draw(ratio.points(measured(_selected(args.select))))
+    first = Path(args.select[0]) if args.select and Path(args.select[0]).is_dir() else _outputs()
+    return "\n".join(map(str, save(figure, (args.output or first / "figures") / args.kind, rows)))
 
 
 def _verify(args: argparse.Namespace) -> str:

@@ -1,0 +1,1 @@
+"""Figures, each with the numbers behind it: ``kwta-exp draw KIND``."""

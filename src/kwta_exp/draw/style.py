@@ -1,0 +1,53 @@
+"""One look for all figures, and files that are the same each time they are drawn."""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kwta_exp.storage import write_bytes, write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STYLE = Path(__file__).with_name("kwta_exp.mplstyle")
+
+COLOURS = {"relu": "#000000", "lwta": "#009E73", "kwta": "#0072B2"}
+"""An activation's colour in every figure, from Okabe and Ito's palette for the colour-blind."""
+
+WARNING = "#D55E00"
+"""What is left in the worst case, beside what plain PGD leaves."""
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Draw in this context, without a display."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(fname=str(STYLE)):
+        yield
+
+
+def save(figure: "Figure", path: Path, rows: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Write a figure as SVG and PNG, and its numbers as CSV.
+
+    Args:
+        figure: to write.
+        path: of the files, without a suffix.
+        rows: the numbers that are drawn, with the same keys in each.
+    """
+    files = [path.with_name(f"{path.name}.{suffix}") for suffix in ("svg", "png", "csv")]
+    for file in files[:2]:
+        content = io.BytesIO()
+        about = {"Date": None} if file.suffix == ".svg" else {}
+        with styled():
+            figure.savefig(content, format=file.suffix[1:], metadata=about)
+        write_bytes(file, content.getvalue())
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(files[2], text.getvalue())
+    return files
