@@ -97,3 +97,13 @@ def test_the_figure_of_the_readme_is_that_of_the_committed_records() -> None:
     assert [{key: str(value) for key, value in row.items()} for row in rows] == committed
     natural = {row["ratio"]: row for row in rows if (row["activation"], row["training"]) == ("kwta", "natural")}
     assert round(100 * (natural[0.1]["pgd"] - natural[0.1]["worst"]), 1) == 23.1  # as docs/results.md says
+
+
+def test_the_page_of_a_grid_shows_the_figure_where_there_is_one(outputs: Path) -> None:
+    main(["report", str(outputs)])
+    page = (outputs / "report.html").read_text()
+    assert page.count("<figure>") == 1
+    assert page.count("<svg") == 1
+    assert "<?xml" not in page
+    main(["report", str(outputs), "activation=relu", "-o", str(outputs / "one.html")])
+    assert "<figure>" not in (outputs / "one.html").read_text()

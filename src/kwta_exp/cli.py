@@ -236,6 +236,7 @@ def _summary(args: argparse.Namespace) -> str:
 
 
 def _report(args: argparse.Namespace) -> str:
+    from kwta_exp.draw.ratio import for_a_page
     from kwta_exp.report.pages import write_grid_page, write_run_page
     from kwta_exp.report.runs import Run, is_run
     from kwta_exp.run_folder import run_of
@@ -251,7 +252,8 @@ def _report(args: argparse.Namespace) -> str:
     if Sweep(folder).begun:
         command = str(Sweep(folder).content().get("command", ""))
     to = args.output or folder / "report.html"
-    return f"{write_grid_page(runs, f'Runs in {folder.absolute().name}', to, command)} is written"
+    title, figures = f"Runs in {folder.absolute().name}", for_a_page(runs)
+    return f"{write_grid_page(runs, title, to, command, figures)} is written"
 
 
 def _track(args: argparse.Namespace) -> str:

@@ -4,9 +4,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kwta_exp.draw.style import COLOURS, WARNING, styled
+from markupsafe import Markup
+
+from kwta_exp.draw.style import COLOURS, WARNING, inline_svg, styled
 from kwta_exp.errors import UserError
-from kwta_exp.report.summary import Measured, over_seeds
+from kwta_exp.report.pages import Figure as PageFigure
+from kwta_exp.report.runs import Run
+from kwta_exp.report.summary import Measured, measured, over_seeds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,6 +113,22 @@ def draw(given: Sequence[Point]) -> "tuple[Figure, list[dict[str, Any]]]":
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2 * len(trainings))
     return figure, table
+
+
+def for_a_page(runs: Sequence[Run]) -> list[PageFigure]:
+    """The figure for the page of these runs, if they have what it shows."""
+    try:
+        figure, _ = draw(points(measured(runs)))
+    except UserError:
+        return []
+    return [
+        PageFigure(
+            "Accuracy against the sparsity ratio",
+            "Under plain PGD and in the worst case; the shades are 95% intervals over seeds. The gap between the"
+            " two curves is what plain PGD misses.",
+            Markup(inline_svg(figure)),
+        )
+    ]
 
 
 def _panel(axis: Any, training: str, table: Sequence[dict[str, Any]]) -> None:

@@ -30,6 +30,20 @@ def styled() -> Iterator[None]:
         yield
 
 
+def drawn(figure: "Figure", kind: str) -> bytes:
+    """The figure as a file of this kind, ``"svg"`` or ``"png"``."""
+    content = io.BytesIO()
+    with styled():
+        figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else {})
+    return content.getvalue()
+
+
+def inline_svg(figure: "Figure") -> str:
+    """The ``<svg>`` element alone, for a page."""
+    text = drawn(figure, "svg").decode()
+    return text[text.index("<svg") :]
+
+
 def save(figure: "Figure", path: Path, rows: Sequence[Mapping[str, Any]]) -> list[Path]:
     """Write a figure as SVG and PNG, and its numbers as CSV.
 
@@ -40,11 +54,7 @@ def save(figure: "Figure", path: Path, rows: Sequence[Mapping[str, Any]]) -> lis
     """
     files = [path.with_name(f"{path.name}.{suffix}") for suffix in ("svg", "png", "csv")]
     for file in files[:2]:
-        content = io.BytesIO()
-        about = {"Date": None} if file.suffix == ".svg" else {}
-        with styled():
-            figure.savefig(content, format=file.suffix[1:], metadata=about)
-        write_bytes(file, content.getvalue())
+        write_bytes(file, drawn(figure, file.suffix[1:]))
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()

@@ -123,13 +123,15 @@ def write_run_page(run: Run, to: Path | None = None) -> Path:
     return path
 
 
-def write_grid_page(runs: Sequence[Run], title: str, to: Path, command: str = "") -> Path:
+def write_grid_page(
+    runs: Sequence[Run], title: str, to: Path, command: str = "", figures: Sequence[Figure] = ()
+) -> Path:
     """Write the page of many runs, and that of each run where it is missing or older than its results."""
     for run in runs:
         if run.latest is not None and not RunFolder(run.folder).report_is_current:
             with suppress(UserError):  # a folder of somebody else's, say
                 write_run_page(run)
-    write_text(to, grid_page(runs, title, to.absolute().parent, command))
+    write_text(to, grid_page(runs, title, to.absolute().parent, command, figures))
     return to
 
 
