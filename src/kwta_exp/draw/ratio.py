@@ -124,8 +124,8 @@ def for_a_page(runs: Sequence[Run]) -> list[PageFigure]:
     return [
         PageFigure(
             "Accuracy against the sparsity ratio",
-            "Under plain PGD and in the worst case; the shades are 95% intervals over seeds. The gap between the"
-            " two curves is what plain PGD misses.",
+            "Under plain PGD and in the worst case; the shades are 95% intervals over seeds. The gap between"
+            " the two curves is what plain PGD misses.",
             Markup(inline_svg(figure)),
         )
     ]
