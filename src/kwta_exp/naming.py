@@ -58,9 +58,10 @@ def safe_names(names: Iterable[object], key: str = "attack") -> list[str]:
     return list(seen.values())
 
 
-def in_few_digits(number: float) -> str:
+def in_few_digits(amount: object) -> str:
     """A number for a folder's name: six digits, if it has many more. The hash in the name tells runs apart."""
-    return text if len(text := str(number)) <= _LONG_NUMBER else f"{number:.6g}"
+    text = str(amount)
+    return f"{amount:.6g}" if isinstance(amount, float) and len(text) > _LONG_NUMBER else text
 
 
 def as_name(text: str) -> str:
