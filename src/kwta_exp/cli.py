@@ -1,18 +1,15 @@
 """The command line: ``kwta-exp COMMAND``, or ``python -m kwta_exp COMMAND``."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from kwta_exp.draw.command import add_kinds, draw
 from kwta_exp.errors import UserError, printable
+from kwta_exp.report.selection import add_selection, outputs, selection
 from kwta_exp.runtime import let_idle_threads_sleep
 from kwta_exp.shell import at_the_shell
-
-if TYPE_CHECKING:
-    from kwta_exp.report.runs import Run
 
 _OVERRIDES_HELP = (
     "Overrides are written as for run.py (activation=mine threat.eps=8/255). A group chosen here is not read"
@@ -60,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--config-dir", type=Path, metavar="DIR", help="a folder of your own options")
 
     listed = command("list", _list, "show runs by what differs between them, with their state and accuracies")
-    _add_selection(listed)
+    add_selection(listed)
 
     status = command("status", _status, "show how far a grid is: done, running, failed and why, missing")
     status.add_argument(
@@ -75,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     summary = command(
         "summary", _summary, "one table of many runs: a row for each setting, seeds as an interval"
     )
-    _add_selection(summary)
+    add_selection(summary)
     summary.add_argument(
         "--baseline", nargs="+", default=[], metavar="KEY=VALUE", help="compare every row with this one"
     )
@@ -87,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     summary.add_argument("-o", "--output", type=Path, metavar="FILE", help="write it to a file")
 
     report = command("report", _report, "write report.html: a run, or many, on one page that opens offline")
-    _add_selection(report)
+    add_selection(report)
     report.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="default: report.html in the run's or grid's folder"
     )
@@ -96,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     track.add_argument(
         "tracker", choices=["tensorboard", "mlflow", "wandb"], help="what tracking= would choose"
     )
-    _add_selection(track)
+    add_selection(track)
     track.add_argument(
         "--with",
         nargs="+",
@@ -106,16 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         help="such as tracking.project=mine",
     )
 
-    draw = command("draw", _draw, "draw a figure as SVG and PNG, with its numbers as CSV")
-    draw.add_argument("kind", choices=["ratio"], help="ratio: accuracy against the ratio, PGD and worst case")
-    _add_selection(draw)
-    draw.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        metavar="FOLDER",
-        help="default: figures, in the grid's folder or outputs",
-    )
+    add_kinds(command("draw", draw, "draw a figure as SVG and PNG, with its numbers as CSV"))
 
     verify = command("verify", _verify, "recompute the worst case from weights and saved adversarial images")
     verify.add_argument("folder", type=Path, metavar="FOLDER", help="a run's, or one of its evaluations'")
@@ -137,14 +125,6 @@ def _parser() -> argparse.ArgumentParser:
     transfer.add_argument("--work", type=Path, default=Path("outputs/transfer"), help="folder for the records")
     _add_override_options(transfer)
     return parser
-
-
-def _add_selection(parser: argparse.ArgumentParser) -> None:
-    """Which runs a command reads."""
-    parser.add_argument(
-        "select", nargs="*", metavar="FOLDER | PATTERN | KEY=VALUE",
-        help="folders with runs or of a grid (default: outputs), a part of their names, values they must have",
-    )  # fmt: skip
 
 
 def _add_override_options(parser: argparse.ArgumentParser) -> None:
@@ -183,38 +163,16 @@ def _plan(args: argparse.Namespace) -> str:
     return f"{yaml_of(plan.cfg)}\n# {plan.folder.path}: {progress}"
 
 
-def _selected(texts: Sequence[str]) -> "list[Run]":
-    """The runs that the arguments of :func:`_add_selection` name."""
-    from kwta_exp.report.runs import Run, find, selected
-    from kwta_exp.sweeps import Sweep
-
-    wanted = [text for text in texts if "=" in text]
-    folders = [Path(text) for text in texts if "=" not in text and Path(text).is_dir()]
-    patterns = [text for text in texts if "=" not in text and not Path(text).is_dir()]
-    if len(patterns) > 1:
-        raise UserError(
-            f"{' '.join(patterns)}: expected one pattern; quote it, so that the shell leaves it as it is"
-        )
-    roots = [root for folder in folders or [_outputs()] for root in Sweep(folder).runs() or [folder]]
-    runs = map(Run.read, find(roots))
-    return selected(runs, patterns[0] if patterns else None, wanted)
-
-
-def _outputs() -> Path:
-    """Where runs lie, as in ``conf/config.yaml``."""
-    return Path(os.environ.get("KWTA_EXP_OUTPUTS", "outputs"))
-
-
 def _list(args: argparse.Namespace) -> str:
     from kwta_exp.report.listing import listing
 
-    return listing(_selected(args.select))
+    return listing(selection(args.select))
 
 
 def _status(args: argparse.Namespace) -> str:
     from kwta_exp.report.status import status, sweeps_in
 
-    found = sweeps_in(args.folder or _outputs())
+    found = sweeps_in(args.folder or outputs())
     return "\n\n".join(map(status, found if args.all else found[:1]))
 
 
@@ -222,7 +180,7 @@ def _summary(args: argparse.Namespace) -> str:
     from kwta_exp.report.summary import measured, pivot, tables
     from kwta_exp.report.tabular import FORMATS
 
-    found = tables(measured(_selected(args.select)), args.baseline)
+    found = tables(measured(selection(args.select)), args.baseline)
     if args.pivot:
         down, across = args.pivot
         found = [pivot(table, down, across, args.value) for table in found]
@@ -242,13 +200,13 @@ def _report(args: argparse.Namespace) -> str:
     from kwta_exp.run_folder import run_of
     from kwta_exp.sweeps import Sweep
 
-    first = Path(args.select[0]) if args.select else _outputs()
+    first = Path(args.select[0]) if args.select else outputs()
     if len(args.select) == 1 and first.is_dir() and is_run(run_of(first)):
         return f"{write_run_page(Run.read(run_of(first)), args.output)} is written"
-    runs = _selected(args.select)
+    runs = selection(args.select)
     if not runs:
         raise UserError(f"{' '.join(args.select) or first}: no runs; kwta-exp list shows which there are")
-    folder, command = first if first.is_dir() else _outputs(), ""
+    folder, command = first if first.is_dir() else outputs(), ""
     if Sweep(folder).begun:
         command = str(Sweep(folder).content().get("command", ""))
     to = args.output or folder / "report.html"
@@ -262,17 +220,7 @@ def _track(args: argparse.Namespace) -> str:
 
     with user_errors():
         cfg, _ = composed([f"tracking={args.tracker}", *args.overrides])
-        return log_runs(build(cfg, "tracking", Tracking), _selected(args.select))
-
-
-def _draw(args: argparse.Namespace) -> str:
-    from kwta_exp.draw import ratio
-    from kwta_exp.draw.style import save
-    from kwta_exp.report.summary import measured
-
-    figure, rows = ratio.draw(ratio.points(measured(_selected(args.select))))
-    first = Path(args.select[0]) if args.select and Path(args.select[0]).is_dir() else _outputs()
-    return "\n".join(map(str, save(figure, (args.output or first / "figures") / args.kind, rows)))
+        return log_runs(build(cfg, "tracking", Tracking), selection(args.select))
 
 
 def _verify(args: argparse.Namespace) -> str:

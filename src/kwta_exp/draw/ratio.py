@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from kwta_exp.draw.style import COLOURS, WARNING, inline_svg, styled
+from kwta_exp.draw.style import COLOURS, WARNING, Drawing, inline_svg, styled
 from kwta_exp.errors import UserError
 from kwta_exp.report.pages import Figure as PageFigure
 from kwta_exp.report.runs import Run
 from kwta_exp.report.summary import Measured, measured, over_seeds
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 PGD = "pgd"
 
@@ -88,7 +88,7 @@ def rows(given: Sequence[Point]) -> list[dict[str, Any]]:
     return found
 
 
-def draw(given: Sequence[Point]) -> "tuple[Figure, list[dict[str, Any]]]":
+def draw(given: Sequence[Point]) -> Drawing:
     """The figure, a panel for each training, and the numbers in it.
 
     k-WTA has a curve under plain PGD and one in the worst case, with intervals over seeds. Other activations,

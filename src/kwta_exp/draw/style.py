@@ -5,12 +5,17 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kwta_exp.storage import write_bytes, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+Rows = list[dict[str, Any]]
+"""The numbers of a figure, with the same keys in each: what its CSV file holds."""
+
+Drawing: TypeAlias = "tuple[Figure, Rows]"
 
 STYLE = Path(__file__).with_name("kwta_exp.mplstyle")
 

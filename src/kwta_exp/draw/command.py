@@ -1,0 +1,42 @@
+"""``kwta-exp draw KIND``: the kinds of figures, what each takes, and where the files go."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from kwta_exp.draw.style import Drawing, save
+from kwta_exp.report.selection import add_selection, first_folder, selection
+
+
+def add_kinds(parser: argparse.ArgumentParser) -> None:
+    """Give ``kwta-exp draw`` its kinds. Each sets ``drawing``, a function of the parsed arguments."""
+    kinds = parser.add_subparsers(title="kinds", metavar="KIND", required=True, dest="kind")
+
+    def kind(
+        name: str, drawing: Callable[[argparse.Namespace], Drawing], about: str
+    ) -> argparse.ArgumentParser:
+        added = kinds.add_parser(name, help=about, description=about)
+        added.set_defaults(drawing=drawing)
+        added.add_argument(
+            "-o", "--output", type=Path, metavar="FOLDER",
+            help="where KIND.svg, KIND.png and KIND.csv go (default: figures, in the first folder given)",
+        )  # fmt: skip
+        return added
+
+    ratio = kind("ratio", _ratio, "accuracy against the sparsity ratio, under plain PGD and in the worst case")
+    add_selection(ratio)
+
+
+def draw(args: argparse.Namespace) -> str:
+    """Draw what the arguments of :func:`add_kinds` say; the files written, one a line."""
+    figure, rows = args.drawing(args)
+    named = args.select if isinstance(args.select, list) else [args.select]
+    folder = args.output or first_folder(list(map(str, named))) / "figures"
+    return "\n".join(map(str, save(figure, folder / args.kind, rows)))
+
+
+def _ratio(args: argparse.Namespace) -> Drawing:
+    from kwta_exp.draw import ratio
+    from kwta_exp.report.summary import measured
+
+    return ratio.draw(ratio.points(measured(selection(args.select))))
