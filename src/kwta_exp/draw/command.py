@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kwta_exp.draw.style import Drawing, save
 from kwta_exp.report.selection import add_selection, first_folder, selection
+from kwta_exp.run_folder import run_of
 
 
 def add_kinds(parser: argparse.ArgumentParser) -> None:
@@ -25,13 +26,21 @@ def add_kinds(parser: argparse.ArgumentParser) -> None:
 
     ratio = kind("ratio", _ratio, "accuracy against the sparsity ratio, under plain PGD and in the worst case")
     add_selection(ratio)
+    for name, drawing, about in (
+        ("passes", _passes, "accuracy against passes an image, for each attack of an evaluation"),
+        ("checks", _checks, "the checks behind a verdict against their thresholds"),
+        ("confusion", _confusion, "accuracy of each class, and which class an attack makes of which"),
+    ):
+        kind(name, drawing, about).add_argument(
+            "select", type=Path, metavar="RUN", help="a run's folder, or that of one of its evaluations"
+        )
 
 
 def draw(args: argparse.Namespace) -> str:
     """Draw what the arguments of :func:`add_kinds` say; the files written, one a line."""
     figure, rows = args.drawing(args)
     named = args.select if isinstance(args.select, list) else [args.select]
-    folder = args.output or first_folder(list(map(str, named))) / "figures"
+    folder = args.output or run_of(first_folder(list(map(str, named)))) / "figures"
     return "\n".join(map(str, save(figure, folder / args.kind, rows)))
 
 
@@ -40,3 +49,24 @@ def _ratio(args: argparse.Namespace) -> Drawing:
     from kwta_exp.report.summary import measured
 
     return ratio.draw(ratio.points(measured(selection(args.select))))
+
+
+def _passes(args: argparse.Namespace) -> Drawing:
+    from kwta_exp.draw import passes
+    from kwta_exp.evaluation.stored import Stored
+
+    return passes.draw(Stored.read(args.select))
+
+
+def _checks(args: argparse.Namespace) -> Drawing:
+    from kwta_exp.draw import checks
+    from kwta_exp.evaluation.stored import Stored
+
+    return checks.draw(Stored.read(args.select).results)
+
+
+def _confusion(args: argparse.Namespace) -> Drawing:
+    from kwta_exp.draw import confusion
+    from kwta_exp.evaluation.stored import Stored
+
+    return confusion.draw(Stored.read(args.select))

@@ -2,7 +2,8 @@
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -24,6 +25,42 @@ COLOURS = {"relu": "#000000", "lwta": "#009E73", "kwta": "#0072B2"}
 
 WARNING = "#D55E00"
 """What is left in the worst case, beside what plain PGD leaves."""
+
+
+_PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
+_DASHES = ((None, None), (4, 1.5), (1, 1), (5, 1, 1, 1))
+_MARKERS = "os^Dv<>P"
+
+
+def look(number: int) -> dict[str, Any]:
+    """Colour, dashes and marker of the curve ``number``, for things that have no colour of their own."""
+    return {
+        "color": _PALETTE[number % len(_PALETTE)], "dashes": _DASHES[number % len(_DASHES)],
+        "marker": _MARKERS[number % len(_MARKERS)],
+    }  # fmt: skip
+
+
+def look_of(activation: str, number: int) -> dict[str, Any]:
+    """The same of the curve ``number`` of those with this activation: all of one colour."""
+    family = activation.partition("_")[0]
+    return look(number) | {"color": COLOURS.get(activation, COLOURS.get(family, "#777777"))}
+
+
+def named(results: Mapping[str, Any]) -> str:
+    """What an evaluation was of, in a few words, for a title."""
+    run, threat = results["run"], results["threat"]
+    return f"{run['name']}, {threat['norm'].replace('linf', 'L-inf').replace('l2', 'L2')} {threat['eps']:.3g}"
+
+
+def titled(figure: "Figure", text: str) -> None:
+    """Give a figure of one column a title that fits."""
+    figure.suptitle(textwrap.fill(text, 54), fontsize=8, x=0.02, ha="left")
+
+
+def span(numbers: Iterable[int]) -> str:
+    """The number, or the least and the largest, such as ``27 to 47``."""
+    found = sorted(set(numbers))
+    return " to ".join(map(str, dict.fromkeys((found[0], found[-1]))))
 
 
 @contextmanager
