@@ -6,13 +6,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 
+from kwta_exp.attacks import Threat
 from kwta_exp.cli import main
-from kwta_exp.draw import checks, confusion, passes
+from kwta_exp.draw import checks, confusion, eps, passes, training
+from kwta_exp.draw.groups import groups
+from kwta_exp.draw.style import COLOURS
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.results import wilson
 from kwta_exp.evaluation.stored import Stored
-from kwta_exp.storage import read_json, write_json
+from kwta_exp.report.runs import Run
+from kwta_exp.report.summary import over_seeds
+from kwta_exp.storage import read_json, write_json, write_lines
 from tests import stored
 
 N = 6
@@ -126,3 +132,108 @@ def test_what_no_attack_ran_on_cannot_be_drawn(tmp_path: Path, run: Path) -> Non
         checks.draw(Stored.read(folder).results)
     with pytest.raises(UserError, match="no finished evaluation"):
         Stored.read(tmp_path)
+
+
+def trained(outputs: Path, activation: str, seed: int, epochs: list[dict[str, float]], **values: object) -> Run:
+    """A run of three epochs or so."""
+    amount = "".join(map(str, values.values()))
+    folder = outputs / f"d-m-{activation}{amount}-natural" / f"s{seed}-0123456789"
+    stored.described(folder, activation, seed, **values)
+    write_lines(folder / "metrics.jsonl", [{"epoch": n + 1, **epoch} for n, epoch in enumerate(epochs)])
+    return Run.read(folder)
+
+
+def lines_of(axis: Any) -> dict[str, Any]:
+    return {str(line.get_label()): line for line in axis.lines}
+
+
+def test_one_run_s_accuracies_share_a_panel(tmp_path: Path) -> None:
+    epochs = [
+        {"loss": 2.0, "accuracy": 0.2, "val_accuracy": 0.3, "val_robust_accuracy": 0.1, "sparsity_ratio": 0.5},
+        {"loss": 1.0, "accuracy": 0.6, "val_accuracy": 0.5, "val_robust_accuracy": 0.2, "sparsity_ratio": 0.3},
+    ]
+    figure, rows = training.draw([trained(tmp_path, "kwta", 0, epochs, ratio=0.3)])
+    loss, accuracy, ratio = figure.axes
+    assert list(lines_of(loss)["kwta"].get_ydata()) == [2, 1]
+    drawn = {label: list(line.get_ydata()) for label, line in lines_of(accuracy).items()}
+    assert drawn == {"training": [20, 60], "validation": [30, 50], "validation, attacked": [10, 20]}
+    assert list(lines_of(ratio)["kwta"].get_ydata()) == [0.5, 0.3]
+    assert {to_hex(line.get_color()) for axis in figure.axes for line in axis.lines} == {
+        COLOURS["kwta"].lower()
+    }
+    assert [row["epoch"] for row in rows] == [1, 2]
+
+
+def test_seeds_are_one_curve_with_an_interval_and_a_constant_ratio_is_left_out(tmp_path: Path) -> None:
+    shares = (0.4, 0.6)
+    runs = [
+        trained(tmp_path, "kwta", seed, [{"loss": 1.0 + seed, "accuracy": share, "sparsity_ratio": 0.1}] * 2)
+        for seed, share in enumerate(shares)
+    ]
+    runs.append(trained(tmp_path, "relu", 0, [{"loss": 0.5, "accuracy": 0.9}]))
+    figure, rows = training.draw(runs)
+    assert [(row["runs"], row["seeds"], row["epoch"]) for row in rows] == [
+        ("kwta", 2, 1), ("kwta", 2, 2), ("relu", 1, 1),
+    ]  # fmt: skip
+    first = rows[0]
+    assert (first["accuracy"], first["accuracy low"], first["accuracy high"]) == over_seeds(shares)
+    assert (first["loss"], first["loss low"], first["loss high"]) == (1.5, 1, 2)
+    loss, accuracy = figure.axes
+    assert list(lines_of(accuracy)["kwta"].get_ydata()) == pytest.approx([50, 50])
+    assert {label: to_hex(line.get_color()) for label, line in lines_of(loss).items()} == {
+        "kwta": COLOURS["kwta"].lower(), "relu": COLOURS["relu"],
+    }  # fmt: skip
+
+
+def test_curves_are_named_by_what_tells_them_apart_and_look_different(tmp_path: Path) -> None:
+    runs = [trained(tmp_path, "kwta", 0, [], ratio=ratio) for ratio in (0.1, 0.2)]
+    runs += [trained(tmp_path, "relu", seed, []) for seed in (0, 1)]
+    found = groups("training", runs)
+    assert [(each.label, len(each.runs)) for each in found] == [
+        ("kwta, ratio=0.1", 1), ("kwta, ratio=0.2", 1), ("relu", 2),
+    ]  # fmt: skip
+    assert len({(str(each.look["dashes"]), each.look["marker"]) for each in found}) == 3
+    assert found[0].look["color"] == found[1].look["color"] == COLOURS["kwta"]
+    apart = [each.label for each in groups("eps", runs, seeds_apart=True)]
+    assert apart == ["kwta, ratio=0.1, seed=0", "kwta, ratio=0.2, seed=0", "relu, seed=0", "relu, seed=1"]
+    with pytest.raises(UserError, match="expected at most 8"):
+        groups("training", [trained(tmp_path, "kwta", 0, [], ratio=n / 10) for n in range(1, 10)])
+    with pytest.raises(UserError, match="no runs to draw"):
+        groups("training", [])
+
+
+def test_accuracy_against_eps_counts_all_evaluations_up_to_it(tmp_path: Path) -> None:
+    folder = stored.described(tmp_path / "d-m-kwta-natural" / "s0-0123456789", "kwta", ratio=0.1)
+    for size, fooled in ((0.1, [0, 1]), (0.2, [2]), (0.3, [0, 1, 2, 3])):
+        threat = Threat(norm="linf", eps=size)
+        stored.evaluation(folder, f"quick-{size}", CORRECT, {"pgd": fooled}, threat=threat)
+    figure, rows = eps.draw([Run.read(folder)])
+    assert [(row["eps"], row["accuracy"]) for row in rows] == [
+        (0, 5 / N), (0.1, 3 / N), (0.2, 2 / N), (0.3, 1 / N),
+    ]  # fmt: skip
+    assert [(row["low"], row["high"]) for row in rows] == [wilson(count, N) for count in (5, 3, 2, 1)]
+    line = figure.axes[0].containers[0][0]
+    assert list(line.get_xdata()) == [0, 0.1, 0.2, 0.3]
+    assert list(line.get_ydata()) == pytest.approx([500 / N, 50, 200 / N, 100 / N])
+    assert to_hex(line.get_color()) == COLOURS["kwta"].lower()
+
+
+def test_curves_against_eps_of_different_norms_are_not_put_together(tmp_path: Path) -> None:
+    runs = []
+    for seed, norm in enumerate(("linf", "l2")):
+        folder = stored.described(tmp_path / "d-m-relu-natural" / f"s{seed}-0123456789", "relu", seed)
+        stored.evaluation(folder, "quick-x", CORRECT, {"pgd": [0]}, threat=Threat(norm=norm, eps=0.1))
+        runs.append(Run.read(folder))
+    with pytest.raises(UserError, match="differ in the threat's norm: l2, linf"):
+        eps.draw(runs)
+
+
+def test_runs_that_were_not_trained_have_no_training_curve(run: Path) -> None:
+    with pytest.raises(UserError, match=r"no metrics\.jsonl"):
+        training.draw([Run.read(run)])
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="no epoch is finished"):
+        training.draw([Run.read(run)])
+    (run / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="checksum"):
+        training.draw([Run.read(run)])

@@ -34,6 +34,8 @@ def add_kinds(parser: argparse.ArgumentParser) -> None:
         kind(name, drawing, about).add_argument(
             "select", type=Path, metavar="RUN", help="a run's folder, or that of one of its evaluations"
         )
+    add_selection(kind("training", _training, "loss, accuracies and ratio against the epoch"))
+    add_selection(kind("eps", _eps, "accuracy against eps, from all evaluations of each run"))
 
 
 def draw(args: argparse.Namespace) -> str:
@@ -70,3 +72,15 @@ def _confusion(args: argparse.Namespace) -> Drawing:
     from kwta_exp.evaluation.stored import Stored
 
     return confusion.draw(Stored.read(args.select))
+
+
+def _training(args: argparse.Namespace) -> Drawing:
+    from kwta_exp.draw import training
+
+    return training.draw(selection(args.select))
+
+
+def _eps(args: argparse.Namespace) -> Drawing:
+    from kwta_exp.draw import eps
+
+    return eps.draw(selection(args.select))

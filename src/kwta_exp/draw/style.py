@@ -41,7 +41,7 @@ def look(number: int) -> dict[str, Any]:
 
 
 def look_of(activation: str, number: int) -> dict[str, Any]:
-    """The same of the curve ``number`` of those with this activation: all of one colour."""
+    """The same of the curve ``number``, in the colour of its activation."""
     family = activation.partition("_")[0]
     return look(number) | {"color": COLOURS.get(activation, COLOURS.get(family, "#777777"))}
 
