@@ -27,7 +27,7 @@ LAYERS = [
     {"parts", "processes"},
     {"audit"},
     {"experiment", "verify", "transfer_matrix"},
-    {"command"},
+    {"command", "examples"},
     {"cli"},
     {"__main__"},
 ]

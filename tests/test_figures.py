@@ -16,10 +16,16 @@ from kwta_exp.draw.style import COLOURS
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.results import wilson
 from kwta_exp.evaluation.stored import Stored
+from kwta_exp.examples import draw as draw_examples
+from kwta_exp.plan import plan_to_judge
 from kwta_exp.report.runs import Run
 from kwta_exp.report.summary import over_seeds
+from kwta_exp.sealed import read_arrays
 from kwta_exp.storage import read_json, write_json, write_lines
 from tests import stored
+from tests.conftest import TINY
+from tests.launched import launch
+from tests.test_whole import only
 
 N = 6
 CORRECT = [True, True, True, True, True, False]
@@ -237,3 +243,56 @@ def test_runs_that_were_not_trained_have_no_training_curve(run: Path) -> None:
     (run / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="checksum"):
         training.draw([Run.read(run)])
+
+
+@pytest.fixture(scope="module")
+def with_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that kept its adversarial images."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    usual = [override for override in TINY if not override.startswith("attack")]
+    pgd = ["+attack@attack.pgd=pgd", "attack.pgd.steps=10", "threat.eps=0.3"]
+    launch(outputs, *usual, "suite=none", "evaluation.save_images=true", *pgd)
+    return only(outputs, "*/s0-*")
+
+
+def test_examples_are_the_saved_images_and_what_the_network_sees_in_them(with_images: Path) -> None:
+    plan = plan_to_judge(with_images, [], None, False)
+    figure, rows = draw_examples(plan, with_images, 2)
+    read = Stored.read(with_images)
+    columns = read.outcome.records["pgd"].columns
+    fooled = np.flatnonzero(columns["fooled"])[:2]
+    assert [row["index"] for row in rows] == columns["index"][fooled].tolist()
+    assert [row["adversarial class"] for row in rows] == columns["prediction"][fooled].tolist()
+    assert [row["clean class"] for row in rows] == [row["label"] for row in rows]
+    assert {row["attack"] for row in rows} == {"pgd"}
+    assert all(0 < row[f"{which} confidence"] <= 1 for row in rows for which in ("clean", "adversarial"))
+    saved: dict[int, Any] = {}
+    for path in (read.folder / "images").glob("*.npz"):
+        arrays = read_arrays(path)
+        saved |= dict(zip(arrays["index"].tolist(), arrays["x_adv"], strict=True))
+    times = rows[0]["difference times"]
+    shown = [axis.images[0].get_array() for axis in figure.axes if axis.images]
+    for column, row in enumerate(rows):
+        clean, difference, adversarial = (np.asarray(shown[line * 2 + column]) for line in range(3))
+        np.testing.assert_allclose(adversarial, saved[row["index"]][0], atol=1e-6)
+        np.testing.assert_allclose(
+            difference, np.clip(0.5 + times * (adversarial - clean), 0, 1), atol=1e-5 * times
+        )
+
+
+def test_the_command_draws_examples(with_images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["draw", "examples", str(with_images), "--images", "1"])
+    assert capsys.readouterr().out.splitlines()[2] == str(with_images / "figures" / "examples.csv")
+    assert len(csv_of(with_images / "figures" / "examples.csv")) == 1
+
+
+def test_examples_need_saved_images_and_a_fooled_one(run: Path, with_images: Path) -> None:
+    plan = plan_to_judge(with_images, [], None, False)
+    with pytest.raises(UserError, match="has no adversarial images"):
+        draw_examples(plan, run, 6)
+    with pytest.raises(UserError, match="--images 0: expected 1 or more"):
+        draw_examples(plan, run, 0)
+    stored.evaluation(run, "quick-y", CORRECT, {"pgd": []})
+    (run / "evaluation" / "quick-y" / "images").mkdir()
+    with pytest.raises(UserError, match="no attack fooled an image"):
+        draw_examples(plan, run, 6)

@@ -3,14 +3,21 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 from kwta_exp.draw.style import Drawing, save
 from kwta_exp.report.selection import add_selection, first_folder, selection
 from kwta_exp.run_folder import run_of
 
+Kind: TypeAlias = "Callable[[str, Callable[[argparse.Namespace], Drawing], str], argparse.ArgumentParser]"
+"""Adds a kind of figure: its name, a function of the parsed arguments, and what it shows."""
 
-def add_kinds(parser: argparse.ArgumentParser) -> None:
-    """Give ``kwta-exp draw`` its kinds. Each sets ``drawing``, a function of the parsed arguments."""
+
+def add_kinds(parser: argparse.ArgumentParser) -> Kind:
+    """Give ``kwta-exp draw`` the kinds that records alone are enough for, and return what adds another one.
+
+    A kind whose figure is of one run takes its folder as ``select``.
+    """
     kinds = parser.add_subparsers(title="kinds", metavar="KIND", required=True, dest="kind")
 
     def kind(
@@ -36,6 +43,7 @@ def add_kinds(parser: argparse.ArgumentParser) -> None:
         )
     add_selection(kind("training", _training, "loss, accuracies and ratio against the epoch"))
     add_selection(kind("eps", _eps, "accuracy against eps, from all evaluations of each run"))
+    return kind
 
 
 def draw(args: argparse.Namespace) -> str:

@@ -63,9 +63,7 @@ def draw(runs: Sequence[Run]) -> Drawing:
         axis.set_xlim(left=-0.02 * max(row["eps"] for _, table in tables for row in table) - 1e-9)
         axis.set_xlabel(f"eps ({_NORMS[norms.pop()]}; 0: clean)")
         axis.set_ylabel("accuracy (%)")
-        titled(
-            figure,
-            f"Worst case of all attacks up to eps; n = {span(row['n'] for _, table in tables for row in table)}",
-        )
+        images = span(row["n"] for _, table in tables for row in table)
+        titled(figure, f"Worst case of all attacks up to eps; n = {images}")
         figure.legend(loc="outside lower center", ncols=2)
     return figure, [row for _, table in tables for row in table]
