@@ -1,6 +1,7 @@
 """Figures of runs: the numbers drawn are those computed by hand from made records."""
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from kwta_exp.attacks import Threat
 from kwta_exp.cli import main
 from kwta_exp.draw import checks, confusion, eps, passes, training
 from kwta_exp.draw.groups import groups
+from kwta_exp.draw.pages import figures_of
 from kwta_exp.draw.style import COLOURS
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.results import wilson
@@ -296,3 +298,41 @@ def test_examples_need_saved_images_and_a_fooled_one(run: Path, with_images: Pat
     (run / "evaluation" / "quick-y" / "images").mkdir()
     with pytest.raises(UserError, match="no attack fooled an image"):
         draw_examples(plan, run, 6)
+
+
+def test_the_page_of_a_run_shows_the_figures_that_apply(run: Path, with_images: Path) -> None:
+    page = (with_images / "report.html").read_text()  # as the run wrote it
+    assert re.findall(r"<figcaption>(.*?)\.", page) == [
+        "Accuracy against passes",
+        "Classes under attack",
+        "Training",
+    ]
+    ids = re.findall(r'(?<= id=")[^"]+', page)
+    assert len(ids) == len(set(ids))
+    used = re.findall(r'(?:href="#|url\(#)([^")]+)', page)
+    assert set(used) <= set(ids)
+    main(["report", str(with_images), "-o", str(run / "again.html")])
+    assert (run / "again.html").read_text() == page
+    main(["report", str(run)])
+    assert (run / "report.html").read_text().count("<figcaption>") == 2  # it has no metrics.jsonl
+
+
+def test_a_damaged_or_missing_file_costs_its_figures_alone(run: Path) -> None:
+    (run / "metrics.jsonl").write_text("{}\n")
+    assert [figure.title for figure in figures_of(Run.read(run))] == [
+        "Accuracy against passes", "Classes under attack",
+    ]  # fmt: skip
+    write_lines(run / "metrics.jsonl", [{"epoch": 1, "loss": 1.0, "accuracy": 0.5}])
+    (run / "evaluation" / "quick-x" / "pgd.npz").write_bytes(b"damaged")
+    assert [figure.title for figure in figures_of(Run.read(run))] == ["Training"]
+    (run / "metrics.jsonl").unlink()
+    main(["report", str(run)])
+    assert "<figcaption>" not in (run / "report.html").read_text()
+
+
+def test_names_are_text_in_a_figure(tmp_path: Path) -> None:
+    folder = stored.described(tmp_path / "d-m-relu-natural" / "s0-0123456789", "relu")
+    stored.evaluation(folder, "quick-x", [True, True], {"$_{$ --> <b>": [0]}, name=300 * "\u8776<b>")
+    (first, _) = figures_of(Run.read(folder))
+    assert "<b>" not in first.svg
+    assert "$_{$" in first.svg

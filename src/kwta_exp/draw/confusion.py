@@ -15,6 +15,9 @@ _COUNTED = 10
 """Up to this many classes the cells of the matrix show counts, and every class has a tick."""
 
 
+_MOST = 1000
+
+
 def predictions(outcome: Outcome) -> npt.NDArray[np.int64]:
     """The class of each image in the worst case, int64 ``(n,)``.
 
@@ -38,6 +41,8 @@ def matrix(outcome: Outcome) -> npt.NDArray[np.int64]:
     """Images by label (row) and class in the worst case (column), int64 ``(K, K)``; K are the classes seen."""
     labels, worst = outcome.clean.columns["label"], predictions(outcome)
     classes = int(max(labels.max(), worst.max())) + 1
+    if classes > _MOST or min(labels.min(), worst.min()) < 0:
+        raise UserError(f"draw confusion: a record names class {classes - 1}; expected at most {_MOST} classes")
     counts = np.zeros((classes, classes), np.int64)
     np.add.at(counts, (labels, worst), 1)
     return counts

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from kwta_exp.draw.style import WARNING, Drawing, Rows, look, named, span, styled, titled
+from kwta_exp.draw.style import WARNING, Drawing, Rows, logarithmic, look, named, span, styled, titled
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.results import wilson
 from kwta_exp.evaluation.stored import Stored
@@ -70,7 +70,7 @@ def draw(stored: Stored) -> Drawing:
             _curve(axis, curve, look(number))
         share = 100 * worst["robust_accuracy"]
         axis.axhline(share, color=WARNING, linewidth=0.8, dashes=(6, 2), label=f"worst case: {share:.1f}%")
-        axis.set_xscale("log")
+        logarithmic(axis.xaxis)
         axis.set_xlim(_LEFT, 1.4 * max(2, *(row["passes"] for row in table)))
         axis.set_ylim(0, 100)
         axis.set_xlabel("passes an image (forward and backward)")

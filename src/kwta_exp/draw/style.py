@@ -3,6 +3,7 @@
 import csv
 import io
 import textwrap
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from kwta_exp.storage import write_bytes, write_text
 
 if TYPE_CHECKING:
+    from matplotlib.axis import XAxis, YAxis
     from matplotlib.figure import Figure
 
 Rows = list[dict[str, Any]]
@@ -52,9 +54,19 @@ def named(results: Mapping[str, Any]) -> str:
     return f"{run['name']}, {threat['norm'].replace('linf', 'L-inf').replace('l2', 'L2')} {threat['eps']:.3g}"
 
 
+_LONGEST_TITLE = 216
+
+
 def titled(figure: "Figure", text: str) -> None:
     """Give a figure of one column a title that fits."""
-    figure.suptitle(textwrap.fill(text, 54), fontsize=8, x=0.02, ha="left")
+    figure.suptitle(textwrap.fill(text[:_LONGEST_TITLE], 54), fontsize=8, x=0.02, ha="left")
+
+
+def logarithmic(axis: "XAxis | YAxis") -> None:
+    """Make an axis logarithmic, with plain numbers at its powers of ten."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_formatter("{x:,g}")  # the usual formatter sets powers as formulas, which takes long
+    axis.set_minor_formatter("")
 
 
 def span(numbers: Iterable[int]) -> str:
@@ -75,15 +87,24 @@ def styled() -> Iterator[None]:
 def drawn(figure: "Figure", kind: str) -> bytes:
     """The figure as a file of this kind, ``"svg"`` or ``"png"``."""
     content = io.BytesIO()
-    with styled():
+    with styled(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a name in a script that the font lacks
         figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else {})
     return content.getvalue()
 
 
-def inline_svg(figure: "Figure") -> str:
-    """The ``<svg>`` element alone, for a page."""
+def inline_svg(figure: "Figure", prefix: str = "") -> str:
+    """The ``<svg>`` element alone, for a page.
+
+    Args:
+        figure: to draw.
+        prefix: of its names, so that several figures of a page have none in common.
+    """
     text = drawn(figure, "svg").decode()
-    return text[text.index("<svg") :]
+    text = text[text.index("<svg") :]
+    for before in (' id="', 'href="#', "url(#"):
+        text = text.replace(before, before + prefix)
+    return text
 
 
 def save(figure: "Figure", path: Path, rows: Sequence[Mapping[str, Any]]) -> list[Path]:

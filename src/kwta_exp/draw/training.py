@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kwta_exp.draw.groups import Group, groups
-from kwta_exp.draw.style import Drawing, Rows, look, span, styled, titled
+from kwta_exp.draw.style import Drawing, Rows, logarithmic, look, span, styled, titled
 from kwta_exp.errors import UserError
 from kwta_exp.report.runs import Run
 from kwta_exp.report.summary import over_seeds
@@ -33,10 +33,9 @@ def rows(of: Group) -> Rows:
         UserError: if a run has no ``metrics.jsonl`` or it is damaged.
     """
     histories = [read_lines(_metrics(run)) for run in of.runs]
-    together = list(zip(*histories, strict=False))
-    found = []
-    for records in together:
-        row: dict[str, Any] = {"runs": of.label, "seeds": len(of.runs), "epoch": records[0]["epoch"]}
+    found: Rows = []
+    for records in zip(*histories, strict=False):
+        row: dict[str, Any] = {"runs": of.label, "seeds": len(of.runs), "epoch": len(found) + 1}
         for name in MEASURES:
             if not all(isinstance(record.get(name), int | float) for record in records):
                 continue
@@ -87,7 +86,7 @@ def draw(runs: Sequence[Run]) -> Drawing:
                     _curve(axis, table, name, curve.look, curve.label, number / len(curves))
                 axis.set_ylabel(MEASURES[name])
             if name == "loss" and all(row["loss"] > 0 for table in tables for row in table if "loss" in row):
-                axis.set_yscale("log")
+                logarithmic(axis.yaxis)
             if name in _SHARES:
                 axis.set_ylim(0, 100)
         axes[-1].set_xlabel("epoch")
