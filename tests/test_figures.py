@@ -307,6 +307,7 @@ def test_the_page_of_a_run_shows_the_figures_that_apply(run: Path, with_images: 
         "Classes under attack",
         "Training",
     ]
+    assert page.count('<figure style="width: 24.4rem">') == 3  # 3.3 inches
     ids = re.findall(r'(?<= id=")[^"]+', page)
     assert len(ids) == len(set(ids))
     used = re.findall(r'(?:href="#|url\(#)([^")]+)', page)

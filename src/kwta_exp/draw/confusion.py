@@ -120,7 +120,7 @@ def _matrix(axis: Any, counts: npt.NDArray[np.int64]) -> None:
                 dark = shares[row, column] > 50
                 axis.text(
                     column, row, f"{count}", color="white" if dark else "black", ha="center", va="center",
-                    fontsize=6,
+                    fontsize=6, in_layout=False,
                 )  # fmt: skip
     bar = axis.figure.colorbar(drawn, ax=axis, shrink=0.8)
     bar.set_label("share of the label's images (%)")

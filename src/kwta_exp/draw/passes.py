@@ -23,12 +23,12 @@ def rows(stored: Stored) -> Rows:
 
     Returns:
         By attack: a row at no passes (the clean accuracy), one for each number of passes that fooled an image,
-        and one at the most passes that an image got; with the 95% interval (Wilson) of ``n`` images.
+        and one at the most passes that an image got, with the 95% interval (Wilson) of ``n`` images.
 
     Raises:
         UserError: if no attack ran.
     """
-    outcome, found = stored.outcome, []
+    outcome, found = stored.outcome, list[dict[str, Any]]()
     if not outcome.records:
         raise UserError(f"{stored.folder}: no attack ran; draw passes expects an evaluation with attacks")
     for name, record in outcome.records.items():
@@ -40,14 +40,20 @@ def rows(stored: Stored) -> Rows:
             fooled = record.columns["fooled"][judged]
         ends = np.sort(spent[fooled])
         right = int(outcome.clean_correct[:n].sum())
-        steps = {0: right}
-        steps |= {int(end): right - int(np.searchsorted(ends, end, "right")) for end in np.unique(ends)}
-        steps.setdefault(int(spent.max(initial=0)), right - len(ends))
-        for passes, left in steps.items():
-            low, high = wilson(left, n)
-            found.append(
-                {"attack": name, "passes": passes, "accuracy": left / n, "low": low, "high": high, "n": n}
-            )
+        at = np.unique([0, *ends, spent.max(initial=0)])
+        left = right - np.searchsorted(ends, at, "right")
+        found += [
+            {
+                "attack": name,
+                "passes": int(passes),
+                "accuracy": int(count) / n,
+                "low": None,
+                "high": None,
+                "n": n,
+            }
+            for passes, count in zip(at, left, strict=True)
+        ]
+        found[-1]["low"], found[-1]["high"] = wilson(int(left[-1]), n)
     return found
 
 

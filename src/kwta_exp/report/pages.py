@@ -9,6 +9,7 @@ one script only.
 import base64
 import hashlib
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from kwta_exp.report.runs import Run, shown, varying
 from kwta_exp.report.summary import CLEAN, WORST, Table, measured, tables
 from kwta_exp.run_folder import RunFolder, read_config_file
 from kwta_exp.storage import read_json, write_text
+
+_REM_PER_INCH = 7.4
 
 VERDICTS = ("sound", "suspect", "masked", "untested")
 
@@ -44,6 +47,12 @@ class Figure:
     title: str
     text: str
     svg: Markup
+
+    @property
+    def width(self) -> str:
+        """Its width on a page, in rem: a column of a paper, 3.3 inches, is a third of a wide page."""
+        points = re.match(r'<svg[^>]*? width="([\d.]+)pt"', self.svg)
+        return f"{float(points[1]) / 72 * _REM_PER_INCH:.1f}" if points else "52"
 
 
 def run_page(run: Run, figures: Sequence[Figure] = ()) -> str:
