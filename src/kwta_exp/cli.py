@@ -5,8 +5,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kwta_exp.draw.command import add_kinds, draw
 from kwta_exp.errors import UserError, printable
+from kwta_exp.figures import add_kinds, draw
 from kwta_exp.report.selection import add_selection, outputs, selection
 from kwta_exp.runtime import let_idle_threads_sleep
 from kwta_exp.shell import at_the_shell

@@ -25,6 +25,9 @@ COLOURS = {"relu": "#000000", "lwta": "#009E73", "kwta": "#0072B2"}
 WARNING = "#D55E00"
 """What is left in the worst case, beside what plain PGD leaves."""
 
+OTHER = "#CC79A7"
+"""What is none of the project's activations, such as max-pooling."""
+
 
 @contextmanager
 def styled() -> Iterator[None]:
