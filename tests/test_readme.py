@@ -22,7 +22,7 @@ from tests.servers import server
 
 DOCS = (
     "guide", "grids", "launchers", "tracking", "reference", "architecture", "verdict", "calibration",
-    "performance", "results",
+    "performance", "results", "figures",
 )  # fmt: skip
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS)]
 

@@ -113,11 +113,12 @@ def _landscape(args: argparse.Namespace) -> Drawing:
     _require("--extent", args.extent, "more than 0", valid=args.extent is None or args.extent > 0)
     trained = _trained(args)
     extent = args.extent or 2 * trained.threat.eps
-    found = {
-        name: landscape(network, trained.x, trained.y, extent, args.points, seed=args.seed)
-        for name, network in trained.networks.items()
-    }
-    return drawing.draw(found)
+    return drawing.draw(
+        {
+            name: landscape(network, trained.x, trained.y, extent, args.points, seed=args.seed)
+            for name, network in trained.networks.items()
+        }
+    )
 
 
 def _discontinuities(args: argparse.Namespace) -> Drawing:

@@ -14,7 +14,13 @@ def draw(found: Mapping[str, Landscape]) -> Drawing:
         found: by the name to show, all over the same plane.
     """
     rows = [
-        {"network": name, "gradient_step": float(a), "random_step": float(b), "loss": float(value)}
+        {
+            "network": name,
+            "images": each.n,
+            "gradient_step": float(a),
+            "random_step": float(b),
+            "loss": float(value),
+        }
         for name, each in found.items()
         for b, line in zip(each.steps, each.loss, strict=True)
         for a, value in zip(each.steps, line, strict=True)
@@ -39,7 +45,7 @@ def draw(found: Mapping[str, Landscape]) -> Drawing:
             solid.set_box_aspect((1, 1, 0.8), zoom=1.2)
             solid.set_title(f"{name}\nroughness {roughness(each):.3f}")
             solid.tick_params(labelsize=5, pad=-3)
-            solid.set_zticks([]) if column else solid.set_zlabel("loss", labelpad=-7)
+            solid.set_zticks([]) if column else solid.set_zlabel("loss", labelpad=-9)
             axis = figure.add_subplot(2, len(found), len(found) + column + 1)
             levels: Any = axis.contourf(
                 along.numpy(), across.numpy(), each.loss.numpy(), 20, cmap="cividis", norm=scale

@@ -52,17 +52,19 @@ def inline_svg(figure: "Figure") -> str:
     return text[text.index("<svg") :]
 
 
-def save(figure: "Figure", path: Path, rows: Sequence[Mapping[str, Any]]) -> list[Path]:
+def save(figure: "Figure", path: Path, rows: Sequence[Mapping[str, Any]] | None) -> list[Path]:
     """Write a figure as SVG and PNG, and its numbers as CSV.
 
     Args:
         figure: to write.
         path: of the files, without a suffix.
-        rows: the numbers that are drawn, with the same keys in each.
+        rows: the numbers that are drawn, with the same keys in each; ``None`` to write none.
     """
     files = [path.with_name(f"{path.name}.{suffix}") for suffix in ("svg", "png", "csv")]
     for file in files[:2]:
         write_bytes(file, drawn(figure, file.suffix[1:]))
+    if rows is None:
+        return files[:2]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
