@@ -1,14 +1,32 @@
-"""Draw the figures of the README and the docs from committed records: ``make figures``."""
+"""Draw the figures of the README and the docs.
 
+make figures                                               from committed records
+python -m scripts.figures FOLDER/landscape.csv             record what kwta-exp draw landscape wrote, first
+"""
+
+import argparse
+import csv
 import json
 import re
+from functools import partial
 from pathlib import Path
 
-from kwta_exp.draw import ratio
-from kwta_exp.draw.style import save
+import torch
+from torch import nn
+
+from kwta_exp.activations import KWTA
+from kwta_exp.analysis.fit import fit as fitted
+from kwta_exp.analysis.landscape import Landscape
+from kwta_exp.draw import activations, fit, landscape, ratio
+from kwta_exp.draw.style import Drawing, save
+from kwta_exp.models.factory import ActivationFactory
+from kwta_exp.storage import write_text
 
 RECORDS = Path("docs/results/digits48.json")
+LANDSCAPES = Path("docs/figures/landscapes.json")
 FOLDER = Path("docs/figures")
+TABLES = "gap", "activations"
+"""Figures whose numbers are few enough to keep beside them."""
 
 _NAME = re.compile(r"\w+-\w+-(?P<activation>relu|lwta|kwta)(?P<amount>[0-9.]*)-(?P<training>\w+)")
 
@@ -30,11 +48,49 @@ def points(path: Path) -> list[ratio.Point]:
     return found
 
 
+def landscapes(path: Path) -> dict[str, Landscape]:
+    """The recorded landscapes, by the name of the network."""
+    record = json.loads(path.read_text())
+    steps = torch.tensor(record["steps"])
+    return {
+        name: Landscape(steps, torch.tensor(loss), record["images"]) for name, loss in record["loss"].items()
+    }
+
+
+def record(written: Path) -> None:
+    """Keep the numbers of a landscape's CSV file in :data:`LANDSCAPES`, rounded to four digits."""
+    with written.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    loss: dict[str, dict[str, list[float]]] = {}
+    for row in rows:  # by network, then by random step, in the order of gradient steps
+        lines = loss.setdefault(row["network"], {})
+        lines.setdefault(row["random_step"], []).append(float(f"{float(row['loss']):.4g}"))
+    steps = [float(f"{float(step):.4g}") for step in next(iter(loss.values()))]
+    content = {
+        "images": int(rows[0]["images"]),
+        "steps": steps,
+        "loss": {name: list(lines.values()) for name, lines in loss.items()},
+    }
+    write_text(LANDSCAPES, json.dumps(content) + "\n")
+
+
 def main() -> None:
-    """Write all of them."""
-    figure, rows = ratio.draw(points(RECORDS))
-    for path in save(figure, FOLDER / "gap", rows):
-        print(path)
+    """Draw all of them, or record landscapes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("written", nargs="?", type=Path, metavar="FOLDER/landscape.csv")
+    asked = parser.parse_args()
+    if asked.written:
+        record(asked.written)
+    kinds: dict[str, ActivationFactory] = {"kwta": partial(KWTA, ratio=0.1), "relu": nn.ReLU}
+    drawings: dict[str, Drawing] = {
+        "gap": ratio.draw(points(RECORDS)),
+        "landscapes": landscape.draw(landscapes(LANDSCAPES)),
+        "activations": activations.draw(),
+        "fit": fit.draw({name: fitted(kind, 12, [1000], 2000, 0) for name, kind in kinds.items()}, 12),
+    }
+    for name, (figure, rows) in drawings.items():
+        for path in save(figure, FOLDER / name, rows if name in TABLES else None):
+            print(path)
 
 
 if __name__ == "__main__":

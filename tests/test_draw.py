@@ -7,8 +7,9 @@ import pytest
 from matplotlib.colors import to_hex
 from scripts import figures
 
+from kwta_exp.analysis.landscape import roughness
 from kwta_exp.cli import main
-from kwta_exp.draw import ratio
+from kwta_exp.draw import landscape, ratio
 from kwta_exp.draw.style import COLOURS, save
 from kwta_exp.errors import UserError
 from kwta_exp.report.runs import Run, find
@@ -107,3 +108,13 @@ def test_the_page_of_a_grid_shows_the_figure_where_there_is_one(outputs: Path) -
     assert "<?xml" not in page
     main(["report", str(outputs), "activation=relu", "-o", str(outputs / "one.html")])
     assert "<figure " not in (outputs / "one.html").read_text()
+
+
+def test_the_landscapes_of_the_readme_are_those_of_the_committed_numbers() -> None:
+    found = figures.landscapes(figures.LANDSCAPES)
+    assert list(found) == ["k-WTA 0.1, natural", "k-WTA 0.1, pgd", "ReLU, natural", "ReLU, pgd"]
+    _, rows = landscape.draw(found)
+    assert len(rows) == 4 * 41 * 41
+    rough = {name: roughness(each) for name, each in found.items()}
+    assert rough["k-WTA 0.1, natural"] > 10 * rough["ReLU, natural"]
+    assert rough["k-WTA 0.1, pgd"] > 3 * rough["ReLU, pgd"]

@@ -5,9 +5,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kwta_exp.draw.command import add_kinds, draw
-from kwta_exp.draw.style import Drawing
 from kwta_exp.errors import UserError, printable
+from kwta_exp.figures import add_kinds, draw
 from kwta_exp.report.selection import add_selection, outputs, selection
 from kwta_exp.runtime import let_idle_threads_sleep
 from kwta_exp.shell import at_the_shell
@@ -104,11 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         help="such as tracking.project=mine",
     )
 
-    kind = add_kinds(command("draw", draw, "draw a figure as SVG and PNG, with its numbers as CSV"))
-    examples = kind("examples", _examples, "adversarial examples of a run with evaluation.save_images=true")
-    examples.add_argument("select", type=Path, metavar="RUN", help="a run's folder, or an evaluation's in it")
-    examples.add_argument("--images", type=int, default=6, metavar="N", help="how many (default: 6)")
-    _add_override_options(examples)
+    add_kinds(command("draw", draw, "draw a figure as SVG and PNG, with its numbers as CSV"))
 
     verify = command("verify", _verify, "recompute the worst case from weights and saved adversarial images")
     verify.add_argument("folder", type=Path, metavar="FOLDER", help="a run's, or one of its evaluations'")
@@ -240,17 +235,6 @@ def _verify(args: argparse.Namespace) -> str:
     with user_errors():
         plan = plan_to_judge(run_of(folder), args.overrides, args.config_dir, args.trust)
         return "\n".join(verify(plan, folder))
-
-
-def _examples(args: argparse.Namespace) -> Drawing:
-    from kwta_exp.config import user_errors
-    from kwta_exp.examples import draw as draw_examples
-    from kwta_exp.plan import plan_to_judge
-    from kwta_exp.run_folder import run_of
-
-    with user_errors():
-        plan = plan_to_judge(run_of(args.select), args.overrides, args.config_dir, args.trust)
-        return draw_examples(plan, args.select, args.images)
 
 
 def _compare(args: argparse.Namespace) -> str:

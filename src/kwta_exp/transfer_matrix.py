@@ -17,7 +17,6 @@ from torch import nn
 
 from kwta_exp.attacks import Attack, Threat, Transfer
 from kwta_exp.config import build, plain
-from kwta_exp.data.base import Images
 from kwta_exp.data.batches import first_test_images
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation import Evaluation, summarise
@@ -25,6 +24,7 @@ from kwta_exp.naming import as_name
 from kwta_exp.parts import built_suite, planned_network
 from kwta_exp.plan import Plan
 from kwta_exp.storage import guarded, sha256_of_file, sha256_of_json, write_text
+from kwta_exp.trained_networks import same_data
 
 
 def overrides_for(attack: str, eps: float | None) -> list[str]:
@@ -46,7 +46,7 @@ def matrix(plans: Mapping[str, Plan], n: int | None, seed: int, work: Path) -> d
         UserError: if the runs use different data.
     """
     first = next(iter(plans.values()))
-    images, fingerprint = _images(plans)
+    images, fingerprint = same_data(plans)
     threat = build(first.cfg, "threat", Threat)
     ((name, attack),) = built_suite(first.cfg, threat).items()
     networks = {run: planned_network(plan, images).eval().requires_grad_(False) for run, plan in plans.items()}
@@ -87,14 +87,6 @@ def names(folders: Sequence[Path]) -> dict[str, Path]:
     if len(named) < len(folders):
         raise UserError("RUN_FOLDER: the same folder is given twice; expected different runs")
     return named
-
-
-def _images(plans: Mapping[str, Plan]) -> tuple[Images, str]:
-    """The data that all runs use, and its fingerprint."""
-    fingerprints = {plan.dataset.fingerprint(): name for name, plan in plans.items()}
-    if len(fingerprints) > 1:
-        raise UserError(f"{', '.join(fingerprints.values())}: use different data; expected the same data")
-    return next(iter(plans.values())).dataset.load(), next(iter(fingerprints))
 
 
 def _transfer_from(name: str, network: nn.Module, attack: Attack) -> Transfer:

@@ -28,6 +28,9 @@ COLOURS = {"relu": "#000000", "lwta": "#009E73", "kwta": "#0072B2"}
 WARNING = "#D55E00"
 """What is left in the worst case, beside what plain PGD leaves."""
 
+OTHER = "#CC79A7"
+"""What is none of the project's activations, such as max-pooling."""
+
 
 _PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 _DASHES = ((None, None), (4, 1.5), (1, 1), (5, 1, 1, 1))
@@ -107,17 +110,19 @@ def inline_svg(figure: "Figure", prefix: str = "") -> str:
     return text
 
 
-def save(figure: "Figure", path: Path, rows: Sequence[Mapping[str, Any]]) -> list[Path]:
+def save(figure: "Figure", path: Path, rows: Sequence[Mapping[str, Any]] | None) -> list[Path]:
     """Write a figure as SVG and PNG, and its numbers as CSV.
 
     Args:
         figure: to write.
         path: of the files, without a suffix.
-        rows: the numbers that are drawn, with the same keys in each.
+        rows: the numbers that are drawn, with the same keys in each; ``None`` to write none.
     """
     files = [path.with_name(f"{path.name}.{suffix}") for suffix in ("svg", "png", "csv")]
     for file in files[:2]:
         write_bytes(file, drawn(figure, file.suffix[1:]))
+    if rows is None:
+        return files[:2]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()

@@ -1,0 +1,1 @@
+"""What a network is like along lines and planes: its pieces, its jumps, its loss."""
