@@ -242,6 +242,9 @@ def test_runs_that_were_not_trained_have_no_training_curve(run: Path) -> None:
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="no epoch is finished"):
         training.draw([Run.read(run)])
+    write_lines(run / "metrics.jsonl", [{"epoch": 1, "val_accuracy": 0.5}])
+    _, rows = training.draw([Run.read(run)])
+    assert rows[0]["val_accuracy"] == 0.5
     (run / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="checksum"):
         training.draw([Run.read(run)])

@@ -64,10 +64,10 @@ def draw(runs: Sequence[Run]) -> Drawing:
         raise UserError("draw training: no metrics.jsonl in these runs; expected runs that were trained")
     curves = groups("training", trained)
     tables = [rows(each) for each in curves]
-    if not any(tables):
-        raise UserError("draw training: no epoch is finished in these runs")
     names = [name for name in MEASURES if any(name in row for table in tables for row in table)]
-    single = len(curves) == 1
+    if not names:
+        raise UserError("draw training: no epoch is finished in these runs")
+    single = len(curves) == 1 and "accuracy" in names
     panels = [name for name in names if not (single and name in ("val_accuracy", "val_robust_accuracy"))]
     with styled():
         from matplotlib.figure import Figure
@@ -91,7 +91,7 @@ def draw(runs: Sequence[Run]) -> Drawing:
                 axis.set_ylim(0, 100)
         axes[-1].set_xlabel("epoch")
         titled(figure, _title(trained, curves))
-        legend = axes[panels.index("accuracy")] if single and "accuracy" in panels else axes[0]
+        legend = axes[panels.index("accuracy")] if single else axes[0]
         handles, labels = legend.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3 if single else 2)
     keys = dict.fromkeys(key for table in tables for row in table for key in row)
