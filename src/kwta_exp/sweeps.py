@@ -78,7 +78,7 @@ class Sweep:
                 "program": environment.program(),
                 "overrides": list(overrides),
                 "jobs": None if jobs is None else [list(job) for job in jobs],
-                "started": round(time.time(), 3),
+                "started": round(time.time(), 6),
             },
         )
 
@@ -110,7 +110,7 @@ class Sweep:
     def failed_job(self) -> Job | None:
         """A job that has failed since this grid was last started."""
         since = float(self.content().get("started", 0.0))
-        return next((job for job in self.recorded() if job.state == "failed" and job.started >= since), None)
+        return next((job for job in self.recorded() if job.state == "failed" and job.started > since), None)
 
     def content(self) -> dict[str, Any]:
         """What :meth:`begin` recorded.
@@ -176,7 +176,7 @@ class RunningJob:
 
     def write(self, state: str, error: Exception | None = None) -> None:
         """Replace the record."""
-        content = {**self._content, "state": state, "started": round(self._started, 3)}
+        content = {**self._content, "state": state, "started": round(self._started, 6)}
         if state != "running":
             content["seconds"] = round(time.time() - self._started, 3)
         if error is not None:
