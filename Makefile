@@ -13,7 +13,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: help setup demo test test-browser test-cpus test-slow lint type format bench bench-page bench-gpu calibrate results figures clean
+.PHONY: help setup demo test test-browser test-cpus test-slow lint type format bench bench-page bench-gpu calibrate results figures docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -62,6 +62,10 @@ calibrate: $(READY)  ## the verdict's thresholds and errors (an hour; wants Fash
 results: $(READY)  ## docs/results.md from the records in docs/results/, and the table of checks in docs/verdict.md
 	$(BIN)/python -m scripts.study page
 	$(BIN)/python -m scripts.verdict
+
+docs: $(READY)  ## site/: the documentation as pages that open without a network
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 figures: $(READY)  ## docs/figures/ from the records in docs/results/
 	$(BIN)/python -m scripts.figures

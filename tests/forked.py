@@ -24,9 +24,10 @@ from tests.launched import CONF, parse_once
 
 ROOT = Path(__file__).parent.parent
 LOADED = [
-    "kwta_exp.attacks", "kwta_exp.evaluation", "kwta_exp.experiment", "kwta_exp.models", "kwta_exp.parts",
-    "kwta_exp.report.terminal", "kwta_exp.training.trainer", "foolbox", "lightning_fabric", "sklearn.datasets",
-    "torchvision",
+    "kwta_exp.attacks", "kwta_exp.draw.confusion", "kwta_exp.draw.pages", "kwta_exp.draw.passes",
+    "kwta_exp.draw.training", "kwta_exp.evaluation", "kwta_exp.experiment", "kwta_exp.models", "kwta_exp.parts",
+    "kwta_exp.report.terminal", "kwta_exp.training.trainer", "foolbox", "lightning_fabric",
+    "matplotlib.backends.backend_svg", "matplotlib.figure", "sklearn.datasets", "torchvision",
 ]  # fmt: skip
 
 

@@ -25,6 +25,11 @@ def _plain(content: Any) -> Any:
     return [_plain(each) for each in content] if isinstance(content, list) else content
 
 
+def has_begun(outputs: Path) -> bool:
+    """Whether there is a grid; Hydra makes its folder a moment before."""
+    return any((outputs / "sweeps").glob("*/sweep.json"))
+
+
 def the_grid(outputs: Path) -> Sweep:
     """The only grid of these outputs."""
     (path,) = (outputs / "sweeps").iterdir()

@@ -48,16 +48,19 @@ def evaluation(
         fooled: the images that each attack fools; each attack runs on all clean-correct images.
         threat: default L-inf 0.1.
         verdict: replaces the verdict that follows from the outcomes.
-        columns: values that replace zeros, by attack and column.
+        columns: values that replace zeros, by attack and column; of ``clean``, the labels alone. The prediction
+            on a clean image is the label, or one more where it is wrong.
         about: values that replace those of :data:`RUN`.
     """
     folder, threat = run / "evaluation" / name, threat or Threat(norm="linf", eps=0.1)
     index = np.arange(len(correct))
     digest = np.array([b"%016x" % i for i in index], dtype="S16")
     wrong = (~np.array(correct)).astype(np.int64)
-    zeros = {"margin": np.zeros(len(correct), np.float32), "label": np.zeros(len(correct), np.int64)}
+    margin, label = np.zeros(len(correct), np.float32), np.zeros(len(correct), np.int64)
+    label += np.array((columns or {}).get("clean", {}).get("label", 0))
+    rows = {"index": index, "digest": digest, "label": label, "prediction": label + wrong, "margin": margin}
     clean = Record(folder / "clean.npz")
-    clean.append({"index": index, "digest": digest, **zeros, "prediction": wrong}, len(correct), 0, 0.0)
+    clean.append(rows, len(correct), 0, 0.0)
     clean.save()
     outcome = Outcome(clean)
     due = outcome.due(None)

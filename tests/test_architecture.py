@@ -26,8 +26,9 @@ LAYERS = [
     {"plan"},
     {"parts", "processes"},
     {"audit", "trained_networks"},
-    {"experiment", "verify", "transfer_matrix", "figures"},
-    {"command"},
+    {"experiment", "verify", "transfer_matrix"},
+    {"command", "examples"},
+    {"figures"},
     {"cli"},
     {"__main__"},
 ]

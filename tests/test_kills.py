@@ -14,7 +14,7 @@ import pytest
 
 from kwta_exp.report.status import status
 from tests.conftest import TINY, run_py_forked
-from tests.grids import attempts, outcomes, the_grid
+from tests.grids import attempts, has_begun, outcomes, the_grid
 from tests.test_launchers import needs_joblib, start, wait_for
 
 GRID = [
@@ -104,7 +104,7 @@ def test_a_launcher_and_workers_killed_twenty_times_end_like_an_undisturbed_grid
 
 def note_ends(outputs: Path, ended: dict[int, float]) -> None:
     """Note the time for each process that an attempt names."""
-    if (outputs / "sweeps").exists():
+    if has_begun(outputs):
         for tried in attempts(outputs, the_grid(outputs)).values():
             for each in tried:
                 ended.setdefault(each["pid"], time.time())

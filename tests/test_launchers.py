@@ -20,7 +20,7 @@ from kwta_exp.grid import _divide_machine, _require_plugin
 from kwta_exp.report.status import status
 from kwta_exp.storage import read_json
 from tests.conftest import TINY, run_py_forked
-from tests.grids import attempts, outcomes, the_grid
+from tests.grids import attempts, has_begun, outcomes, the_grid
 
 ROOT = Path(__file__).parent.parent
 GRID = ["-m", *TINY, "suite=quick", "activation=relu,kwta", "seed=0,1"]
@@ -68,7 +68,7 @@ def test_workers_end_with_their_launcher_and_save_their_state(tmp_path: Path) ->
     parallel = start(tmp_path, *grid, "hydra/launcher=parallel", "hydra.launcher.n_jobs=2")
 
     def under_way(number: int) -> "dict[str, Any] | None":
-        tried = attempts(tmp_path, the_grid(tmp_path)).get(number) if (tmp_path / "sweeps").exists() else None
+        tried = attempts(tmp_path, the_grid(tmp_path)).get(number) if has_begun(tmp_path) else None
         return tried[-1] if tried and (tmp_path / folder(number) / "metrics.jsonl").exists() else None
 
     def folder(number: int) -> str:
@@ -125,7 +125,7 @@ def test_a_lost_ray_job_loses_no_other(tmp_path: Path) -> None:
         "hydra.launcher.ray.remote.max_retries=0",
     ]  # fmt: skip
     started = start(tmp_path, *grid)
-    wait_for(lambda: (tmp_path / "sweeps").exists() and attempts(tmp_path, the_grid(tmp_path)).get(0))
+    wait_for(lambda: has_begun(tmp_path) and attempts(tmp_path, the_grid(tmp_path)).get(0))
     os.kill(attempts(tmp_path, the_grid(tmp_path))[0][-1]["pid"], signal.SIGKILL)
     said, _ = started.communicate(timeout=300)
     assert started.returncode == 1
@@ -280,7 +280,7 @@ def test_a_slurm_grid_survives_cancelled_killed_timed_out_and_preempted_jobs(
 
     def running(number: int) -> bool:
         """Whether a job trains."""
-        if not (outputs / "sweeps").exists():
+        if not has_begun(outputs):
             return False
         tried = attempts(outputs, the_grid(outputs)).get(number, [])
         return bool(tried) and "ended" not in tried[-1]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from kwta_exp.cli import main
+from kwta_exp.draw.pages import figures_of
 from kwta_exp.errors import UserError
 from kwta_exp.report.pages import grid_page, run_page, threat_text, write_grid_page, write_run_page
 from kwta_exp.report.runs import Run, find
@@ -188,7 +189,9 @@ def test_pages_open_offline_without_a_finding(tmp_path: Path, browser: Any, sche
         made(tmp_path, "kwta", seed, fooled)
     made(tmp_path, "relu", 0, 2)
     runs = [Run.read(folder) for folder in find([tmp_path])]
-    pages = [write_grid_page(runs, "runs", tmp_path / "report.html"), runs[0].folder / "report.html"]
+    page_of_all = write_grid_page(runs, "runs", tmp_path / "report.html", figures_of=figures_of)
+    pages = [page_of_all, runs[0].folder / "report.html"]
+    assert "<svg xmlns" in pages[1].read_text()  # a figure
     context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900}, offline=True)
     for path in pages:
         page, said, asked = context.new_page(), [], []

@@ -194,6 +194,7 @@ def _summary(args: argparse.Namespace) -> str:
 
 
 def _report(args: argparse.Namespace) -> str:
+    from kwta_exp.draw.pages import figures_of
     from kwta_exp.draw.ratio import for_a_page
     from kwta_exp.report.pages import write_grid_page, write_run_page
     from kwta_exp.report.runs import Run, is_run
@@ -202,7 +203,8 @@ def _report(args: argparse.Namespace) -> str:
 
     first = Path(args.select[0]) if args.select else outputs()
     if len(args.select) == 1 and first.is_dir() and is_run(run_of(first)):
-        return f"{write_run_page(Run.read(run_of(first)), args.output)} is written"
+        run = Run.read(run_of(first))
+        return f"{write_run_page(run, args.output, figures_of(run))} is written"
     runs = selection(args.select)
     if not runs:
         raise UserError(f"{' '.join(args.select) or first}: no runs; kwta-exp list shows which there are")
@@ -211,7 +213,7 @@ def _report(args: argparse.Namespace) -> str:
         command = str(Sweep(folder).content().get("command", ""))
     to = args.output or folder / "report.html"
     title, figures = f"Runs in {folder.absolute().name}", for_a_page(runs)
-    return f"{write_grid_page(runs, title, to, command, figures)} is written"
+    return f"{write_grid_page(runs, title, to, command, figures, figures_of)} is written"
 
 
 def _track(args: argparse.Namespace) -> str:

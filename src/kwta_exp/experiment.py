@@ -182,11 +182,13 @@ def _no_tracker() -> None:
 
 
 def _write_report(folder: RunFolder) -> None:
+    from kwta_exp.draw.pages import figures_of
     from kwta_exp.report.pages import write_run_page
     from kwta_exp.report.runs import Run
 
+    run = Run.read(folder.path)
     try:
-        log.info("Report: %s", write_run_page(Run.read(folder.path)))
+        log.info("Report: %s", write_run_page(run, figures=figures_of(run)))
     except UserError as error:  # the results are there all the same
         log.warning("no report was written: %s", error)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from kwta_exp.draw.style import Drawing, save
 from kwta_exp.errors import UserError
 from kwta_exp.report.selection import add_selection, first_folder, selection
+from kwta_exp.run_folder import run_of
 
 if TYPE_CHECKING:
     from kwta_exp.trained_networks import TrainedNetworks
@@ -58,6 +59,25 @@ def add_kinds(parser: argparse.ArgumentParser) -> None:
 
     ratio = kind("ratio", _ratio, "accuracy against the sparsity ratio, under plain PGD and in the worst case")
     add_selection(ratio)
+    for name, drawing, about in (
+        ("passes", _passes, "accuracy against passes an image, for each attack of an evaluation"),
+        ("checks", _checks, "the checks behind a verdict against their thresholds"),
+        ("confusion", _confusion, "accuracy of each class, and which class an attack makes of which"),
+    ):
+        _add_evaluation(kind(name, drawing, about))
+    add_selection(kind("training", _training, "loss, accuracies and ratio against the epoch"))
+    add_selection(kind("eps", _eps, "accuracy against eps, from all evaluations of each run"))
+
+    examples = kind("examples", _examples, "adversarial examples of a run with evaluation.save_images=true")
+    _add_evaluation(examples)
+    examples.add_argument("--images", type=int, default=6, metavar="N", help="how many (default: 6)")
+    _add_trust(examples)
+
+
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """The evaluation that is drawn."""
+    about = "a run's folder, or that of one of its evaluations"
+    parser.add_argument("select", nargs=1, type=Path, metavar="RUN_FOLDER", help=about)
 
 
 def _add_runs(parser: argparse.ArgumentParser, images: int) -> None:
@@ -68,6 +88,10 @@ def _add_runs(parser: argparse.ArgumentParser, images: int) -> None:
         help=f"test images that all of them classify correctly (default: {images})",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the random directions (default: 0)")
+    _add_trust(parser)
+
+
+def _add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust", action="store_true", help="build any class that the run folders name; only for your own runs"
     )
@@ -76,7 +100,7 @@ def _add_runs(parser: argparse.ArgumentParser, images: int) -> None:
 def draw(args: argparse.Namespace) -> str:
     """Draw what the arguments of :func:`add_kinds` say; the files written, one a line."""
     figure, rows = args.drawing(args)
-    folder = args.output or first_folder(list(map(str, args.select))) / "figures"
+    folder = args.output or run_of(first_folder(list(map(str, args.select)))) / "figures"
     return "\n".join(map(str, save(figure, folder / args.kind, rows)))
 
 
@@ -152,3 +176,47 @@ def _ratio(args: argparse.Namespace) -> Drawing:
     from kwta_exp.report.summary import measured
 
     return ratio.draw(ratio.points(measured(selection(args.select))))
+
+
+def _passes(args: argparse.Namespace) -> Drawing:
+    from kwta_exp.draw import passes
+    from kwta_exp.evaluation.stored import Stored
+
+    return passes.draw(Stored.read(args.select[0]))
+
+
+def _checks(args: argparse.Namespace) -> Drawing:
+    from kwta_exp.draw import checks
+    from kwta_exp.evaluation.stored import Stored
+
+    return checks.draw(Stored.read(args.select[0]).results)
+
+
+def _confusion(args: argparse.Namespace) -> Drawing:
+    from kwta_exp.draw import confusion
+    from kwta_exp.evaluation.stored import Stored
+
+    return confusion.draw(Stored.read(args.select[0]))
+
+
+def _training(args: argparse.Namespace) -> Drawing:
+    from kwta_exp.draw import training
+
+    return training.draw(selection(args.select))
+
+
+def _eps(args: argparse.Namespace) -> Drawing:
+    from kwta_exp.draw import eps
+
+    return eps.draw(selection(args.select))
+
+
+def _examples(args: argparse.Namespace) -> Drawing:
+    from kwta_exp import examples
+    from kwta_exp.config import user_errors
+    from kwta_exp.plan import plan_to_judge
+
+    (folder,) = args.select
+    with user_errors():
+        plan = plan_to_judge(run_of(folder), [], None, args.trust)
+        return examples.draw(plan, folder, args.images)

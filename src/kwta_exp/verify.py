@@ -150,7 +150,7 @@ def _judged(evaluation: Path, judge: Judge, images: Split, threat: Threat) -> It
         yield _Piece(("clean", "worst case"), rows, x, y, misclassified(judge.logits(x), y).cpu())
     row_of = {index: row for row, index in enumerate(images.index.tolist())}
     for path in sorted((evaluation / "images").glob("*.npz")):
-        index, x_adv = _read_images(path)
+        index, x_adv = read_images(path)
         if not set(index) <= row_of.keys():
             raise UserError(f"{path}: its index is not among the {len(images)} test images")
         rows = torch.tensor([row_of[i] for i in index])
@@ -192,7 +192,7 @@ def is_at_rounding(judge: Judge, x: Tensor, y: Tensor) -> Tensor:
     return (margin(exact, y).abs() <= NEAR * span) | (wrong != wrong[0]).any(0)
 
 
-def _read_images(path: Path) -> tuple[list[int], Tensor]:
+def read_images(path: Path) -> tuple[list[int], Tensor]:
     """The indices of test images, and their adversarial images, float32 ``(N, C, H, W)``."""
     arrays = read_arrays(path)
     index, x_adv = arrays.get("index"), arrays.get("x_adv")

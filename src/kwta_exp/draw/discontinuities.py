@@ -65,6 +65,7 @@ def draw(found: Mapping[str, Jumps], eps: float) -> Drawing:
         left.set_yticks(range(len(found)), list(found))
         left.invert_yaxis()
         left.set_xscale("symlog", linthresh=1)
+        left.xaxis.set_major_formatter("{x:,g}")
         most = max(line.density for jumps in found.values() for line in jumps.lines)
         left.set_xlim(-0.3, 5 * max(1, most))
         images = max(len(jumps.lines) for jumps in found.values())

@@ -104,8 +104,13 @@ def _searches_without_gradient(record: Record) -> bool:
 
 
 def _accuracy(correct: npt.NDArray[np.bool_], name: str) -> dict[str, Any]:
+    count, n = int(correct.sum()), len(correct)
+    return {name: count / n, "n": n, "ci95": list(wilson(count, n))}
+
+
+def wilson(count: int, n: int) -> tuple[float, float]:
+    """Wilson's 95% interval of the share ``count / n``."""
     from scipy.stats import binomtest  # slow to import
 
-    count, n = int(correct.sum()), len(correct)
     interval = binomtest(count, n).proportion_ci(0.95, method="wilson")
-    return {name: count / n, "n": n, "ci95": [float(interval.low), float(interval.high)]}
+    return float(interval.low), float(interval.high)

@@ -9,7 +9,8 @@ one script only.
 import base64
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +26,8 @@ from kwta_exp.report.runs import Run, shown, varying
 from kwta_exp.report.summary import CLEAN, WORST, Table, measured, tables
 from kwta_exp.run_folder import RunFolder, read_config_file
 from kwta_exp.storage import read_json, write_text
+
+_REM_PER_INCH = 7.4
 
 VERDICTS = ("sound", "suspect", "masked", "untested")
 
@@ -44,6 +47,12 @@ class Figure:
     title: str
     text: str
     svg: Markup
+
+    @property
+    def width(self) -> str:
+        """Its width on a page, in rem: a column of a paper, 3.3 inches, is a third of a wide page."""
+        points = re.match(r'<svg[^>]*? width="([\d.]+)pt"', self.svg)
+        return f"{float(points[1]) / 72 * _REM_PER_INCH:.1f}" if points else "52"
 
 
 def run_page(run: Run, figures: Sequence[Figure] = ()) -> str:
@@ -111,26 +120,41 @@ def grid_page(
     )
 
 
-def write_run_page(run: Run, to: Path | None = None) -> Path:
+def write_run_page(run: Run, to: Path | None = None, figures: Sequence[Figure] = ()) -> Path:
     """Write the page of a run.
 
     Args:
         run: that has a finished evaluation.
         to: the file; ``None`` for ``report.html`` in the run's folder.
+        figures: to show.
     """
     path = RunFolder(run.folder).report if to is None else to
-    write_text(path, run_page(run))
+    write_text(path, run_page(run, figures))
     return path
 
 
 def write_grid_page(
-    runs: Sequence[Run], title: str, to: Path, command: str = "", figures: Sequence[Figure] = ()
+    runs: Sequence[Run],
+    title: str,
+    to: Path,
+    command: str = "",
+    figures: Sequence[Figure] = (),
+    figures_of: Callable[[Run], Sequence[Figure]] = lambda _: (),
 ) -> Path:
-    """Write the page of many runs, and that of each run where it is missing or older than its results."""
+    """Write the page of many runs, and that of each run where it is missing or older than its results.
+
+    Args:
+        runs: any, finished or not.
+        title: of the page.
+        to: the file.
+        command: that makes these runs, if it is known.
+        figures: to show.
+        figures_of: the figures for the page of one run.
+    """
     for run in runs:
         if run.latest is not None and not RunFolder(run.folder).report_is_current:
             with suppress(UserError):  # a folder of somebody else's, say
-                write_run_page(run)
+                write_run_page(run, figures=figures_of(run))
     write_text(to, grid_page(runs, title, to.absolute().parent, command, figures))
     return to
 
