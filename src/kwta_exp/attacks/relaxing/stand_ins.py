@@ -223,5 +223,6 @@ def _squashing(mode: Relaxing, func: Callable[..., Any], args: Arguments, kwargs
 
 
 RULES |= {name: _comparison(name) for name in ("gt", "ge", "lt", "le", "eq", "ne")}
+RULES |= {"__eq__": RULES["eq"], "__ne__": RULES["ne"]}
 RULES |= {"greater": RULES["gt"], "greater_equal": RULES["ge"], "less": RULES["lt"], "less_equal": RULES["le"]}
 RULES |= dict.fromkeys(("round", "floor", "ceil", "trunc", "fix"), _straight("rounding"))
