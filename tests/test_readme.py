@@ -185,7 +185,7 @@ def test_every_kind_of_own_part_has_a_recipe() -> None:
     groups = {Path(name).parent.name for name in FILES if name.endswith(".yaml")}
     assert groups == {"activation", "model", "dataset", "attack"}
     assert len(COMMANDS) > 40
-    assert len(PYTHON) == 3
+    assert len(PYTHON) == 4
 
 
 @pytest.mark.parametrize("number", range(len(PYTHON)))

@@ -30,6 +30,7 @@ from kwta_exp.attacks.base import (
 )
 from kwta_exp.attacks.losses import Loss, LossName, loss_and_labels
 from kwta_exp.attacks.pgd import PGD, Best, normalised
+from kwta_exp.attacks.relaxing import StraightThrough
 from kwta_exp.fields import STRICT, Eps, Norm
 from kwta_exp.randomness import fold
 
@@ -262,7 +263,7 @@ def relaxed(layers: Layers, temperature: float, exact_forward: bool = True) -> I
                 soft = relaxation(module, inputs[0], temperature)
             finally:
                 inside = False
-            passed: Tensor = _StraightThrough.apply(output.detach(), soft) if exact_forward else soft
+            passed: Tensor = StraightThrough.apply(output.detach(), soft) if exact_forward else soft
             return passed
 
         return hook
@@ -275,15 +276,3 @@ def relaxed(layers: Layers, temperature: float, exact_forward: bool = True) -> I
         forward_is_exact.reset(token)
         for handle in handles:
             handle.remove()
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Forward the first argument, backward to the second."""
-
-    @staticmethod
-    def forward(ctx: Any, exact: Tensor, soft: Tensor) -> Tensor:
-        return exact.view_as(exact)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        return None, gradient

@@ -1,0 +1,180 @@
+"""The mode, and what its rules share."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+Arguments = tuple[Any, ...]
+Rule = Callable[["Relaxing", Callable[..., Any], Arguments, dict[str, Any]], Any]
+"""``(mode, function, arguments, keywords)`` to what the function returns."""
+
+RULES: dict[str, Rule] = {}
+"""The rules by the name of the function; see :func:`rule`."""
+
+SOFT, SOURCE, CHOICE = "_kwta_exp_soft", "_kwta_exp_source", "_kwta_exp_choice"
+"""Attributes of tensors: the soft value; what was detached; which values an index stands for."""
+
+
+class Relaxing(TorchFunctionMode):
+    """While it is active, operators pass gradients that they do not pass by themselves.
+
+    Args:
+        temperature: width of the stand-ins, as a multiple of the standard deviation of the values that compete.
+        exact_forward: compute the operators themselves forward; else their stand-ins, where these are floats.
+
+    Attributes:
+        relaxed: how many calls of each kind were relaxed.
+        lost: how many calls gave values away to where no gradient can follow, such as NumPy.
+    """
+
+    def __init__(self, temperature: float, exact_forward: bool = True) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.exact_forward = exact_forward
+        self.relaxed: Counter[str] = Counter()
+        self.lost: Counter[str] = Counter()
+        self.paused = 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Arguments = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        rule = None if self.paused else _rule_of(func)
+        if rule is None:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        return rule(self, func, args, dict(kwargs or {}))
+
+    def passed(self, exact: Tensor, soft: Tensor) -> Tensor:
+        """``exact`` with the gradient of ``soft``; booleans and integers get it as their soft value."""
+        if exact.is_floating_point():
+            if not self.exact_forward:
+                return soft.to(exact.dtype)
+            with torch.enable_grad():
+                passed: Tensor = StraightThrough.apply(exact.detach(), soft.to(exact.dtype))
+            setattr(passed, SOFT, soft)
+            return passed
+        setattr(exact, SOFT, soft)
+        return exact
+
+    def gate(self, difference: Tensor, like: Tensor, dims: Sequence[int]) -> Tensor:
+        """``sigmoid(difference / (temperature * spread))``: the spread is that of ``like`` over ``dims``."""
+        return torch.sigmoid(difference / (self.temperature * spread(like, dims)))
+
+
+class StraightThrough(torch.autograd.Function):
+    """Forward the first argument, backward to the second."""
+
+    @staticmethod
+    def forward(ctx: Any, exact: Tensor, soft: Tensor) -> Tensor:
+        return exact.view_as(exact)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What an index stands for: the largest (or smallest) values of ``source`` along ``dim``.
+
+    Attributes:
+        source: the values, with a graph.
+        dim: along which they compete.
+        sign: 1 for the largest, -1 for the smallest.
+        ranked: the chosen values in order of rank, the last one is the threshold.
+        keepdim: whether the index has the dimension ``dim``.
+    """
+
+    source: Tensor
+    dim: int
+    sign: int
+    ranked: Tensor
+    keepdim: bool = True
+
+    def membership(self, mode: Relaxing) -> Tensor:
+        """How far each value of the source is among the chosen ones, from 0 to 1, in the source's shape."""
+        threshold = self.ranked.narrow(self.dim, -1, 1).detach()
+        return mode.gate(self.sign * (self.source - threshold), self.source, [self.dim])
+
+
+def spread(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """The standard deviation over ``dims``, which are kept, above 0 and without a graph.
+
+    In two passes, because ``torch.std`` is several times slower on a CPU.
+    """
+    x, over = x.detach(), tuple(dims)
+    from_mean = x - x.mean(over, keepdim=True)
+    freedom = max(1, math.prod(x.shape[dim] for dim in over) - 1)
+    deviation: Tensor = torch.linalg.vector_norm(from_mean, dim=over, keepdim=True) / freedom**0.5
+    return deviation.clamp_min(1e-12)
+
+
+def soft_value(value: Any) -> Tensor | None:
+    """The soft value of a tensor, if it has one."""
+    return getattr(value, SOFT, None) if isinstance(value, Tensor) else None
+
+
+def graph_of(value: Any) -> Tensor | None:
+    """What a gradient by ``value`` can go to: its soft value, itself, or what it was detached from."""
+    if not isinstance(value, Tensor):
+        return None
+    soft = soft_value(value)
+    if soft is not None:
+        return soft
+    if value.requires_grad and value.is_floating_point():
+        return value
+    return getattr(value, SOURCE, None)
+
+
+def exactly(func: Callable[..., Any], args: Arguments, kwargs: dict[str, Any]) -> Any:
+    """The operator itself, without a graph."""
+    with torch.no_grad():
+        return func(*args, **kwargs)
+
+
+def broadcast_dims(wide: Any, other: Any) -> list[int]:
+    """The dimensions along which ``other`` is one value for all of ``wide``: the values there compete."""
+    if not isinstance(wide, Tensor) or not isinstance(other, Tensor) or other.dim() != wide.dim():
+        return []
+    sizes = zip(wide.shape, other.shape, other.stride(), strict=True)
+    return [dim for dim, (size, own, stride) in enumerate(sizes) if size > 1 and (own == 1 or stride == 0)]
+
+
+def of_each_image(x: Tensor) -> list[int]:
+    return list(range(1, x.dim())) if x.dim() > 1 else list(range(x.dim()))
+
+
+def size_of(value: Any) -> int:
+    return value.numel() if isinstance(value, Tensor) else 1
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register the rule of the functions with these names, such as ``"mul"``: a method's or torch's."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+_by_function: dict[Any, Rule | None] = {}
+
+
+def _rule_of(func: Callable[..., Any]) -> Rule | None:
+    """The rule of a function, found by its name once."""
+    try:
+        return _by_function[func]
+    except KeyError:
+        found = RULES.get(getattr(func, "__name__", ""))
+        _by_function[func] = found
+        return found
