@@ -110,17 +110,19 @@ def test_idle_threads_stop_spinning_soon_unless_the_user_sets_otherwise(
     assert os.environ.get("GOMP_SPINCOUNT") == spins
 
 
-@pytest.mark.parametrize("command", ["command", "cli"])
-def test_every_command_sets_the_spin_count_before_importing_torch(command: str) -> None:
+@pytest.mark.parametrize(("module", "words"), [("command", []), ("cli", ["list"])])
+def test_every_command_sets_the_spin_count_before_importing_torch(
+    module: str, words: list[str], tmp_path: Path
+) -> None:
     """OpenMP reads it once, as torch is loaded."""
     code = f"""if True:
         import sys
-        import kwta_exp.{command} as it
-        sys.argv[1:] = ["run"]
-        it.let_idle_threads_sleep = lambda: sys.exit("torch" in sys.modules)
+        import kwta_exp.{module} as it
+        sys.argv[1:] = {words}
+        it.let_idle_threads_sleep = lambda: sys.exit(4 if "torch" in sys.modules else 3)
         it.main()
         """
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=tmp_path).returncode == 3
 
 
 def test_a_gpu_is_used_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
