@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kwta_exp.activations import KWTA, LWTA, kwta
-from kwta_exp.activations.soft_gate import soft_gate
+from kwta_exp.activations.soft_gate import soft_gate, standard_deviation
 from kwta_exp.attacks.bpda import soft_lwta
 from kwta_exp.attacks.relaxing import Relaxing
-from kwta_exp.attacks.relaxing.mode import spread
 from kwta_exp.models import ResNet
 
 K = 5
@@ -157,8 +156,8 @@ def test_every_other_operator_passes_a_gradient_to_all_values(name: str) -> None
 
 def test_the_gradient_of_a_comparison_is_that_of_its_sigmoid() -> None:
     x = images()
-    soft = torch.sigmoid((x - 0.3) / (T * spread(x, [1, 2, 3])))
-    expected = soft * (1 - soft) / (T * spread(x, [1, 2, 3]))
+    soft = torch.sigmoid((x - 0.3) / (T * standard_deviation(x, [1, 2, 3])))
+    expected = soft * (1 - soft) / (T * standard_deviation(x, [1, 2, 3]))
     weights = torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view_as(x)
     for function in (lambda x: (x > 0.3).double(), lambda x: 1 - (x <= 0.3).to(x), lambda x: (x > 0.3) * 1.0):
         torch.testing.assert_close(gradient(function, x, Relaxing(T)), expected * weights)

@@ -11,6 +11,7 @@ from kwta_exp.attacks import Threat
 from kwta_exp.config import build, plain, user_errors
 from kwta_exp.data.base import Images
 from kwta_exp.data.batches import first_test_images, to_float
+from kwta_exp.draw.style import SHOWN_AS
 from kwta_exp.errors import UserError
 from kwta_exp.parts import planned_network
 from kwta_exp.plan import Plan, plan_to_judge
@@ -19,8 +20,6 @@ from kwta_exp.run_folder import run_of
 
 MANY = 1000
 """Test images that are looked at, at most."""
-
-_SHOWN = {"relu": "ReLU", "kwta": "k-WTA", "lwta": "LWTA"}
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def _names(plans: Mapping[Path, Plan]) -> dict[Path, str]:
     for run, plan in plans.items():
         activation = plan.chosen["activation"]
         ratio = plain(plan.cfg, "activation").get("ratio")
-        parts = [_SHOWN.get(activation, activation), "" if ratio is None else f"{ratio:g}"]
+        parts = [SHOWN_AS.get(activation, activation), "" if ratio is None else f"{ratio:g}"]
         training = Run.read(run).settings.get("training", "")
         found[run] = ", ".join(filter(None, (" ".join(filter(None, parts)), training)))
     names = list(found.values())

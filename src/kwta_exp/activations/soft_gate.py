@@ -6,6 +6,7 @@ another one the gradient. Elsewhere, in float64, under ``torch.func``, in forwar
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,17 +62,19 @@ def soft_gate(
         return gated
     score = x.abs() if by == "magnitude" else x
     threshold = kwta_threshold(x.detach(), ratio, k=k, over=over, by=by)
-    return x * torch.sigmoid((score - threshold) / (temperature * standard_deviation(score, 1 + per_channel)))
+    return x * torch.sigmoid(
+        (score - threshold) / (temperature * standard_deviation(score, range(1 + per_channel, x.dim())))
+    )
 
 
-def standard_deviation(x: Tensor, first: int) -> Tensor:
-    """The standard deviation over dimensions ``first`` and up, kept above 0; no gradient.
+def standard_deviation(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """The standard deviation over ``dims``, which are kept, above 0 and without a graph.
 
     In two passes, because ``torch.std`` is several times slower on a CPU.
     """
-    x, over = x.detach(), tuple(range(first, x.dim()))
+    x, over = x.detach(), tuple(dims)
     from_mean = x - x.mean(over, keepdim=True)
-    freedom = max(1, math.prod(x.shape[first:]) - 1)
+    freedom = max(1, math.prod(x.shape[dim] for dim in over) - 1)
     std: Tensor = torch.linalg.vector_norm(from_mean, dim=over, keepdim=True) / freedom**0.5
     return std.clamp_min(1e-12)
 
@@ -126,7 +129,7 @@ def _gate_on_cpu(
     score = rows.abs() if by_magnitude else rows
     threshold = kth_largest(score, k)
     threshold = threshold.masked_fill(threshold.isnan(), math.inf)
-    width = temperature * standard_deviation(score, 1)
+    width = temperature * standard_deviation(score, range(1, score.dim()))
     gated = (rows * torch.sigmoid((score - threshold) / width)).to(x.dtype)
     return _laid_out(gated.as_strided(dense.shape, dense.stride()), in_channels_last(x)), threshold, width
 

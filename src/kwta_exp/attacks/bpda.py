@@ -55,7 +55,7 @@ def soft_lwta(module: LWTA, x: Tensor, temperature: float) -> Tensor:
     groups = x.detach().unflatten(1, (-1, module.group_size))
     first, second = groups.topk(2, dim=2).values.split(1, dim=2)
     rival = torch.where(groups >= first, second, first).flatten(1, 2)
-    return x * torch.sigmoid((x - rival) / (temperature * standard_deviation(x, 1)))
+    return x * torch.sigmoid((x - rival) / (temperature * standard_deviation(x, range(1, x.dim()))))
 
 
 RELAXATIONS: dict[type[nn.Module], Relaxation] = {KWTA: soft_kwta, LWTA: soft_lwta}

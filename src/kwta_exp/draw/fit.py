@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from kwta_exp.analysis.fit import DOMAIN, Fit, curve, points
-from kwta_exp.draw.style import COLOURS, WARNING, Drawing, styled
+from kwta_exp.draw.style import COLOURS, SHOWN_AS, WARNING, Drawing, styled
 
 
 def draw(fits: Mapping[str, Fit], n: int) -> Drawing:
@@ -38,10 +38,9 @@ def draw(fits: Mapping[str, Fit], n: int) -> Drawing:
                 axis.plot(fit.x, curve(fit.x), color="#777777", dashes=(1, 1.5), label="curve")
                 _plot(axis, fit, COLOURS[name])
                 axis.plot(x, y, "o", color=WARNING, label="training points", zorder=3)
-            named = {"kwta": "k-WTA", "relu": "ReLU"}.get(name, name)
-            count = len(fit.pieces.discontinuities)
+            count, shown = len(fit.pieces.discontinuities), SHOWN_AS.get(name, name)
             axes[0, column].set_title(
-                f"{named}: {count} discontinuities, {fit.pieces.density:.3g} a unit of length", loc="left"
+                f"{shown}: {count} discontinuities, {fit.pieces.density:.3g} a unit of length", loc="left"
             )
             low, high = 0.0, (DOMAIN[1] - DOMAIN[0]) / 10
             inside = ((fit.pieces.discontinuities >= low) & (fit.pieces.discontinuities <= high)).sum()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from kwta_exp.draw.style import COLOURS, WARNING, Drawing, inline_svg, styled
+from kwta_exp.draw.style import COLOURS, SHOWN_AS, WARNING, Drawing, inline_svg, styled
 from kwta_exp.errors import UserError
 from kwta_exp.report.pages import Figure as PageFigure
 from kwta_exp.report.runs import Run
@@ -144,7 +144,7 @@ def _panel(axis: Any, training: str, table: Sequence[dict[str, Any]]) -> None:
         activation = row["activation"]
         axis.axhline(
             100 * row["worst"], color=COLOURS.get(activation, "#777777"), dashes=dashes.get(activation, (6, 2)),
-            linewidth=1, label=f"{activation.replace('relu', 'ReLU').replace('lwta', 'LWTA')}, worst case",
+            linewidth=1, label=f"{SHOWN_AS.get(activation, activation)}, worst case",
         )  # fmt: skip
     seeds = sorted({row["seeds"] for row in table})
     axis.set_xscale("log")

@@ -1,6 +1,5 @@
 """The mode, and what its rules share."""
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from kwta_exp.activations.soft_gate import standard_deviation
 
 Arguments = tuple[Any, ...]
 Rule = Callable[["Relaxing", Callable[..., Any], Arguments, dict[str, Any]], Any]
@@ -67,7 +68,7 @@ class Relaxing(TorchFunctionMode):
 
     def gate(self, difference: Tensor, like: Tensor, dims: Sequence[int]) -> Tensor:
         """``sigmoid(difference / (temperature * spread))``: the spread is that of ``like`` over ``dims``."""
-        return torch.sigmoid(difference / (self.temperature * spread(like, dims)))
+        return torch.sigmoid(difference / (self.temperature * standard_deviation(like, dims)))
 
 
 class StraightThrough(torch.autograd.Function):
@@ -104,18 +105,6 @@ class Choice:
         """How far each value of the source is among the chosen ones, from 0 to 1, in the source's shape."""
         threshold = self.ranked.narrow(self.dim, -1, 1).detach()
         return mode.gate(self.sign * (self.source - threshold), self.source, [self.dim])
-
-
-def spread(x: Tensor, dims: Sequence[int]) -> Tensor:
-    """The standard deviation over ``dims``, which are kept, above 0 and without a graph.
-
-    In two passes, because ``torch.std`` is several times slower on a CPU.
-    """
-    x, over = x.detach(), tuple(dims)
-    from_mean = x - x.mean(over, keepdim=True)
-    freedom = max(1, math.prod(x.shape[dim] for dim in over) - 1)
-    deviation: Tensor = torch.linalg.vector_norm(from_mean, dim=over, keepdim=True) / freedom**0.5
-    return deviation.clamp_min(1e-12)
 
 
 def soft_value(value: Any) -> Tensor | None:

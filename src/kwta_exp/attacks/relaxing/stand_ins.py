@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kwta_exp.activations.soft_gate import standard_deviation
 from kwta_exp.attacks.relaxing.mode import (
     CHOICE,
     RULES,
@@ -19,7 +20,6 @@ from kwta_exp.attacks.relaxing.mode import (
     of_each_image,
     rule,
     size_of,
-    spread,
 )  # fmt: skip
 
 SATURATED = 0.1
@@ -50,7 +50,7 @@ def _comparison(kind: str) -> Rule:
             if sign:
                 soft = mode.gate(sign * difference, wide, dims)
             else:
-                soft = torch.exp(-difference.abs() / (mode.temperature * spread(wide, dims)))
+                soft = torch.exp(-difference.abs() / (mode.temperature * standard_deviation(wide, dims)))
                 soft = 1 - soft if kind == "ne" else soft
         mode.relaxed["comparison"] += 1
         return mode.passed(exact, soft)
@@ -210,7 +210,7 @@ def _squashing(mode: Relaxing, func: Callable[..., Any], args: Arguments, kwargs
         return func(*args, **kwargs)
     with torch.enable_grad():
         if softmax:
-            size = spread(x, of_each_image(x))
+            size = standard_deviation(x, of_each_image(x))
         else:
             dims = tuple(range(1, x.dim())) or (0,)
             size = x.detach().square().mean(dims, keepdim=True).sqrt()
