@@ -24,7 +24,7 @@ from kwta_exp.failures import is_of_the_machine
 from kwta_exp.models.factory import with_facts
 from kwta_exp.naming import safe_names
 from kwta_exp.plan import Plan, source_network
-from kwta_exp.randomness import key
+from kwta_exp.randomness import isolated, key
 from kwta_exp.training import Training
 from kwta_exp.training.sparsity import Sparsity, layers_with_ratio
 from kwta_exp.training.trainer import Recipe
@@ -64,7 +64,7 @@ def build_parts(plan: Plan) -> Parts:
         _check_radius(at, part, images)
     network = planned_network(plan, images)
     for at, attack in inner.items():
-        _require(at, attack, network)
+        _require(at, attack, network, images)
     for at, attack in attacks.items():
         if isinstance(attack, Transfer):
             attack.connect(_source_of(at, attack, plan, images, network))
@@ -152,10 +152,12 @@ def _as_attack(cfg: Config, at: str, attack: Any, threat: Threat) -> Attack:
     return usable
 
 
-def _require(at: str, attack: Attack, network: nn.Module) -> None:
+def _require(at: str, attack: Attack, network: nn.Module, images: Images) -> None:
     """Raise if an attack that training uses does not apply to the network."""
+    device = next(network.parameters(), torch.empty(0)).device
     try:
-        attack.check_applicable(network)
+        with isolated(0):
+            attack.check_applicable(network, torch.rand(2, *images.x_train.shape[1:], device=device))
     except NotApplicableError as error:
         raise UserError(f"{at}: {type(attack).__name__} cannot attack this network: {error}") from error
 

@@ -72,11 +72,16 @@ class Attack(ABC):
         """The cost of an image that is never fooled, for the forecast; ``None`` if unknown."""
         return None
 
-    def check_applicable(self, model: nn.Module) -> None:  # noqa: B027 - most attacks apply to any
-        """Raise a :class:`NotApplicableError` if the attack does not apply to ``model``."""
+    def check_applicable(self, model: nn.Module, x: Tensor) -> None:  # noqa: B027 - most attacks apply to any
+        """Raise a :class:`NotApplicableError` if the attack does not apply to ``model`` and images as ``x``."""
 
-    def details(self, model: nn.Module) -> dict[str, Any]:
-        """What ``results.json`` should say of the attack beside its outcome."""
+    def details(self, model: nn.Module, x: Tensor) -> dict[str, Any]:
+        """What ``results.json`` should say of the attack beside its outcome.
+
+        Args:
+            model: what was attacked.
+            x: a few of its images, in [0, 1].
+        """
         return {}
 
 
@@ -143,12 +148,18 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 def input_gradient(
     model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, loss: Loss
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of ``loss(logits, y)`` by ``x`` alone, the logits and the losses ``(N,)``, all detached."""
+    """The gradient of ``loss(logits, y)`` by ``x`` alone, the logits and the losses ``(N,)``, all detached.
+
+    It is 0 where the network's outputs have no graph, such as after a detour through NumPy.
+    """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(x)
         value = loss(logits, y)
-        (gradient,) = torch.autograd.grad(value.sum(), x)
+        gradient = None
+        if value.requires_grad:
+            (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
+        gradient = torch.zeros_like(x) if gradient is None else gradient
     return gradient, logits.detach(), value.detach()
 
 

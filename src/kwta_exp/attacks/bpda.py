@@ -8,8 +8,7 @@ threshold, so the gradient also tells which losers are about to win.
 """
 
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Any, ClassVar, Literal
 
@@ -26,16 +25,12 @@ from kwta_exp.attacks.base import (
     MicroBatches,
     NotApplicableError,
     compact,
-    forward_is_exact,
 )
 from kwta_exp.attacks.losses import Loss, LossName, loss_and_labels
 from kwta_exp.attacks.pgd import PGD, Best, normalised
-from kwta_exp.attacks.relaxing import StraightThrough
+from kwta_exp.attacks.relaxing.model import Relaxation, RelaxedModel, examined
 from kwta_exp.fields import STRICT, Eps, Norm
 from kwta_exp.randomness import fold
-
-Relaxation = Callable[[Any, Tensor, float], Tensor]
-"""``relaxation(module, x, temperature)``: a smooth function near ``module(x)``."""
 
 
 def soft_kwta(module: KWTA, x: Tensor, temperature: float) -> Tensor:
@@ -66,18 +61,43 @@ _FIRST_STEP = 0.5  # of eps
 
 
 class _Relaxing(Attack):
-    """An attack that needs layers with a relaxation."""
+    """An attack that needs something to relax."""
 
+    temperatures: list[float]
     gates: dict[str, str] | None
+    operators: bool
 
-    def check_applicable(self, model: nn.Module) -> None:
-        """Raise a :class:`NotApplicableError` if no layer of ``model`` has a relaxation."""
-        if not relaxable(model, self.gates):
-            raise NotApplicableError("the network has no winner-take-all layer")
+    def check_applicable(self, model: nn.Module, x: Tensor) -> None:
+        """Raise a :class:`NotApplicableError` if nothing in ``model`` is relaxed."""
+        relaxing = self.relaxing(model)
+        relaxing(x.detach().clone().requires_grad_())
+        self.require_relaxed(relaxing)
 
-    def details(self, model: nn.Module) -> dict[str, int]:
-        """How many layers are relaxed."""
-        return {"activations_replaced": len(relaxable(model, self.gates))}
+    def relaxing(self, model: nn.Module, exact_forward: bool = True) -> RelaxedModel:
+        """``model`` with its stand-ins."""
+        return RelaxedModel(model, relaxable(model, self.gates), self.operators, exact_forward)
+
+    def require_relaxed(self, model: RelaxedModel) -> None:
+        """Raise a :class:`NotApplicableError` if the first call with a gradient found nothing to relax."""
+        if not model.relaxes:
+            raise NotApplicableError(
+                "the network has no winner-take-all layer, and none of its operators blocks a gradient"
+                if self.operators
+                else "the network has no winner-take-all layer"
+            )
+
+    def details(self, model: nn.Module, x: Tensor) -> dict[str, Any]:
+        """How many layers and operators are relaxed, and which modules are smoothed or not covered."""
+        layers = relaxable(model, self.gates)
+        if not self.operators:
+            return {"activations_replaced": len(layers)}
+        found = examined(model, layers, x, max(self.temperatures))
+        return {
+            "activations_replaced": found.layers,
+            "operators_relaxed": found.operators,
+            "smoothed": found.smoothed,
+            "not_covered": found.not_covered,
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -101,10 +121,12 @@ class BPDA(_Relaxing):
         loss: ``"ce"``, ``"margin"``, ``"dlr"`` or ``"kl"``.
         gates: for activations of your own: dotted path of the class to dotted path of its relaxation, a
             function ``(module, x, temperature)`` that returns a smooth function near ``module(x)``.
+        operators: relax what blocks gradients in the network's own code too: operators
+            (:class:`~kwta_exp.attacks.relaxing.Relaxing`), and modules that hide a gradient from torch.
 
     Raises:
-        NotApplicableError: from a call, if no layer of the model has a relaxation. The attack would be plain
-            PGD under another name.
+        NotApplicableError: from a call, if there is nothing to relax. The attack would be plain PGD under
+            another name.
     """
 
     norm: Norm
@@ -116,6 +138,7 @@ class BPDA(_Relaxing):
     temperatures: list[PositiveFloat] = field(default_factory=lambda: [0.1, 0.01])
     loss: LossName = "margin"
     gates: dict[str, str] | None = None
+    operators: bool = True
 
     independent: ClassVar[bool] = True
 
@@ -127,8 +150,8 @@ class BPDA(_Relaxing):
         self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, max_batch_size: int | None = None
     ) -> Tensor:
         """Adversarial images inside the ball and [0, 1]; see :class:`~kwta_exp.attacks.Attack`."""
-        self.check_applicable(model)
-        layers, batches, best = relaxable(model, self.gates), MicroBatches(model, max_batch_size), Best(x, y)
+        relaxing = self.relaxing(model)
+        batches, best = MicroBatches(relaxing, max_batch_size), Best(x, y)
         loss, labels = loss_and_labels(self.loss, batches.logits, x, y)
         for restart in range(self.restarts):
             index = best.not_fooled
@@ -137,17 +160,18 @@ class BPDA(_Relaxing):
             run_keys = fold(restart, keys[index])
             if self.ascent == "anneal":
                 start = self.threat.random_point(x[index], run_keys)
-                self._anneal(batches, layers, best, index, start, loss, labels[index])
+                self._anneal(batches, relaxing, best, index, start, loss, labels[index])
             else:
-                with relaxed(layers, self.temperatures[restart % len(self.temperatures)]):
-                    found = self._inner(model, x[index], y[index], run_keys, max_batch_size)
+                relaxing.temperature = self.temperatures[restart % len(self.temperatures)]
+                found = self._inner(relaxing, x[index], y[index], run_keys, max_batch_size)
+                self.require_relaxed(relaxing)
                 best.update(found, batches.logits(found), index)
         return best.x
 
     def _anneal(
         self,
         model: MicroBatches,
-        layers: "Layers",
+        relaxing: RelaxedModel,
         best: Best,
         index: Tensor,
         x_adv: Tensor,
@@ -159,8 +183,9 @@ class BPDA(_Relaxing):
         warm, cold = max(self.temperatures), min(self.temperatures)
         for step in range(self.steps):
             progress = step / self.steps
-            with relaxed(layers, warm * (cold / warm) ** progress):
-                gradient, logits, _ = model.gradient(x_adv, y, loss)
+            relaxing.temperature = warm * (cold / warm) ** progress
+            gradient, logits, _ = model.gradient(x_adv, y, loss)
+            self.require_relaxed(relaxing)
             keep = best.update(x_adv, logits, index)
             index, x, x_adv, y, gradient, velocity = compact(step, keep, index, x, x_adv, y, gradient, velocity)
             if not len(index):
@@ -199,9 +224,10 @@ class RelaxedTransfer(_Relaxing):
         temperatures: see :class:`BPDA`.
         loss: ``"ce"``, ``"margin"``, ``"dlr"`` or ``"kl"``.
         gates: see :class:`BPDA`.
+        operators: see :class:`BPDA`.
 
     Raises:
-        NotApplicableError: from a call, if no layer of the model has a relaxation.
+        NotApplicableError: from a call, if there is nothing to relax.
     """
 
     norm: Norm
@@ -211,6 +237,7 @@ class RelaxedTransfer(_Relaxing):
     temperatures: list[PositiveFloat] = field(default_factory=lambda: [0.1, 0.05, 0.2])
     loss: LossName = "ce"
     gates: dict[str, str] | None = None
+    operators: bool = True
 
     independent: ClassVar[bool] = True
 
@@ -218,15 +245,16 @@ class RelaxedTransfer(_Relaxing):
         self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, max_batch_size: int | None = None
     ) -> Tensor:
         """Adversarial images inside the ball and [0, 1]; see :class:`~kwta_exp.attacks.Attack`."""
-        self.check_applicable(model)
-        layers, batches, best = relaxable(model, self.gates), MicroBatches(model, max_batch_size), Best(x, y)
+        relaxing = self.relaxing(model, exact_forward=False)
+        batches, best = MicroBatches(model, max_batch_size), Best(x, y)
         pgd = PGD(norm=self.norm, eps=self.eps, steps=self.steps, loss=self.loss, keep_best=False)
         for restart in range(self.restarts):
             index = best.not_fooled
             if not len(index):
                 break
-            with relaxed(layers, self.temperatures[restart % len(self.temperatures)], exact_forward=False):
-                found = pgd(model, x[index], y[index], fold(restart, keys[index]), max_batch_size)
+            relaxing.temperature = self.temperatures[restart % len(self.temperatures)]
+            found = pgd(relaxing, x[index], y[index], fold(restart, keys[index]), max_batch_size)
+            self.require_relaxed(relaxing)
             best.update(found, batches.logits(found), index)
         return best.x
 
@@ -236,43 +264,8 @@ class RelaxedTransfer(_Relaxing):
         return MaxQueries(self.restarts * (self.steps + 1 + clean), self.restarts * self.steps)
 
 
-Layers = Sequence[tuple[nn.Module, Relaxation]]
-"""Modules, each with its relaxation."""
-
-
 def relaxable(model: nn.Module, own: Mapping[str, str] | None) -> list[tuple[nn.Module, Relaxation]]:
     """The modules of ``model`` with a relaxation, from :data:`RELAXATIONS` or ``own`` (dotted paths)."""
     resolve = pkgutil.resolve_name
     known = RELAXATIONS | {resolve(name): resolve(relaxation) for name, relaxation in (own or {}).items()}
     return [(module, known[type(module)]) for module in model.modules() if type(module) in known]
-
-
-@contextmanager
-def relaxed(layers: Layers, temperature: float, exact_forward: bool = True) -> Iterator[None]:
-    """Differentiate the relaxations of ``layers``; without ``exact_forward``, compute them forward too."""
-
-    def hook_for(relaxation: Relaxation) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor | None]:
-        inside = False
-
-        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
-            nonlocal inside
-            if inside or (exact_forward and not torch.is_grad_enabled()):
-                return None
-            inside = True  # a relaxation may call the module itself
-            try:
-                soft = relaxation(module, inputs[0], temperature)
-            finally:
-                inside = False
-            passed: Tensor = StraightThrough.apply(output.detach(), soft) if exact_forward else soft
-            return passed
-
-        return hook
-
-    handles = [module.register_forward_hook(hook_for(relaxation)) for module, relaxation in layers]
-    token = forward_is_exact.set(exact_forward)
-    try:
-        yield
-    finally:
-        forward_is_exact.reset(token)
-        for handle in handles:
-            handle.remove()

@@ -60,6 +60,6 @@ class Transfer(Attack):
         """None through the network that is judged."""
         return MaxQueries(0, 0)
 
-    def details(self, model: nn.Module) -> dict[str, Any]:
+    def details(self, model: nn.Module, x: Tensor) -> dict[str, Any]:
         """The network that the images were made on."""
         return {"source": self.source}

@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from kwta_exp.data.batches import to_float
 from kwta_exp.evaluation.checks import Diagnosis, compare, diagnose
 from kwta_exp.evaluation.evaluation import Evaluation
 from kwta_exp.evaluation.outcome import Outcome
@@ -54,6 +56,8 @@ def summarise(
     fool, so that clean accuracy minus these shares is the worst case.
     """
     diagnosis = diagnosis or Diagnosis()
+    images = evaluation.images
+    few = to_float(images.x[torch.arange(min(2, len(images)), device=images.y.device)])
     threat, first = evaluation.threat, slice(evaluation.diagnostic_n)
     robust = correct = outcome.clean_correct
     by: dict[str, float] = {}
@@ -70,7 +74,7 @@ def summarise(
             "forwards": record.forwards,
             "backwards": record.backwards,
             "seconds": round(record.seconds, 3),
-            **evaluation.suite[name].details(evaluation.network),
+            **evaluation.suite[name].details(evaluation.network, few),
         }
     measured = {**compare(evaluation, outcome), **diagnosis.measured}
     tried = Tried(

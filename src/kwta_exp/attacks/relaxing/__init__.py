@@ -11,6 +11,6 @@ hand the gradient to its soft value.
 """
 
 from kwta_exp.attacks.relaxing import carrying, stand_ins
-from kwta_exp.attacks.relaxing.mode import Relaxing, StraightThrough
+from kwta_exp.attacks.relaxing.mode import Relaxing, StraightThrough, unseen
 
-__all__ = ["Relaxing", "StraightThrough", "carrying", "stand_ins"]
+__all__ = ["Relaxing", "StraightThrough", "carrying", "stand_ins", "unseen"]

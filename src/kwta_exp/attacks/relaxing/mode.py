@@ -1,7 +1,9 @@
 """The mode, and what its rules share."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +33,9 @@ class Relaxing(TorchFunctionMode):
 
     Attributes:
         relaxed: how many calls of each kind were relaxed.
+        squashings: how many squashings were looked at, saturated or not.
         lost: how many calls gave values away to where no gradient can follow, such as NumPy.
+        paused: above 0, every operator is left alone.
     """
 
     def __init__(self, temperature: float, exact_forward: bool = True) -> None:
@@ -40,7 +44,22 @@ class Relaxing(TorchFunctionMode):
         self.exact_forward = exact_forward
         self.relaxed: Counter[str] = Counter()
         self.lost: Counter[str] = Counter()
+        self.squashings = 0
         self.paused = 0
+
+    def __enter__(self) -> "Relaxing":
+        self._token = _active.set(self)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _active.reset(self._token)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    @property
+    def relaxes(self) -> bool:
+        """Whether it met an operator that it relaxes, or would if it were saturated."""
+        return bool(self.relaxed) or self.squashings > 0
 
     def __torch_function__(
         self,
@@ -69,6 +88,23 @@ class Relaxing(TorchFunctionMode):
     def gate(self, difference: Tensor, like: Tensor, dims: Sequence[int]) -> Tensor:
         """``sigmoid(difference / (temperature * spread))``: the spread is that of ``like`` over ``dims``."""
         return torch.sigmoid(difference / (self.temperature * standard_deviation(like, dims)))
+
+
+_active: ContextVar["Relaxing | None"] = ContextVar("_active", default=None)
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Code in here is no part of the network: an active :class:`Relaxing` leaves its operators alone."""
+    mode = _active.get()
+    if mode is None:
+        yield
+        return
+    mode.paused += 1
+    try:
+        yield
+    finally:
+        mode.paused -= 1
 
 
 class StraightThrough(torch.autograd.Function):

@@ -208,6 +208,7 @@ def _squashing(mode: Relaxing, func: Callable[..., Any], args: Arguments, kwargs
     dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
     if softmax and not isinstance(dim, int):
         return func(*args, **kwargs)
+    mode.squashings += 1
     with torch.enable_grad():
         if softmax:
             size = standard_deviation(x, of_each_image(x))
