@@ -65,16 +65,23 @@ class _Threat(_Part):
     eps: NonNegativeFloat
 
 
+class _OverDraws(_Part):
+    accuracy: Share
+    ci95: Interval
+
+
 class _Clean(_Part):
     accuracy: Share
     n: PositiveInt
     ci95: Interval
+    over_draws: _OverDraws | None = None
 
 
 class _Robust(_Part):
     robust_accuracy: Share
     n: PositiveInt
     ci95: Interval
+    over_draws: _OverDraws | None = None
 
 
 class _Attack(_Robust):

@@ -1,8 +1,8 @@
 """The plain values of a configuration, validated without loading torch."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 
 from kwta_exp.fields import STRICT, FolderName, Sha256
 
@@ -27,6 +27,7 @@ class EvaluationSettings(BaseModel):
     batch_size: PositiveInt
     save_images: bool
     checks_n: NonNegativeInt
+    draws: Annotated[int, Field(ge=2)]
     budget: PositiveInt | None
     processes: PositiveInt
     search: Literal["auto", "exact", "fast"]

@@ -26,6 +26,7 @@ from kwta_exp.data.base import Images
 from kwta_exp.data.batches import Split, first_test_images, to_float
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.judge import Judge, misclassified
+from kwta_exp.evaluation.random_networks import LOOKED_AT, judge_for
 from kwta_exp.evaluation.stored import evaluation_folders, finished
 from kwta_exp.parts import planned_network
 from kwta_exp.plan import Plan
@@ -88,12 +89,15 @@ def _verify_one(evaluation: Path, network: nn.Module, data: Images) -> str:
     results, identity = finished(evaluation)
     threat = Threat(norm=results["threat"]["norm"], eps=results["threat"]["eps"])
     device = _device_for(evaluation)
-    judge = Judge(network.to(device), batch_size=identity["batch_size"])
     images = first_test_images(data, results["clean"]["n"], device)
     if len(images) != results["clean"]["n"]:
         raise UserError(
             f"{evaluation}: is of {results['clean']['n']} test images, but the data has {len(images)}"
         )
+    judge = judge_for(
+        network.to(device), to_float(images.x[torch.arange(min(LOOKED_AT, len(images)), device=device)]),
+        identity["batch_size"], identity.get("draws", 1), results["run"]["seed"],
+    )  # fmt: skip
     if (values := judge.batch_size * math.prod(images.x.shape[1:])) > MAX_VALUES:
         raise UserError(
             f"{evaluation}: batch_size={judge.batch_size:,} gives batches of {values:,} values;"
@@ -147,7 +151,7 @@ def _judged(evaluation: Path, judge: Judge, images: Split, threat: Threat) -> It
     device = images.y.device
     for rows in torch.arange(len(images)).split(judge.batch_size):
         x, y = to_float(images.x[rows.to(device)]), images.y[rows.to(device)]
-        yield _Piece(("clean", "worst case"), rows, x, y, misclassified(judge.logits(x), y).cpu())
+        yield _Piece(("clean", "worst case"), rows, x, y, misclassified(judge.answers(x, y).logits, y).cpu())
     row_of = {index: row for row, index in enumerate(images.index.tolist())}
     for path in sorted((evaluation / "images").glob("*.npz")):
         index, x_adv = read_images(path)

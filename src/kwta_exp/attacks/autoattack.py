@@ -46,6 +46,11 @@ class AutoAttack(Attack):
     steps: PositiveInt = 100
     queries: PositiveInt = 5000
 
+    @property
+    def averages(self) -> bool:
+        """``"rand"`` takes the mean of 20 gradients."""
+        return self.version == "rand"
+
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, max_batch_size: int | None = None
     ) -> Tensor:

@@ -34,11 +34,16 @@ class Attack(ABC):
         eps: radius of the ball, in pixel units of [0, 1].
         independent: whether the result of an image depends on that image and its key alone. An evaluation then
             hands over several batches at once, so that micro-batches stay full while fooled images drop out.
+        averages: whether it averages over the answers of a random network by itself; others see the mean.
     """
 
     norm: Norm
     eps: float
     independent: ClassVar[bool] = False
+
+    @property
+    def averages(self) -> bool:
+        return False
 
     @property
     def threat(self) -> Threat:

@@ -13,8 +13,9 @@ from kwta_exp.attacks.base import MicroBatches
 from kwta_exp.attacks.losses import margin
 from kwta_exp.data.batches import Split, to_float
 from kwta_exp.errors import UserError
-from kwta_exp.evaluation.judge import Judge, misclassified, predicted
+from kwta_exp.evaluation.judge import Answers, Judge, misclassified, predicted
 from kwta_exp.evaluation.query_counter import QueryCounter
+from kwta_exp.evaluation.random_networks import LOOKED_AT, SEARCH_DRAWS, MeanAnswer, judge_for
 from kwta_exp.evaluation.records import Column
 from kwta_exp.failures import first_line, is_of_the_machine, is_out_of_memory
 from kwta_exp.models.proxy import proxy_for
@@ -29,19 +30,29 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Networks:
-    """What a process works with: the judge, and the network that attacks see."""
+    """What a process works with: the judge, and the network that attacks see.
+
+    Attributes:
+        judge: of all that attacks return.
+        searched: what attacks search on first: ``exact``, a proxy, or the mean of a few answers.
+        exact: the network; the mean of as many answers as the judge looks at, if it is random.
+    """
 
     judge: Judge
     searched: nn.Module
+    exact: nn.Module
 
     @classmethod
     def of(cls, evaluation: "Evaluation") -> "Networks":
-        """The network itself, or a proxy for a fast search."""
-        judge, images = Judge(evaluation.network, evaluation.batch_size), evaluation.images
-        if evaluation.search == "exact":
-            return cls(judge, judge.network)
-        some = torch.arange(min(2, len(images)), device=images.y.device)
-        return cls(judge, proxy_for(judge.network, to_float(images.x[some])))
+        """The network itself, or a proxy for a fast search; of a random one the mean answer."""
+        network, images = evaluation.network, evaluation.images
+        some = to_float(images.x[torch.arange(min(LOOKED_AT, len(images)), device=images.y.device)])
+        judge = judge_for(network, some, evaluation.batch_size, evaluation.draws, evaluation.seed)
+        proxy = network if evaluation.search == "exact" else proxy_for(network, some[:2])
+        if judge.draws == 1:
+            return cls(judge, proxy, network)
+        few = min(SEARCH_DRAWS, judge.draws)
+        return cls(judge, MeanAnswer(proxy, few), MeanAnswer(network, judge.draws))
 
 
 @dataclass(frozen=True)
@@ -55,27 +66,33 @@ class ChunkResult:
     seconds: float
 
 
+def batch_size_for(searched: nn.Module, evaluation: "Evaluation") -> int:
+    """The most images in one call of an attack: all draws of a gradient are in memory at once."""
+    return max(1, evaluation.batch_size // int(getattr(searched, "draws", 1)))
+
+
 def attack_chunk(evaluation: "Evaluation", networks: Networks, name: str, chunk: Tensor) -> ChunkResult:
     """Attack the images at positions ``chunk`` with the attack called ``name`` and judge what it returns.
 
-    An attack that searched on a proxy may have fooled the proxy alone, and stopped there. Such images are
-    attacked again, on the network itself.
+    An attack that searched on a proxy, or on the mean of few answers of a random network, may have fooled that
+    alone, and stopped there. Such images are attacked again, on the network itself or the mean of many answers.
 
     Raises:
         NotApplicableError: from the attack.
         UserError: if the attack fails or returns something other than images, naming it.
     """
-    result, stopped = _attack(evaluation, networks.judge, networks.searched, name, chunk)
+    result, stopped = _attack(evaluation, networks, networks.searched, name, chunk)
     robust = torch.from_numpy(~result.rows["fooled"]).nonzero()[:, 0].to(chunk.device)
-    if networks.searched is networks.judge.network or not len(robust):
+    if networks.searched is networks.exact or not len(robust):
         return result
     with isolated(key(evaluation.seed, "claimed", name, int(chunk[0]))):
-        logits = MicroBatches(networks.searched, evaluation.batch_size).logits(result.x_adv[robust])
+        batches = MicroBatches(networks.searched, batch_size_for(networks.searched, evaluation))
+        logits = batches.logits(result.x_adv[robust])
     stopped = stopped[robust] | misclassified(logits, evaluation.images.y[chunk[robust]])
     again = robust[stopped]
     if not len(again):
         return result
-    second, _ = _attack(evaluation, networks.judge, networks.judge.network, name, chunk[again])
+    second, _ = _attack(evaluation, networks, networks.exact, name, chunk[again])
     index = again.cpu().numpy()
     for column in ("queries", "steps"):
         second.rows[column] += result.rows[column][index]
@@ -89,7 +106,7 @@ def attack_chunk(evaluation: "Evaluation", networks: Networks, name: str, chunk:
 
 
 def _attack(
-    evaluation: "Evaluation", judge: Judge, searched: nn.Module, name: str, chunk: Tensor
+    evaluation: "Evaluation", networks: Networks, searched: nn.Module, name: str, chunk: Tensor
 ) -> tuple[ChunkResult, Tensor]:
     """The result, and the images ``(N,)`` that the attack saw ``searched`` misclassify inside the threat.
 
@@ -98,7 +115,7 @@ def _attack(
     same.
     """
     try:
-        return _attack_at_once(evaluation, judge, searched, name, chunk)
+        return _attack_at_once(evaluation, networks, searched, name, chunk)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -108,7 +125,7 @@ def _attack(
                 f" memory, or less than evaluation.batch_size={evaluation.batch_size} in one call"
             ) from error
     log.warning("attack.%s: not enough memory for %d images at once; attacking half as many", name, len(chunk))
-    halves = [_attack(evaluation, judge, searched, name, half) for half in chunk.tensor_split(2)]
+    halves = [_attack(evaluation, networks, searched, name, half) for half in chunk.tensor_split(2)]
     (first, _), (second, _) = halves
     joined = ChunkResult(
         {column: np.concatenate([values, second.rows[column]]) for column, values in first.rows.items()},
@@ -119,16 +136,19 @@ def _attack(
 
 
 def _attack_at_once(
-    evaluation: "Evaluation", judge: Judge, searched: nn.Module, name: str, chunk: Tensor
+    evaluation: "Evaluation", networks: Networks, searched: nn.Module, name: str, chunk: Tensor
 ) -> tuple[ChunkResult, Tensor]:
     images, threat = evaluation.images, evaluation.threat
     x, y = to_float(images.x[chunk]), images.y[chunk]
     keys = fold(key(evaluation.seed, "attack", name), images.index[chunk])
+    attack = evaluation.suite[name]
+    if attack.averages and isinstance(searched, MeanAnswer):
+        searched = searched.network
     counter = QueryCounter(searched, x, y, threat)
     started = time.monotonic()
     try:
         with isolated(int(keys.sum())):  # for attacks and networks that draw from global generators
-            returned = evaluation.suite[name](counter, x.clone(), y, keys, evaluation.batch_size)
+            returned = attack(counter, x.clone(), y, keys, batch_size_for(searched, evaluation))
         if not isinstance(returned, Tensor) or returned.shape != x.shape:
             raise ValueError(
                 f"returned {getattr(returned, 'shape', type(returned).__name__)};"
@@ -142,9 +162,9 @@ def _attack_at_once(
     with torch.no_grad(), isolated(~int(keys.sum())):
         x_adv = returned.detach().to(x)
         x_adv = threat.project(torch.where(x_adv.isfinite(), x_adv, x), x)
-        judged = judge(x_adv, y)
+        judged = networks.judge(x_adv, y)
         rows = {
-            **rows_of(images, chunk, judged.logits),
+            **rows_of(images, chunk, Answers(judged.logits, judged.errors), networks.judge.draws),
             "fooled": judged.confirmed.cpu().numpy(),
             "unconfirmed": (judged.misclassified & ~judged.confirmed).cpu().numpy(),
             "distance": threat.distance(x_adv, x).cpu().numpy(),
@@ -156,13 +176,17 @@ def _attack_at_once(
     return ChunkResult(rows, x_adv, counter.forwards, counter.backwards, seconds), counter.fooled
 
 
-def rows_of(images: Split, chunk: Tensor, logits: Tensor) -> dict[str, Column]:
+def rows_of(images: Split, chunk: Tensor, answers: Answers, draws: int) -> dict[str, Column]:
     """The identity of a chunk's images and their predictions."""
-    labels = images.y[chunk]
+    labels, logits = images.y[chunk], answers.logits
+    random = {}
+    if answers.errors is not None:
+        random = {"errors": answers.errors.cpu().numpy(), "draws": np.full(len(chunk), draws)}
     return {
         "index": images.index[chunk].cpu().numpy(),
         "digest": image_digests(images.x[chunk].cpu().numpy()),
         "label": labels.cpu().numpy(),
         "prediction": predicted(logits).cpu().numpy(),
         "margin": margin(logits, labels).cpu().numpy(),
+        **random,
     }

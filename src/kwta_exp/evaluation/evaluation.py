@@ -62,6 +62,9 @@ class Evaluation:
             and named. ``None`` for no limit.
         search: ``"fast"`` lets attacks see a proxy of the network (:class:`~kwta_exp.models.proxy.Proxy`); what
             they return is judged by ``network`` all the same.
+        draws: answers to each image that a network is judged by if it answers at random: an image is
+            misclassified if most draws err. Attacks see the mean of a few answers, and of as many as the judge
+            where that was too few to fool it.
     """
 
     network: nn.Module
@@ -76,6 +79,7 @@ class Evaluation:
     processes: int = 1
     budget: int | None = None
     search: Literal["exact", "fast"] = "exact"
+    draws: int = 20
 
     @property
     def roles(self) -> Roles:
@@ -103,6 +107,10 @@ class Evaluation:
             Progress("evaluating", len(self.images), "image") as progress,
             saving() as leave_if_asked,
         ):
+            if networks.judge.draws > 1:
+                log.info(
+                    "the network answers at random: judged by %d draws for each image", networks.judge.draws
+                )
             outcome = Outcome(self._clean_record(networks, progress))
             n = int(outcome.clean_correct.sum())
             progress.extend(len(self.suite) * n)
@@ -125,8 +133,9 @@ class Evaluation:
             progress.show(attack=CLEAN)
             started = time.monotonic()
             with isolated(key(self.seed, CLEAN, int(chunk[0]))):  # some networks draw random numbers
-                logits = networks.judge.logits(to_float(self.images.x[chunk]))
-            record.append(rows_of(self.images, chunk, logits), len(chunk), 0, time.monotonic() - started)
+                answers = networks.judge.answers(to_float(self.images.x[chunk]), self.images.y[chunk])
+            rows = rows_of(self.images, chunk, answers, networks.judge.draws)
+            record.append(rows, len(chunk) * networks.judge.draws, 0, time.monotonic() - started)
             record.save()
             progress.advance(len(chunk))
         return record
@@ -146,7 +155,7 @@ class Evaluation:
         leave_if_asked: Callable[[], None],
     ) -> None:  # fmt: skip
         """Run one attack on the images at positions ``due``, and add its record to ``outcome``."""
-        size = _chunk_size(self.suite[name], self.batch_size)
+        size = _chunk_size(self.suite[name], workers.batch_size)
         record = Record.resumed(self.folder / f"{name}.npz", ATTACK_COLUMNS, self.images.index[due])
         if self.save_images and (lost := self._lost_images(name, _split(due[: len(record)], size))):
             record = Record.anew(record.path, lost)

@@ -17,23 +17,32 @@ MIN_SECONDS = 20.0
 """A suite that takes less is not announced."""
 
 
-def forecast(suite: Mapping[str, Attack], images: int, classes: int) -> dict[str, MaxQueries]:
-    """The most passes of each attack if no image is fooled; attacks of unknown cost are left out."""
-    each = {name: attack.max_queries(classes) for name, attack in suite.items()}
-    return {
-        name: MaxQueries(images * most.forward, images * most.backward)
-        for name, most in each.items()
-        if most is not None
-    }
+def forecast(suite: Mapping[str, Attack], images: int, classes: int, draws: int = 1) -> dict[str, MaxQueries]:
+    """The most passes of each attack if no image is fooled; attacks of unknown cost are left out.
+
+    Args:
+        suite: attacks by name.
+        images: how many are attacked.
+        classes: that the network knows.
+        draws: passes that one answer of a random network takes.
+    """
+    found = {}
+    for name, attack in suite.items():
+        most, passes = attack.max_queries(classes), images * (1 if attack.averages else draws)
+        if most is not None:
+            found[name] = MaxQueries(passes * most.forward, passes * most.backward)
+    return found
 
 
-def within_budget(suite: Mapping[str, Attack], images: int, classes: int, budget: int | None) -> dict[str, str]:
+def within_budget(
+    suite: Mapping[str, Attack], images: int, classes: int, budget: int | None, draws: int = 1
+) -> dict[str, str]:
     """The attacks that do not fit into ``budget`` passes, in the suite's order, with the reason."""
     left_out: dict[str, str] = {}
     if budget is None:
         return left_out
     left = budget
-    for name, passes in forecast(suite, images, classes).items():
+    for name, passes in forecast(suite, images, classes, draws).items():
         if sum(passes) > left:
             left_out[name] = (
                 f"left out: up to {sum(passes):,} passes, of which evaluation.budget={budget} leaves {left:,}"
@@ -55,11 +64,12 @@ def announce(
     for name, why in left_out.items():
         log.warning("%s is %s", name, why)
     runs = {name: attack for name, attack in suite.items() if name not in left_out}
-    costs = forecast(runs, images, classes)
+    draws = int(getattr(network, "draws", 1))
+    costs = forecast(runs, images, classes, draws)
     if not sum(map(sum, costs.values())):
         return
     forward, backward = _seconds_a_pass(network, sample)
-    seconds = {name: f * forward + b * backward for name, (f, b) in costs.items()}
+    seconds = {name: (f * forward + b * backward) / draws for name, (f, b) in costs.items()}
     if sum(seconds.values()) < MIN_SECONDS:
         return
     slowest = max(seconds, key=seconds.__getitem__)

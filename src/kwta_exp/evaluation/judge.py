@@ -15,11 +15,22 @@ log = logging.getLogger(__name__)
 
 
 class Judgement(NamedTuple):
-    """The logits ``(N, K)`` of images, and which are misclassified and confirmed to be, bool ``(N,)``."""
+    """The logits ``(N, K)`` of images, and which are misclassified and confirmed to be, bool ``(N,)``.
+
+    ``errors``, int64 ``(N,)``, is how many draws of a random network err.
+    """
 
     logits: Tensor
     misclassified: Tensor
     confirmed: Tensor
+    errors: Tensor | None = None
+
+
+class Answers(NamedTuple):
+    """The logits ``(N, K)`` of images, and for a random network how many draws err, int64 ``(N,)``."""
+
+    logits: Tensor
+    errors: Tensor | None = None
 
 
 class Judge:
@@ -36,7 +47,12 @@ class Judge:
     Args:
         network: images ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``.
         batch_size: of the padded batches.
+
+    Attributes:
+        draws: answers that one verdict takes.
     """
+
+    draws = 1
 
     def __init__(self, network: nn.Module, batch_size: int) -> None:
         self.network = network
@@ -50,6 +66,10 @@ class Judge:
         confirmed = wrong.clone()
         confirmed[wrong] = self._misclassified_again(x[wrong], y[wrong])
         return Judgement(logits, wrong, confirmed)
+
+    def answers(self, x: Tensor, y: Tensor) -> Answers:
+        """What counts as the network's answer to images of the classes ``y``: its logits."""
+        return Answers(self.logits(x))
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits in float32, whatever precision the run trains in."""

@@ -43,6 +43,23 @@ class Outcome:
             ]
         return fooled
 
+    def share_right(self, names: Iterable[str]) -> npt.NDArray[np.float64] | None:
+        """Of each image, the smallest share of draws that are right, clean and under these attacks, ``(n,)``.
+
+        ``None`` for a network that is not random.
+        """
+        if "errors" not in self.clean.columns:
+            return None
+        images = self.clean.columns["index"]
+        order = np.argsort(images)
+        share = 1 - self.clean.columns["errors"] / self.clean.columns["draws"]
+        for record in (self.records[name] for name in names):
+            if len(record):
+                at = order[np.searchsorted(images, record.columns["index"], sorter=order)]
+                right = 1 - record.columns["errors"] / record.columns["draws"]
+                share[at] = np.minimum(share[at], right)
+        return share
+
     @property
     def robust(self) -> Bools:
         """Which images are classified correctly clean and fooled by no attack so far, bool ``(n,)``."""

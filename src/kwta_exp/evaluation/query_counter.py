@@ -28,7 +28,7 @@ class QueryCounter(nn.Module):
     It shares the network's parameters and mode.
 
     Args:
-        network: images to logits.
+        network: images to logits; one with ``draws`` passes for each image has as many counted.
         x: the clean images ``(N, C, H, W)``.
         y: their labels.
         threat: which queries count as successes.
@@ -53,14 +53,15 @@ class QueryCounter(nn.Module):
         self._y = y
         self._threat = threat
         self._owners = Owners(x, threat)
+        self._passes = int(getattr(network, "draws", 1))
         self.train(network.training)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.network(x)
-        self.forwards += len(x)
+        self.forwards += len(x) * self._passes
         with torch.no_grad(), unseen():
             owner = self._owners(x)
-            self.queries += self._each(owner, torch.ones_like(owner)) * ~self.fooled
+            self.queries += self._each(owner, torch.full_like(owner, self._passes)) * ~self.fooled
             change = self._threat.distance(x, self._owners.x[owner].to(x))
             inside = (change <= self._threat.eps + _ROUNDING) & ((x >= 0) & (x <= 1)).flatten(1).all(1)
             if forward_is_exact.get():
@@ -75,8 +76,8 @@ class QueryCounter(nn.Module):
         return torch.zeros_like(self.queries).scatter_add_(0, owner, numbers)
 
     def _count_backward(self, gradient: Tensor, owner: Tensor) -> Any:
-        self.backwards += len(gradient)
-        self.steps += self._each(owner, torch.ones_like(owner)) * ~self.fooled
+        self.backwards += len(gradient) * self._passes
+        self.steps += self._each(owner, torch.full_like(owner, self._passes)) * ~self.fooled
 
 
 class Owners:

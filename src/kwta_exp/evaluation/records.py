@@ -26,6 +26,9 @@ ATTACK_COLUMNS = CLEAN_COLUMNS | {
 }  # fmt: skip
 """The same of an attack's record."""
 
+RANDOM_COLUMNS = {"errors": "i", "draws": "i"}
+"""What every record of a random network has beside."""
+
 _COSTS = {"forwards": int, "backwards": int, "seconds": float}
 
 
@@ -40,7 +43,7 @@ class Record:
     the true one: positive is an error), and for attacks ``fooled``, ``unconfirmed`` (an error that was not
     confirmed, so the image counts as robust), ``distance`` (in the threat's norm), ``queries`` and ``steps``
     (forward and backward passes until fooled; see :class:`~kwta_exp.evaluation.query_counter.QueryCounter`) and
-    ``key`` (the seed of its random stream).
+    ``key`` (the seed of its random stream). Of a random network also ``errors``, how many of its ``draws`` err.
     """
 
     path: Path
@@ -65,7 +68,7 @@ class Record:
         try:
             costs = {name: kind(columns.pop(name).item()) for name, kind in _COSTS.items()}
             kinds = {name: column.dtype.kind for name, column in columns.items()}
-            if kinds != dict(expected):
+            if kinds not in (dict(expected), {**expected, **RANDOM_COLUMNS}):
                 lacking = ", ".join(sorted(expected.keys() - kinds.keys())) or "none"
                 raise ValueError(f"its columns are not those of a record; lacking: {lacking}")
             index = columns["index"]

@@ -1,5 +1,6 @@
 """From an outcome to ``results.json``: accuracies with intervals, the worst case, and the verdict."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from kwta_exp.data.batches import to_float
-from kwta_exp.evaluation.checks import Diagnosis, compare, diagnose
+from kwta_exp.evaluation.checks import Diagnosis, compare, diagnose, operators
 from kwta_exp.evaluation.evaluation import Evaluation
 from kwta_exp.evaluation.outcome import Outcome
 from kwta_exp.evaluation.ranks import Ranks
@@ -54,6 +55,9 @@ def summarise(
 
     ``worst_case.by`` gives each attack the share of the n images that it was the first in the suite's order to
     fool, so that clean accuracy minus these shares is the worst case.
+
+    Of a random network an image counts as right unless most draws err; ``over_draws`` has the mean over images
+    and draws beside, of the worst of the attacks for each image.
     """
     diagnosis = diagnosis or Diagnosis()
     images = evaluation.images
@@ -68,6 +72,7 @@ def summarise(
         robust = robust & ~fooled
         per_attack[name] = {
             **_accuracy((correct & ~fooled)[first], "robust_accuracy"),
+            **_over_draws(outcome.share_right([name]), first),
             "cumulative": float(np.mean(robust)),
             "eps": threat.eps,
             "norm": threat.norm,
@@ -76,6 +81,10 @@ def summarise(
             "seconds": round(record.seconds, 3),
             **evaluation.suite[name].details(evaluation.network, few),
         }
+    worst_case = None
+    if outcome.records:
+        over_draws = _over_draws(outcome.share_right(outcome.records))
+        worst_case = {**_accuracy(robust, "robust_accuracy"), **over_draws, "by": by}
     measured = {**compare(evaluation, outcome), **diagnosis.measured}
     tried = Tried(
         attacks=bool(outcome.records),
@@ -87,12 +96,12 @@ def summarise(
         "schema": SCHEMA,
         "run": dict(run),
         "threat": {"norm": threat.norm, "eps": threat.eps},
-        "clean": _accuracy(correct, "accuracy"),
+        "clean": {**_accuracy(correct, "accuracy"), **_over_draws(outcome.share_right([]))},
         "attacks": per_attack,
-        "worst_case": {**_accuracy(robust, "robust_accuracy"), "by": by} if outcome.records else None,
+        "worst_case": worst_case,
         "inapplicable": dict(outcome.inapplicable),
         "masking": {
-            **verdict(measured, len(correct[first]), tried),
+            **verdict(measured, len(correct[first]), tried, operators.named(diagnosis.details)),
             "checks_n": diagnosis.n,
             **diagnosis.details,
         },
@@ -110,6 +119,23 @@ def _searches_without_gradient(record: Record) -> bool:
 def _accuracy(correct: npt.NDArray[np.bool_], name: str) -> dict[str, Any]:
     count, n = int(correct.sum()), len(correct)
     return {name: count / n, "n": n, "ci95": list(wilson(count, n))}
+
+
+def _over_draws(
+    share_right: npt.NDArray[np.float64] | None, first: slice | None = None
+) -> dict[str, dict[str, Any]]:
+    """The mean over images and draws; nothing for a network that is not random.
+
+    The interval is that of as many images which are all right or all wrong: it is too wide if anything, since
+    a share of draws varies less.
+    """
+    if share_right is None:
+        return {}
+    shares = share_right[first or slice(None)]
+    mean, n = float(shares.mean()), len(shares)
+    low = wilson(math.floor(mean * n), n)[0]
+    high = wilson(math.ceil(mean * n), n)[1]
+    return {"over_draws": {"accuracy": mean, "ci95": [low, high]}}
 
 
 def wilson(count: int, n: int) -> tuple[float, float]:

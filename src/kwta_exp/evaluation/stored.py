@@ -19,11 +19,15 @@ from kwta_exp.storage import damaged, read_json
 MAX_BATCH_SIZE = 1 << 16
 """The largest batch that ``evaluation.json`` may name; the judge pads every batch to the named size."""
 
+MAX_DRAWS = 10_000
+"""The most draws that ``evaluation.json`` may name."""
+
 
 class _Identity(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     attacks: list[Annotated[list[str | dict[str, Any]], Field(min_length=2, max_length=2)]]
     batch_size: Annotated[PositiveInt, Field(le=MAX_BATCH_SIZE)]
+    draws: Annotated[PositiveInt, Field(le=MAX_DRAWS)] = 1
 
 
 @dataclass(frozen=True)

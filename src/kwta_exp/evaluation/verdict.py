@@ -10,6 +10,7 @@ The thresholds were set on one set of networks and tried on another: ``docs/cali
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from kwta_exp.evaluation.checks import CHECKS
@@ -36,19 +37,22 @@ class Tried:
     checks: bool = True
 
 
-def verdict(measured: Mapping[str, float], n: int, tried: Tried) -> dict[str, Any]:
+def verdict(
+    measured: Mapping[str, float], n: int, tried: Tried, named: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
     """``masking`` of results.json.
 
     Args:
         measured: values by the name of their check, without the checks that were not made.
         n: images in the paired comparisons.
         tried: what was tried beside them.
+        named: what the meaning of a raised check should name, by check.
 
     ``flags`` are the checks that are raised, ``passed`` the others that were made.
     """
     entries = [_entry(name, measured[name], n) for name in CHECKS if name in measured]
     flags = [
-        {**entry, "meaning": CHECKS[entry["check"]].meaning}
+        {**entry, "meaning": _meaning(entry["check"], named)}
         for entry in entries
         if entry.get("lower95", entry["value"]) > entry["threshold"]
     ]
@@ -93,6 +97,11 @@ def verdict(measured: Mapping[str, float], n: int, tried: Tried) -> dict[str, An
     if pgd_is_behind and found != "masked":
         why += f" Plain PGD is weak here: it misses {missed} of {n} images, with no sign of masking."
     return {"verdict": found, "explanation": why, "flags": flags, "passed": passed}
+
+
+def _meaning(check: str, named: Mapping[str, str]) -> str:
+    what = named.get(check)
+    return f"{CHECKS[check].meaning} ({what})" if what else CHECKS[check].meaning
 
 
 def _entry(name: str, value: float, n: int) -> dict[str, Any]:

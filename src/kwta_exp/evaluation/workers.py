@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kwta_exp.errors import UserError
-from kwta_exp.evaluation.chunks import ChunkResult, Networks, attack_chunk
+from kwta_exp.evaluation.chunks import ChunkResult, Networks, attack_chunk, batch_size_for
 from kwta_exp.evaluation.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -49,6 +49,11 @@ class Workers:
             raise UserError(
                 f"evaluation.processes={self._processes}: several processes are for CPUs; expected 1 on a GPU"
             )
+
+    @property
+    def batch_size(self) -> int:
+        """The most images in one call of an attack."""
+        return batch_size_for(self._networks.searched, self._evaluation)
 
     def __enter__(self) -> Self:
         return self

@@ -177,9 +177,7 @@ def _replaced(module: nn.Module, relaxation: Relaxation, temperature: float, exa
             inside = False
 
     if isinstance(module, torch.jit.ScriptModule):  # its forward cannot be replaced
-        handle = module.register_forward_hook(
-            lambda _, inputs, output: stand_in(lambda: output, inputs[0])
-        )
+        handle = module.register_forward_hook(lambda _, inputs, output: stand_in(lambda: output, inputs[0]))
         try:
             yield
         finally:

@@ -9,7 +9,7 @@ al., "Increasing Confidence in Adversarial Robustness Evaluations", NeurIPS 2022
 does, never at what it is made of.
 """
 
-from kwta_exp.evaluation.checks import attacks, gradients, outputs, repetition, binarization_test  # isort: skip
+from kwta_exp.evaluation.checks import attacks, gradients, operators, outputs, repetition, binarization_test  # isort: skip
 from kwta_exp.evaluation.checks.base import CHECKS, Check, Diagnosis, compare, diagnose, table
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "compare",
     "diagnose",
     "gradients",
+    "operators",
     "outputs",
     "repetition",
     "table",

@@ -7,13 +7,11 @@ from kwta_exp.attacks import Threat
 from kwta_exp.attacks.base import MicroBatches
 from kwta_exp.evaluation.checks.base import EVALUATING, OBFUSCATED, Check, Subject, measurement, per_image
 from kwta_exp.evaluation.judge import misclassified
+from kwta_exp.evaluation.random_networks import differ
 from kwta_exp.randomness import fold
 
 DRAWS = 200
 """Random points of each ball, half of them at its corners (or on its sphere)."""
-
-RANDOM_LOGITS = 1e-3
-"""A relative difference of two answers to the same image that rounding does not explain."""
 
 
 @per_image(
@@ -55,8 +53,7 @@ def outputs_are_random(
     one, other = calls.logits(x), calls.logits(x)
     if calls.size != batch_size:  # memory ran out between the two, and another batch size rounds otherwise
         one, other = calls.logits(x), calls.logits(x)
-    size = one.abs().amax(1).clamp_min(1e-12)
-    return {"outputs_are_random": ((one - other).abs().amax(1) > RANDOM_LOGITS * size).double()}
+    return {"outputs_are_random": differ(one, other).double()}
 
 
 @measurement(
