@@ -232,5 +232,6 @@ def test_a_search_is_fast_on_a_gpu_and_exact_on_a_cpu_unless_the_user_chooses(
     some = EvaluationSettings(
         n=None, diagnostic_n=None, batch_size=1, save_images=False, checks_n=0, budget=None, processes=1,
         search="auto",
+        draws=20,
     )  # fmt: skip
     assert (some.resolved("cpu").search, some.resolved("cuda").search) == ("exact", "fast")

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from kwta_exp.attacks.losses import Loss
 from kwta_exp.attacks.threat import Threat
 from kwta_exp.failures import is_out_of_memory
 from kwta_exp.fields import Norm
+
+T = TypeVar("T")
 
 
 class NotApplicableError(Exception):
@@ -144,6 +146,16 @@ class MicroBatches:
                 continue
             done += max(1, size)
         return parts
+
+
+def with_fewer(call: Callable[[Tensor], T], x: Tensor) -> T:
+    """``call`` of the first images of ``x``: half as many each time that memory runs out."""
+    try:
+        return call(x)
+    except (RuntimeError, MemoryError) as error:
+        if len(x) < 2 or not is_out_of_memory(error):
+            raise
+    return with_fewer(call, x[: len(x) // 2])
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

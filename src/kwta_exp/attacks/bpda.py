@@ -25,6 +25,7 @@ from kwta_exp.attacks.base import (
     MicroBatches,
     NotApplicableError,
     compact,
+    with_fewer,
 )
 from kwta_exp.attacks.losses import Loss, LossName, loss_and_labels
 from kwta_exp.attacks.pgd import PGD, Best, normalised
@@ -91,7 +92,7 @@ class _Relaxing(Attack):
         layers = relaxable(model, self.gates)
         if not self.operators:
             return {"activations_replaced": len(layers)}
-        found = examined(model, layers, x, max(self.temperatures))
+        found = with_fewer(lambda x: examined(model, layers, x, max(self.temperatures)), x)
         return {
             "activations_replaced": found.layers,
             "operators_relaxed": found.operators,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from kwta_exp.attacks.base import with_fewer
 from kwta_exp.evaluation.judge import Answers, Judge, Judgement
 from kwta_exp.randomness import isolated, key
 
@@ -26,15 +27,22 @@ def differ(one: Tensor, other: Tensor) -> Tensor:
 
 @torch.no_grad()
 def is_random(network: nn.Module, x: Tensor) -> bool:
-    """Whether the network gives an image of ``x`` different answers under :data:`SEEDS` seeds."""
-    first: Tensor | None = None
-    for draw in range(SEEDS):
-        with isolated(key(0, "is it random?", draw)):
-            answer: Tensor = network(x[:LOOKED_AT])
-        if first is not None and differ(first, answer).any():
-            return True
-        first = answer if first is None else first
-    return False
+    """Whether the network gives an image of ``x`` different answers under :data:`SEEDS` seeds.
+
+    Fewer images are asked where memory runs out.
+    """
+
+    def asked(x: Tensor) -> bool:
+        first: Tensor | None = None
+        for draw in range(SEEDS):
+            with isolated(key(0, "is it random?", draw)):
+                answer: Tensor = network(x)
+            if first is not None and differ(first, answer).any():
+                return True
+            first = answer if first is None else first
+        return False
+
+    return with_fewer(asked, x[:LOOKED_AT])
 
 
 def judge_for(network: nn.Module, x: Tensor, batch_size: int, draws: int, seed: int) -> Judge:
@@ -48,7 +56,9 @@ def judge_for(network: nn.Module, x: Tensor, batch_size: int, draws: int, seed: 
         seed: of these draws.
     """
     return (
-        RandomJudge(network, batch_size, draws, seed) if is_random(network, x) else Judge(network, batch_size)
+        RandomJudge(network, batch_size, draws, seed)
+        if is_random(network, x[:batch_size])
+        else Judge(network, batch_size)
     )
 
 
@@ -99,6 +109,10 @@ class RandomJudge(Judge):
         logits.scatter_(1, others[:, None], share[:, None])
         logits.scatter_(1, y[:, None], (1 - share + _TIE)[:, None])
         return Answers(logits, errors)
+
+    def _padded(self, x: Tensor, size: int) -> Tensor:
+        """No padding: what rounding decides is nothing beside what the draws do."""
+        return super()._padded(x, len(x))
 
     def _draws(self, x: Tensor, look: int) -> list[Tensor]:
         """The class of each image ``(N,)`` in each draw; a NaN is an error, and counts for the last class."""

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 
+from kwta_exp.attacks.base import with_fewer
 from kwta_exp.attacks.bpda import relaxable
 from kwta_exp.attacks.relaxing.model import examined
 from kwta_exp.attacks.relaxing.opaque import gradient_agrees
@@ -37,10 +38,11 @@ def operators(subject: Subject) -> dict[str, float]:
     gates: dict[str, str] = {}
     for attack in subject.evaluation.suite.values():
         gates |= getattr(attack, "gates", None) or {}
+    network, layers = subject.network, relaxable(subject.network, gates)
     x = subject.batches[0][0][:LOOKED_AT]
-    found = examined(subject.network, relaxable(subject.network, gates), x)
+    found = with_fewer(lambda x: examined(network, layers, x), x)
     subject.details["gradient_blockers"] = asdict(found)
-    blocked = found.hard > 0 and not gradient_agrees(subject.network, x)
+    blocked = found.hard > 0 and not with_fewer(lambda x: gradient_agrees(network, x), x)
     return {
         "operators_block_gradients": float(blocked),
         "parts_not_covered": float(bool(found.not_covered)),
