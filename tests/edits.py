@@ -187,7 +187,8 @@ def hydra_key(config: dict[str, Any], rng: Random) -> None:
 
 TARGETS = [
     "torch.nn.ReLU", "torch.nn.Linear", "os.system", "kwta_exp.models.CNN", "kwta_exp.models.Torchvision",
-    "kwta_exp.models.Converted", "kwta_exp.activations.LWTA", "kwta_exp.data.datasets.MNIST",
+    "kwta_exp.models.Converted", "kwta_exp.activations.LWTA", "kwta_exp.activations.StochasticLWTA",
+    "kwta_exp.activations.MeanSparse", "kwta_exp.data.datasets.MNIST",
     "kwta_exp.data.image_folder.ImageFolder", "kwta_exp.data.datasets.Synthetic", "kwta_exp.attacks.Threat",
     "kwta_exp.storage.write_text", "", "..", "nothing", "kwta_exp.models", None, 3,
 ]  # fmt: skip

@@ -13,9 +13,18 @@ from torch import nn
 
 from kwta_exp import storage
 from kwta_exp.activations import KWTA
-from kwta_exp.checkpoint import load_into, read_state, read_weights, save_state, save_weights, weights_of
+from kwta_exp.checkpoint import (
+    load_into,
+    read_state,
+    read_weights,
+    require_fit,
+    save_state,
+    save_weights,
+    weights_of,
+)
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.records import ATTACK_COLUMNS, Record
+from kwta_exp.models import WideResNet
 from kwta_exp.results_file import read_results
 from kwta_exp.sealed import seal, trained_ratio
 
@@ -87,6 +96,43 @@ def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     assert "missing: bias" in message
     assert "unexpected: extra" in message
     assert "misshapen: weight (2, 3) (expected (4, 3))" in message
+
+
+def published(network: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a Wide ResNet, with other values in a second first group, as TRADES' class saves them."""
+    weights = weights_of(network)
+    unused = {f"sub_{name}": value * 0 + 5 for name, value in weights.items() if name.startswith("block1.")}
+    return weights | unused
+
+
+def test_the_group_that_a_published_network_never_calls_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    facts = {"num_classes": 3, "in_channels": 3, "depth": 10, "widen_factor": 1}
+    source, network = (WideResNet(nn.ReLU, **facts).eval() for _ in range(2))
+    weights = published(source)
+    with torch.device("meta"):
+        require_fit(WideResNet(nn.ReLU, **facts), weights, "w.pth")
+    x = torch.rand(2, 3, 8, 8)
+    assert not torch.equal(network(x), source(x))
+    load_into(network, weights, "w.pth")
+    assert torch.equal(network(x), source(x))
+    assert "weights=w.pth: its sub_block1, which the published network never calls, is left out" in caplog.text
+
+
+def test_another_group_of_that_name_is_not_left_out() -> None:
+    facts = {"num_classes": 3, "in_channels": 3, "depth": 10, "widen_factor": 1}
+    network = WideResNet(nn.ReLU, **facts)
+    weights = published(network)
+    weights["sub_block1.layer.0.conv1.weight"] = torch.zeros(16, 16, 1, 1)  # not the shape in block1
+    with pytest.raises(UserError, match="unexpected: sub_block1"):
+        load_into(network, weights, "w.pth")
+    weights = published(network)
+    del weights["sub_block1.layer.0.bn1.bias"]  # not all of block1
+    with pytest.raises(UserError, match="unexpected: sub_block1"):
+        load_into(network, weights, "w.pth")
+    network.sub_block1 = copy.deepcopy(network.block1)  # a network of one's own that has it
+    load_into(network, published(WideResNet(nn.ReLU, **facts)), "w.pth")
+    assert network.sub_block1.layer[0].bn1.bias.unique().tolist() == [5]
 
 
 def test_a_file_that_holds_no_state_dict_is_refused(tmp_path: Path) -> None:

@@ -290,7 +290,11 @@ def test_user_options_and_grids_are_checked_too(tmp_path: Path) -> None:
 
 def test_run_name_holds_the_options_and_the_ratio(composed: Callable[..., DictConfig]) -> None:
     chosen = {"dataset": "digits", "model": "cnn", "training": "natural"}
-    for option, name in (("kwta", "kwta0.1"), ("lwta", "lwta2"), ("relu", "relu"), ("kwta_k", "kwta_k64")):
+    named = {
+        "kwta": "kwta0.1", "lwta": "lwta2", "lwta_stochastic": "lwta_stochastic2", "relu": "relu",
+        "kwta_k": "kwta_k64",
+    }  # fmt: skip
+    for option, name in named.items():
         cfg = composed(f"activation={option}")
         assert run_name(cfg, {**chosen, "activation": option}, "full") == f"digits-cnn-{name}-natural"
 

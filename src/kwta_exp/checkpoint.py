@@ -4,7 +4,7 @@ import io
 import logging
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,9 @@ def load_into(model: nn.Module, weights: Weights, source: str) -> None:
         UserError: listing the names that are missing, unexpected, or do not fit.
     """
     state = model.state_dict()
-    wanted, given = _tensors(state), _tensors(weights)
+    wanted, given = _tensors(state), without_unused_group(_tensors(weights), _tensors(state))
+    if len(given) < len(_tensors(weights)):
+        log.info("weights=%s: its sub_block1, which the published network never calls, is left out", source)
     problems = _misfits(wanted, given)
     if not any(problems.values()):
         problems["not finite"] = [name for name in sorted(wanted) if _has_odd_values(given[name], wanted[name])]
@@ -109,8 +111,34 @@ def require_fit(shape: nn.Module, weights: Weights, source: str) -> None:
     Raises:
         UserError: as :func:`load_into`.
     """
-    given = _tensors(weights)
-    _refuse(_misfits(_tensors(shape.state_dict()), given), given, source)
+    wanted = _tensors(shape.state_dict())
+    given = without_unused_group(_tensors(weights), wanted)
+    _refuse(_misfits(wanted, given), given, source)
+
+
+_UNUSED, _USED = "sub_block1.", "block1."
+
+
+def without_unused_group(weights: Weights, wanted: Collection[str]) -> Weights:
+    """``weights`` without ``sub_block1``, a group of a published Wide ResNet that its ``forward`` never calls.
+
+    The network of the TRADES repository (github.com/yaodongyu/TRADES, ``models/wideresnet.py``), which many
+    published defences start from, has a second first group. It is recognised by its names and shapes, which are
+    those of ``block1``.
+
+    Args:
+        weights: parameters and buffers.
+        wanted: the names of the network that they are for. One that has a ``sub_block1`` gets it.
+    """
+    unused = {name.removeprefix(_UNUSED): tensor.shape for name, tensor in _inside(weights, _UNUSED)}
+    used = {name.removeprefix(_USED): tensor.shape for name, tensor in _inside(weights, _USED)}
+    if not unused or unused != used or any(name.startswith(_UNUSED) for name in wanted):
+        return weights
+    return {name: tensor for name, tensor in weights.items() if not name.startswith(_UNUSED)}
+
+
+def _inside(weights: Weights, group: str) -> list[tuple[str, Tensor]]:
+    return [(name, tensor) for name, tensor in weights.items() if name.startswith(group)]
 
 
 def _tensors(state: Mapping[str, Any]) -> Weights:

@@ -11,7 +11,7 @@ from kwta_exp.storage import sha256_of_file
 
 TRUSTED = frozenset({
     "torch.nn.ReLU",
-    *(f"kwta_exp.activations.{name}" for name in ("KWTA", "LWTA")),
+    *(f"kwta_exp.activations.{name}" for name in ("KWTA", "LWTA", "MeanSparse", "StochasticLWTA")),
     *(f"kwta_exp.models.{name}" for name in (
         "CNN", "Converted", "DenseNet", "MLP", "ResNet", "Torchvision", "VGG", "WideResNet",
     )),

@@ -25,7 +25,10 @@ STYLE = Path(__file__).with_name("kwta_exp.mplstyle")
 COLOURS = {"relu": "#000000", "lwta": "#009E73", "kwta": "#0072B2"}
 """An activation's colour in every figure, from Okabe and Ito's palette for the colour-blind."""
 
-SHOWN_AS = {"relu": "ReLU", "lwta": "LWTA", "kwta": "k-WTA"}
+SHOWN_AS = {
+    "relu": "ReLU", "lwta": "LWTA", "kwta": "k-WTA", "lwta_stochastic": "stochastic LWTA",
+    "mean_sparse": "MeanSparse",
+}  # fmt: skip
 """An activation's name in every figure."""
 
 WARNING = "#D55E00"
