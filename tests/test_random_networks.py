@@ -182,19 +182,23 @@ def test_an_image_that_fools_the_mean_of_few_answers_alone_is_attacked_again(tmp
     assert not outcome.fooled("pgd").any()
 
 
-def test_an_attack_that_averages_by_itself_sees_single_answers(shaken: Evaluation, tmp_path: Path) -> None:
-    seen = []
+def test_autoattack_sees_single_answers_and_other_attacks_the_mean(shaken: Evaluation, tmp_path: Path) -> None:
+    seen: dict[str, list[type]] = {"aa": [], "pgd": []}
 
-    class Listening(AutoAttack):
+    class Ensemble(AutoAttack):
         def __call__(self, model: nn.Module, *images: Tensor, **options: int) -> Tensor:  # type: ignore[override]
-            seen.append(type(model.network))
+            seen["aa"].append(type(model.network))
             return images[0]
 
-    for version in ("rand", "standard"):
-        suite: dict[str, Attack] = {"aa": Listening(norm="linf", eps=0.1, version=version)}
-        replace(shaken, suite=suite, folder=tmp_path / version).run()
-    assert set(seen[:1]) == {Shaken}
-    assert set(seen[-1:]) == {MeanAnswer}
+    class Steps(PGD):
+        def __call__(self, model: nn.Module, *images: Tensor, **options: int) -> Tensor:  # type: ignore[override]
+            seen["pgd"].append(type(model.network))
+            return images[0]
+
+    suite: dict[str, Attack] = {"aa": Ensemble(norm="linf", eps=0.1), "pgd": Steps(norm="linf", eps=0.1)}
+    replace(shaken, suite=suite, folder=tmp_path / "other").run()
+    assert set(seen["aa"]) == {Shaken}
+    assert set(seen["pgd"]) == {MeanAnswer}
 
 
 def test_a_network_that_is_not_random_has_no_share_of_draws(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ query-efficient black-box adversarial attack via random search", ECCV 2020.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import PositiveInt, dataclasses
@@ -24,7 +24,8 @@ _NORMS = {"linf": "Linf", "l2": "L2"}
 class AutoAttack(Attack):
     """The ensemble: APGD on two losses, FAB and Square, each on the images that are not fooled yet.
 
-    With fewer than ten classes its targeted attacks run towards all wrong ones.
+    With fewer than ten classes its targeted attacks run towards all wrong ones. Of a random network it sees
+    single answers, as published; ``version="rand"`` averages its gradients over 20.
 
     Args:
         norm: ``"linf"`` or ``"l2"``.
@@ -46,10 +47,7 @@ class AutoAttack(Attack):
     steps: PositiveInt = 100
     queries: PositiveInt = 5000
 
-    @property
-    def averages(self) -> bool:
-        """``"rand"`` takes the mean of 20 gradients."""
-        return self.version == "rand"
+    sees_single_answers: ClassVar[bool] = True
 
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, max_batch_size: int | None = None

@@ -36,16 +36,13 @@ class Attack(ABC):
         eps: radius of the ball, in pixel units of [0, 1].
         independent: whether the result of an image depends on that image and its key alone. An evaluation then
             hands over several batches at once, so that micro-batches stay full while fooled images drop out.
-        averages: whether it averages over the answers of a random network by itself; others see the mean.
+        sees_single_answers: whether it sees single answers of a random network; other attacks see their mean.
     """
 
     norm: Norm
     eps: float
     independent: ClassVar[bool] = False
-
-    @property
-    def averages(self) -> bool:
-        return False
+    sees_single_answers: ClassVar[bool] = False
 
     @property
     def threat(self) -> Threat:

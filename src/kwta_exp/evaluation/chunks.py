@@ -83,7 +83,10 @@ def attack_chunk(evaluation: "Evaluation", networks: Networks, name: str, chunk:
     """
     result, stopped = _attack(evaluation, networks, networks.searched, name, chunk)
     robust = torch.from_numpy(~result.rows["fooled"]).nonzero()[:, 0].to(chunk.device)
-    if networks.searched is networks.exact or not len(robust):
+    final = networks.searched is networks.exact or (
+        evaluation.suite[name].sees_single_answers and networks.judge.draws > 1
+    )
+    if final or not len(robust):
         return result
     with isolated(key(evaluation.seed, "claimed", name, int(chunk[0]))):
         batches = MicroBatches(networks.searched, batch_size_for(networks.searched, evaluation))
@@ -142,7 +145,7 @@ def _attack_at_once(
     x, y = to_float(images.x[chunk]), images.y[chunk]
     keys = fold(key(evaluation.seed, "attack", name), images.index[chunk])
     attack = evaluation.suite[name]
-    if attack.averages and isinstance(searched, MeanAnswer):
+    if attack.sees_single_answers and isinstance(searched, MeanAnswer):
         searched = searched.network
     counter = QueryCounter(searched, x, y, threat)
     started = time.monotonic()

@@ -28,7 +28,7 @@ def forecast(suite: Mapping[str, Attack], images: int, classes: int, draws: int 
     """
     found = {}
     for name, attack in suite.items():
-        most, passes = attack.max_queries(classes), images * (1 if attack.averages else draws)
+        most, passes = attack.max_queries(classes), images * (1 if attack.sees_single_answers else draws)
         if most is not None:
             found[name] = MaxQueries(passes * most.forward, passes * most.backward)
     return found
