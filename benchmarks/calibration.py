@@ -61,6 +61,7 @@ FLOORS = {
     "change_unseen_by_gradients": 0.2, "last_is_not_best": 0.1, "still_rising": 0.1,
     "outputs_are_probabilities": 0.5, "outputs_are_random": 0.0, "random_search_finds_more": 0.0,
     "repeating_finds_more": 0.01, "binarization_missed_by_pgd": 0.05, "binarization_missed": 0.05,
+    "operators_block_gradients": 0.0, "parts_not_covered": 0.0,
 }  # fmt: skip
 """The least that each threshold may be."""
 
@@ -314,6 +315,9 @@ def page(record: Mapping[str, Any]) -> str:
     ]
     lines += ["| --- | ---: | ---: | ---: | --- |"]
     for check in CHECKS:
+        if not any(check in found["compared"] for found in record["setting"] + record["trying"]):
+            lines.append(f"| {check} | not measured | | {rule[check]:g} | |")
+            continue
         values = [found["compared"][check] for found in lying if check in found["compared"]]
         top = max(found["compared"].get(check, 0.0) for found in honest)
         who = [found["name"] for found in record["setting"] + record["trying"] if check in found["flags"]]
