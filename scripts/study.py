@@ -63,7 +63,7 @@ def _record(folder: Path, label: str | None = None) -> dict[str, Any]:
         "threat": results["threat"],
         "clean": results["clean"],
         "attacks": {
-            attack: {key: found[key] for key in ("robust_accuracy", "n", "forwards", "backwards")}
+            attack: {key: found[key] for key in _KEPT if key in found}
             for attack, found in results["attacks"].items()
         },
         "worst_case": results["worst_case"],
@@ -75,6 +75,9 @@ def _record(folder: Path, label: str | None = None) -> dict[str, Any]:
         "torch": environment["packages"]["torch"],
     }
 
+
+_KEPT = ("robust_accuracy", "n", "ci95", "over_draws", "forwards", "backwards", "seconds")
+"""What a record keeps of an attack."""
 
 EARLY = 20 * 101 + 20 * 1001
 """Forward passes of the first 40 steps of ``nes``: 100 or 1,000 samples a step, and the iterate itself."""
@@ -203,17 +206,35 @@ def _table_by_attack(records: Sequence[Record]) -> str:
         for r in records
     ]
     heads = ["robust accuracy, and passes", *(cell for title in titles for cell in (title, "passes"))]
-    rows = [["none (clean)", *(cell for r in records for cell in (f"{100 * r['clean']['accuracy']:.1f}", ""))]]
+    alone = len(records) == 1  # there is room for intervals
+    rows = [
+        ["none (clean)", *(cell for r in records for cell in (_share(r["clean"], r["clean"]["n"], alone), ""))]
+    ]
     for name in names:
         rows.append([name])
         for record in records:
             attack = record["attacks"].get(name)
             passes = attack and f"{attack['forwards'] + attack['backwards']:,}"
-            rows[-1] += [f"{100 * attack['robust_accuracy']:.1f}", passes] if attack else ["n/a", ""]
-    worst = (f"**{100 * record['worst_case']['robust_accuracy']:.1f}**" for record in records)
+            n = record["clean"]["n"]
+            rows[-1] += [_share(attack, n, alone), passes] if attack else ["n/a", ""]
+    worst = (f"**{_share(record['worst_case'], record['clean']['n'], alone)}**" for record in records)
     rows.append(["**worst case**", *(cell for each in worst for cell in (each, ""))])
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _share(found: Record, n: int, with_interval: bool) -> str:
+    """A share in percent; with its interval, the mean over draws and another number of images than ``n``."""
+    accuracy = found["accuracy"] if "accuracy" in found else found["robust_accuracy"]
+    text = f"{100 * accuracy:.1f}"
+    if with_interval and "ci95" in found:
+        low, high = found["ci95"]
+        text += f" ({100 * low:.1f} to {100 * high:.1f})"
+    if found["n"] != n:
+        text += f" of {found['n']}"
+    if over_draws := found.get("over_draws"):
+        text += f"; over draws {100 * over_draws['accuracy']:.1f}"
+    return text
 
 
 def _cost(record: Record) -> str:

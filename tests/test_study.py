@@ -66,8 +66,8 @@ def test_a_single_run_is_shown_attack_by_attack(tmp_path: Path) -> None:
     (tmp_path / "one.md").write_text("")
     text = page(tmp_path)
     assert "| d-m-kwta0.1-natural, seed 3, linf eps 0.1, n = 100: masked | passes |" in text
-    assert "| pgd | 50.0 | 3 |" in text
-    assert "| **worst case** | **20.0** |  |" in text
+    assert "| pgd | 50.0 (40.4 to 59.6) | 3 |" in text  # Wilson's intervals of 50 and 20 of 100
+    assert "| **worst case** | **20.0 (13.3 to 28.9)** |  |" in text
     assert "*1 run, on EPYC" in text
 
 
