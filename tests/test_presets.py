@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.numpy import load_file, save_file
 
 from kwta_exp.adjust import scaled
+from kwta_exp.checkpoint import save_weights, weights_of
 from kwta_exp.config import ConfigError, build, plain, settings
 from kwta_exp.errors import UserError
 from kwta_exp.evaluation.stored import Stored
@@ -149,10 +150,21 @@ def test_each_objective_runs_end_to_end(tiny: Tiny, training: str, tmp_path: Pat
     assert all(("val_robust_accuracy" in epoch) == (training != "natural") for epoch in epochs)
 
 
+SMALLER = {"audit/kwta_resnet18": ["model.width=4"], "audit/stochastic_lwta": ["model.depth=10"]}
+"""For presets of given weights: a smaller network than the published one, with random weights."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_runs_end_to_end_at_scale_tiny(tiny: Tiny, preset: str) -> None:
-    results = tiny(f"experiment={preset}")
+def test_every_preset_runs_end_to_end_at_scale_tiny(
+    tiny: Tiny, composed: Callable[..., DictConfig], tmp_path: Path, preset: str
+) -> None:
+    given = [f"experiment={preset}", *SMALLER.get(preset, [])]
+    if not (cfg := composed(*given)).training.get("_target_"):  # training=none
+        network = build(cfg, "model")(num_classes=10, in_channels=3)
+        save_weights(tmp_path / "w.safetensors", weights_of(network), {})
+        given += [f"weights={tmp_path / 'w.safetensors'}", "weights_sha256=null"]
+    results = tiny(*given)
     assert results["run"]["scale"] == "tiny"
     assert 50 <= results["clean"]["n"] <= 64
     assert not results["attacks"] or results["attacks"]["pgd"]["forwards"] > 0
