@@ -56,8 +56,8 @@ bench-page: $(READY)  ## the same, and docs/performance.md
 bench-gpu: $(READY)  ## what k-WTA costs on a CUDA device, and docs/performance_gpu.md (at most 10 min)
 	$(BIN)/python -m benchmarks.gpu
 
-calibrate: $(READY)  ## the verdict's thresholds and errors (an hour; wants FashionMNIST)
-	$(BIN)/python benchmarks/calibration.py
+calibrate: $(READY)  ## the verdict's thresholds and errors (hours, by two processes; wants FashionMNIST)
+	$(BIN)/python -m benchmarks.calibration --processes 2
 
 results: $(READY)  ## docs/results.md from the records in docs/results/, and the table of checks in docs/verdict.md
 	$(BIN)/python -m scripts.study page
