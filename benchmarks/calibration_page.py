@@ -113,7 +113,7 @@ def _floors(record: Mapping[str, Any]) -> list[str]:
         f"On {reached} of {number} networks with a known floor, the worst case is within"
         f" {100 * WITHIN:.0f} points of it. They have the weights of an honest network, in a disguise that"
         " changes the answers little or not at all: the floor is the honest network's own worst case. It is"
-        " exact where the disguise comes after the logits, and off by a few points where images are rounded,"
+        " exact where the disguise comes after the logits, and off by a point or two where images are rounded,"
         " which moves the edge of the ball.",
         "",
         "| network | set | plain PGD | worst case | floor | within |",
