@@ -50,14 +50,14 @@ class Thermometer(nn.Module):
 
 
 class SteepStaircase(nn.Module):
-    """:class:`Quantised` with a sigmoid at each step: a gradient that is tiny, and zero where it underflows."""
+    """:class:`Staircase` with a sigmoid at each step: a gradient that is tiny almost everywhere."""
 
     def __init__(self, levels: int = 64, steepness: float = 4000) -> None:
         super().__init__()
         self.levels, self.steepness = levels, steepness
 
     def forward(self, x: Tensor) -> Tensor:
-        steps = (torch.arange(self.levels, dtype=x.dtype, device=x.device) + 0.5) / self.levels
+        steps = torch.arange(1, self.levels + 1, dtype=x.dtype, device=x.device) / self.levels
         return torch.sigmoid(self.steepness * (x.unsqueeze(-1) - steps)).sum(-1) / self.levels
 
 
@@ -84,7 +84,7 @@ class Masked(nn.Module):
 class InNumPy(nn.Module):
     """:class:`Quantised` by way of NumPy, where autograd ends."""
 
-    def __init__(self, levels: int = 64) -> None:
+    def __init__(self, levels: int = 176) -> None:
         super().__init__()
         self.levels = levels
 
@@ -111,7 +111,7 @@ class OwnBackward(nn.Module):
     the network at the rounded image, and plain PGD does what BPDA does. With 0 it is zero.
     """
 
-    def __init__(self, share: float, levels: int = 64) -> None:
+    def __init__(self, share: float, levels: int = 176) -> None:
         super().__init__()
         self.share, self.levels = share, levels
 
