@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kwta_exp.attacks import PGD, Attack, AutoAttack, Threat
 from kwta_exp.data.batches import Split
 from kwta_exp.evaluation import Evaluation, evaluate
+from kwta_exp.evaluation.checks import diagnose
 from kwta_exp.evaluation.judge import Judge, misclassified
 from kwta_exp.evaluation.random_networks import MeanAnswer, RandomJudge, is_random, judge_for
 
@@ -199,6 +200,29 @@ def test_autoattack_sees_single_answers_and_other_attacks_the_mean(shaken: Evalu
     replace(shaken, suite=suite, folder=tmp_path / "other").run()
     assert set(seen["aa"]) == {Shaken}
     assert set(seen["pgd"]) == {MeanAnswer}
+
+
+def test_a_network_judged_as_random_is_never_sound_however_seldom_it_changes(shaken: Evaluation) -> None:
+    """The check asks only twice; that the judge saw other answers is enough."""
+    outcome = shaken.run()
+    shaken.network.noise = 0.0  # type: ignore[assignment]
+    assert diagnose(shaken, outcome, 8).measured["outputs_are_random"] == 1
+
+
+def test_autoattack_sees_the_network_itself_and_no_proxy_if_it_is_random(
+    shaken: Evaluation, tmp_path: Path
+) -> None:
+    seen = []
+
+    class Ensemble(AutoAttack):
+        def __call__(self, model: nn.Module, *images: Tensor, **options: int) -> Tensor:  # type: ignore[override]
+            seen.append(model.network)
+            return images[0]
+
+    suite: dict[str, Attack] = {"aa": Ensemble(norm="linf", eps=0.1)}
+    replace(shaken, suite=suite, folder=tmp_path / "fast", search="fast").run()
+    assert seen
+    assert all(each is shaken.network for each in seen)
 
 
 def test_a_network_that_is_not_random_has_no_share_of_draws(tmp_path: Path) -> None:

@@ -145,8 +145,8 @@ def _attack_at_once(
     x, y = to_float(images.x[chunk]), images.y[chunk]
     keys = fold(key(evaluation.seed, "attack", name), images.index[chunk])
     attack = evaluation.suite[name]
-    if attack.sees_single_answers and isinstance(searched, MeanAnswer):
-        searched = searched.network
+    if attack.sees_single_answers and networks.judge.draws > 1:
+        searched = evaluation.network  # and not a proxy of it: it is attacked once
     counter = QueryCounter(searched, x, y, threat)
     started = time.monotonic()
     try:

@@ -34,7 +34,7 @@ def outputs_are_probabilities(
     return {"outputs_are_probabilities": probabilities.double()}
 
 
-@per_image(
+@measurement(
     Check(
         name="outputs_are_random",
         threshold=0.0,
@@ -45,15 +45,21 @@ def outputs_are_probabilities(
         sign=True,
     )
 )
-def outputs_are_random(
-    calls: MicroBatches, x: Tensor, y: Tensor, keys: Tensor, threat: Threat
-) -> dict[str, Tensor]:
-    """Which images get two different answers."""
+def outputs_are_random(subject: Subject) -> dict[str, float]:
+    """The share of images that get two different answers; 1 if the network was judged as random."""
+    if subject.outcome.share_right([]) is not None:
+        return {"outputs_are_random": 1.0}
+    different = [answers_differ(subject.calls, x) for x, _, _ in subject.batches]
+    return {"outputs_are_random": torch.cat(different).double().mean().item()}
+
+
+def answers_differ(calls: MicroBatches, x: Tensor) -> Tensor:
+    """Which images get two different answers, bool ``(N,)``."""
     batch_size = calls.size
     one, other = calls.logits(x), calls.logits(x)
     if calls.size != batch_size:  # memory ran out between the two, and another batch size rounds otherwise
         one, other = calls.logits(x), calls.logits(x)
-    return {"outputs_are_random": differ(one, other).double()}
+    return differ(one, other)
 
 
 @measurement(
