@@ -577,3 +577,26 @@ def test_a_radius_in_other_units_is_refused(
 def test_a_threat_refuses_a_radius_beyond_the_pixel_range() -> None:
     with pytest.raises(ValueError, match="such as 8/255"):
         Threat(norm="linf", eps=8)
+
+
+class WithoutGraph(nn.Module):
+    """A network whose logits come back from NumPy."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(x)
+        return torch.from_numpy(logits.detach().numpy())
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if name != "transfer"])
+def test_attacks_run_on_a_network_whose_logits_have_no_graph(name: str, images) -> None:  # type: ignore[no-untyped-def]
+    x, y, keys = images
+    x = x.float()
+    model = WithoutGraph(far_from_error(torch.ones(48), (0.0, 0.0, 0.0)).float()).eval()
+    threat = Threat(norm="l2", eps=0.5) if name in ("cw", "ddn", "ead") else THREATS[0]
+    found = MAKERS[name](threat)(model, x, y, keys)
+    assert found.isfinite().all()
+    assert (threat.distance(found, x) <= threat.eps + 1e-5).all()

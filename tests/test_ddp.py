@@ -144,7 +144,7 @@ def is_rank(pid: int) -> bool:
 def test_a_run_whose_process_is_killed_ends_with_one_message_and_continues_to_the_same_weights(
     tmp_path: Path,
 ) -> None:
-    longer = [*RUN, *DDP, "training.epochs=20"]
+    longer = [*RUN, *DDP, "training.epochs=8"]
     undisturbed = start(tmp_path / "undisturbed", *longer)
     said, _ = undisturbed.communicate(timeout=240)
     assert undisturbed.returncode == 0, said

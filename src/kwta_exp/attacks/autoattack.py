@@ -13,7 +13,7 @@ import torch
 from pydantic import PositiveInt, dataclasses
 from torch import Tensor, nn
 
-from kwta_exp.attacks.base import Attack, MaxQueries, NotApplicableError, frozen
+from kwta_exp.attacks.base import Attack, Connected, MaxQueries, NotApplicableError, frozen
 from kwta_exp.fields import STRICT, Eps, Norm
 from kwta_exp.randomness import isolated
 
@@ -59,8 +59,9 @@ class AutoAttack(Attack):
         seed = int(keys.sum()) % 2**31
         with isolated(seed), frozen(model), _quiet():
             ensemble: Any = pyautoattack.AutoAttack(
-                model, norm=_NORMS[self.norm], eps=self.eps, version=self.version, seed=seed, device=x.device
-            )
+                Connected(model), norm=_NORMS[self.norm], eps=self.eps, version=self.version, seed=seed,
+                device=x.device,
+            )  # fmt: skip
             with torch.no_grad():
                 wrong_classes = model(x[:1]).shape[1] - 1
             ensemble.square.n_queries = self.queries

@@ -177,6 +177,38 @@ def input_gradient(
     return gradient, logits.detach(), value.detach()
 
 
+class Connected(nn.Module):
+    """A network for libraries that fail on outputs without a graph: there, its gradient is 0.
+
+    It shares the network's parameters and mode.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.train(network.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The network's logits, to the bit."""
+        logits: Tensor = self.network(x)
+        if torch.is_grad_enabled() and x.requires_grad and not logits.requires_grad:
+            logits = _WithoutGradient.apply(x, logits)
+        return logits
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """The second argument; its gradient by the first is 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, logits: Tensor) -> Tensor:
+        ctx.like = x
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return torch.zeros_like(ctx.like), None
+
+
 def remaining(step: int, keep: Tensor) -> Tensor | None:
     """The rows to go on with after a step, or ``None`` for all of them.
 

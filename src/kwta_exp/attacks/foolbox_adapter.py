@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kwta_exp.attacks.base import Attack, CallableAttack, frozen
+from kwta_exp.attacks.base import Attack, CallableAttack, Connected, frozen
 from kwta_exp.attacks.threat import Threat
 from kwta_exp.randomness import isolated
 
@@ -73,7 +73,7 @@ class FoolboxAttack(Attack):
         """What foolbox returns for ``x``; see :class:`~kwta_exp.attacks.Attack`."""
         from foolbox.models.pytorch import PyTorchModel
 
-        foolbox_model = PyTorchModel(model, bounds=(0, 1), device=x.device)
+        foolbox_model = PyTorchModel(Connected(model), bounds=(0, 1), device=x.device)
         with torch.enable_grad(), frozen(model), isolated(int(keys.sum())):
             if hasattr(self.attack, "init_attack"):
                 found = self._from_starting_points(foolbox_model, x, y)
