@@ -23,7 +23,7 @@ def soft(module: nn.Module, x: Tensor, temperature: float) -> Tensor:
         out = torch.zeros_like(x)
         deviation = x.flatten(1).std(1).detach()
         for n, c in ((n, c) for n in range(x.shape[0]) for c in range(x.shape[1])):
-            rival = x[n, c ^ 1].detach()  # the other of a group of two
+            rival = x[n, c ^ 1]  # the other of a group of two
             out[n, c] = x[n, c] * torch.sigmoid((x[n, c] - rival) / (temperature * deviation[n]))
         return out
     assert isinstance(module, KWTA)
@@ -33,8 +33,13 @@ def soft(module: nn.Module, x: Tensor, temperature: float) -> Tensor:
     for row in rows:
         score = row.abs() if module.by == "magnitude" else row
         count = module.k or max(1, int(module.ratio * len(row)))  # type: ignore[operator]
-        threshold = score.detach().sort(descending=True).values[count - 1]
-        gated.append(row * torch.sigmoid((score - threshold) / (temperature * score.detach().std())))
+        values, width = score.detach(), temperature * score.detach().std()
+        threshold = values.sort(descending=True).values[count - 1]
+        is_open = torch.sigmoid((values - threshold) / width)
+        share = (
+            is_open * (1 - is_open) / (is_open * (1 - is_open)).sum()
+        )  # of each value in the threshold's move
+        gated.append(row * torch.sigmoid((score - threshold - (share * (score - values)).sum()) / width))
     return torch.stack(gated).view_as(x)
 
 

@@ -170,19 +170,123 @@ def test_rounding_passes_the_gradient_straight_through() -> None:
         torch.testing.assert_close(gradient(OTHERS[name], x, Relaxing(T)), weights)
 
 
-def test_lwta_by_comparison_is_near_its_soft_gate() -> None:
+LWTA_FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "above the rival": lambda groups: groups >= groups.flip(2),
+    "not below the largest": lambda groups: groups >= groups.amax(2, keepdim=True),
+    "equal to the largest": lambda groups: groups == groups.max(2, keepdim=True).values,
+    "at the index of the largest": lambda groups: torch.zeros_like(groups).scatter(
+        2, groups.argmax(2, keepdim=True), 1.0
+    ),
+}
+
+
+@pytest.mark.parametrize("form", LWTA_FORMS)
+def test_every_form_of_lwta_is_near_its_soft_gate(form: str) -> None:
     def grouped(x: Tensor) -> Tensor:
         groups = x.unflatten(1, (-1, 2))
-        rival = groups.flip(2)
-        return (groups * (groups >= rival)).flatten(1, 2)
+        return (groups * LWTA_FORMS[form](groups)).flatten(1, 2)
 
     x = images()
     assert torch.equal(grouped(x), LWTA()(x))
-    found, expected = gradient(grouped, x, Relaxing(T)), gradient(lambda x: soft_lwta(LWTA(), x, T), x, None)
+    mode = Relaxing(T)
+    found, expected = gradient(grouped, x, mode), gradient(lambda x: soft_lwta(LWTA(), x, T), x, None)
     assert found is not None
     assert expected is not None
     cosine = F.cosine_similarity(found.flatten(), expected.flatten(), dim=0)
     assert cosine > 0.7
+    assert sum(mode.relaxed.values()) == 1
+
+
+def width(x: Tensor) -> Tensor:
+    return T * standard_deviation(x, [1, 2, 3])
+
+
+def gated(x: Tensor, at: Tensor) -> Tensor:
+    return torch.sigmoid(x / width(at))
+
+
+def among(x: Tensor, at: Tensor, k: int) -> Tensor:
+    """Gates around the k-th largest value of ``at``, or what they have to move to for the same sum."""
+    values = x.flatten(1)
+    lowest, highest = values.amin(1, keepdim=True) - 1, values.amax(1, keepdim=True) + 1
+    w = width(at).flatten(1)
+    threshold = at.flatten(1).topk(k, dim=1).values[:, -1:]
+    number = torch.sigmoid((at.flatten(1) - threshold) / w).sum(1, keepdim=True)
+    for _ in range(60):
+        threshold = (lowest + highest) / 2
+        many = torch.sigmoid((values - threshold) / w).sum(1, keepdim=True) > number
+        lowest, highest = torch.where(many, threshold, lowest), torch.where(many, highest, threshold)
+    return torch.sigmoid((values - threshold) / w).view_as(x)
+
+
+def scaled(x: Tensor, size: Tensor) -> Tensor:
+    """Back to a spread of 0.1 / T, as saturated squashings are."""
+    return x * (0.1 / T / size).clamp_max(1.0)
+
+
+def root_mean_square(x: Tensor) -> Tensor:
+    return x.square().mean((1, 2, 3), keepdim=True).sqrt()
+
+
+SMOOTH: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "greater": (lambda x: (x > 0.3).to(x), lambda x, at: gated(x - 0.3, at)),
+    "less": (lambda x: (torch.full_like(x, 0.3) < x).to(x), lambda x, at: gated(x - 0.3, at)),
+    "less or equal": (lambda x: (x <= 0.3).to(x), lambda x, at: gated(0.3 - x, at)),
+    "two operands": (lambda x: (x > x.flip(1)).to(x), lambda x, at: gated(x - x.flip(1), at)),
+    "above the mean": (
+        lambda x: (x > x.mean((1, 2, 3), keepdim=True)).to(x),
+        lambda x, at: gated(x - x.mean((1, 2, 3), keepdim=True), at),
+    ),
+    "equal": (lambda x: (x == x.flip(1)).to(x), lambda x, at: torch.exp(-(x - x.flip(1)).abs() / width(at))),
+    "not equal": (lambda x: (x != 0.3).to(x), lambda x, at: 1 - torch.exp(-(x - 0.3).abs() / width(at))),
+    "the largest": (lambda x: (x == x.amax((1, 2, 3), keepdim=True)).to(x), lambda x, at: among(x, at, 1)),
+    "not below the k-th": (
+        lambda x: (x >= x.flatten(1).topk(K, 1)[0].amin(1)[:, None, None, None]).to(x),
+        lambda x, at: among(x, at, K),
+    ),
+    "at the k largest": (
+        lambda x: torch.zeros_like(x.flatten(1)).scatter(1, x.flatten(1).topk(K, 1)[1], 1.0).view_as(x),
+        lambda x, at: among(x, at, K),
+    ),
+    "sign": (torch.sign, lambda x, at: 2 * gated(x, at) - 1),
+    "heaviside": (OTHERS["heaviside"], gated),
+    "both": (
+        lambda x: ((x > -0.5) & (x < 0.5)).to(x),
+        lambda x, at: gated(x + 0.5, at) * gated(0.5 - x, at),
+    ),
+    "rounding": (torch.round, lambda x, at: x),
+    "clamp": (OTHERS["clamped"], lambda x, at: x),
+    "floor division": (lambda x: x // 0.5, lambda x, at: x / 0.5),
+    "saturated softmax": (
+        lambda x: (x / 0.001).softmax(1),
+        lambda x, at: scaled(x / 0.001, standard_deviation(at / 0.001, [1, 2, 3])).softmax(1),
+    ),
+    "saturated sigmoid": (
+        OTHERS["saturated sigmoid"],
+        lambda x, at: torch.sigmoid(scaled(1000 * x, root_mean_square(1000 * at))),
+    ),
+    "saturated tanh": (
+        OTHERS["saturated tanh"],
+        lambda x, at: torch.tanh(scaled(1000 * x, root_mean_square(1000 * at))),
+    ),
+}
+"""Operators, and their smooth forms near ``at``, where spreads are measured."""
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_the_gradient_is_a_finite_difference_of_the_smooth_form(name: str) -> None:
+    operator, smooth = SMOOTH[name]
+    x = images()
+    found = gradient(operator, x, Relaxing(T))
+    assert found is not None
+    weights = torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view_as(x)
+    generator = torch.Generator().manual_seed(1)
+    h = 1e-6
+    for _ in range(3):
+        direction = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        ahead, behind = smooth(x + h * direction, x), smooth(x - h * direction, x)
+        expected = ((ahead - behind) * weights).sum((1, 2, 3)) / (2 * h)
+        torch.testing.assert_close((found * direction).sum((1, 2, 3)), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU, nn.Tanh], ids=lambda kind: kind.__name__)

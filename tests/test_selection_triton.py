@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kwta_exp.activations import selection
+from kwta_exp.activations.soft_gate import moving_threshold
 from tests.conftest import ROOT
 
 INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
@@ -86,11 +87,12 @@ def check_gate(module: ModuleType, rows: Tensor, k: int, by_magnitude: bool, dev
     score = x.abs() if by_magnitude else x
     threshold = score.detach().sort(dim=1, descending=True).values[:, k - 1 : k]
     width = 0.3 * score.detach().std(dim=1, keepdim=True, correction=1 if rows.shape[1] > 1 else 0)
-    expected = x * torch.sigmoid((score - threshold) / width)
-    (slope,) = torch.autograd.grad(expected.sum(), x)
+    expected = x * torch.sigmoid((score - moving_threshold(score, threshold, width, [1])) / width)
+    weight = torch.linspace(-1, 2, rows.numel(), dtype=rows.dtype).view_as(rows)
+    (slope,) = torch.autograd.grad(expected, x, weight.double())
 
     gated, thresholds, widths = module.gate(rows.to(device), k, by_magnitude, 0.3)
-    passed = module.pass_gate(torch.ones_like(gated), rows.to(device), thresholds, widths, by_magnitude)
+    passed = module.pass_gate(weight.to(device), rows.to(device), thresholds, widths, by_magnitude)
 
     finite = threshold.masked_fill(threshold.isnan(), math.inf)
     # Triton's interpreter takes subnormals of bfloat16 for 0.

@@ -94,19 +94,39 @@ def test_torch_accepts_the_operators(name: str, make: Any) -> None:
     )
 
 
-def as_before(x: Tensor, k: int, temperature: float) -> Tensor:
-    """The relaxation as operators of torch, written out."""
-    rows = x.detach().flatten(1)
-    threshold = rows.sort(descending=True).values[:, k - 1, None, None, None]
-    from_mean = x.detach() - x.detach().mean((1, 2, 3), keepdim=True)
-    norm = torch.linalg.vector_norm(from_mean, dim=(1, 2, 3), keepdim=True)
-    std = (norm / (rows.shape[1] - 1) ** 0.5).clamp_min(1e-12)
-    return x * torch.sigmoid((x - threshold) / (temperature * std))
+def soft_winners(score: Tensor, threshold: Tensor, width: Tensor) -> Tensor:
+    return torch.sigmoid((score - threshold) / width).sum(1, keepdim=True)
 
 
-def test_on_a_cpu_not_one_bit_differs_from_the_formula() -> None:
-    x = torch.randn(3, 4, 5, 2, requires_grad=True)
-    found, expected = soft_gate(x, 0.1, k=9), as_before(x, 9, 0.1)
-    assert torch.equal(found, expected)
-    for one, other in zip(*(torch.autograd.grad(each.sum(), x) for each in (found, expected)), strict=True):
-        assert torch.equal(one, other)
+def with_as_many_winners(score: Tensor, threshold: Tensor, width: Tensor, number: Tensor) -> Tensor:
+    """The threshold for which the soft gates of ``score`` add up to ``number``, by bisection."""
+    low, high = threshold - 1, threshold + 1
+    for _ in range(60):
+        middle = (low + high) / 2
+        many = soft_winners(score, middle, width) > number
+        low, high = torch.where(many, middle, low), torch.where(many, high, middle)
+    return (low + high) / 2
+
+
+@pytest.mark.parametrize("by", ["value", "magnitude"])
+def test_the_gradient_is_that_of_gates_whose_number_of_winners_stays(by: Any) -> None:
+    """Central differences of the smooth function: the threshold moves so that the gates add up to the same."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, direction = torch.randn(3, 6, 24, generator=generator, dtype=torch.float64)
+    score = x.abs() if by == "magnitude" else x
+    threshold = score.sort(1, descending=True).values[:, 4:5]
+    width = 0.3 * score.std(1, keepdim=True)
+    number = soft_winners(score, threshold, width)
+
+    def smooth(x: Tensor) -> Tensor:
+        score = x.abs() if by == "magnitude" else x
+        moved = with_as_many_winners(score, threshold, width, number)
+        return (weight * x * torch.sigmoid((score - moved) / width)).sum(1)
+
+    h = 1e-6
+    expected = (smooth(x + h * direction) - smooth(x - h * direction)) / (2 * h)
+    x.requires_grad_()
+    for gated in (soft_gate(x, 0.3, k=5, by=by), soft_gate(x.float(), 0.3, k=5, by=by)):
+        (gradient,) = torch.autograd.grad(gated, x, weight.to(gated.dtype))
+        tolerance = 1e-6 if gated.dtype == torch.float64 else 1e-4
+        torch.testing.assert_close((gradient * direction).sum(1), expected, rtol=tolerance, atol=tolerance)

@@ -104,14 +104,15 @@ def pass_winners(gradients: Tensor, bits: Tensor) -> Tensor:
 def pass_gate(
     gradients: Tensor, rows: Tensor, thresholds: Tensor, widths: Tensor, by_magnitude: bool
 ) -> Tensor:
-    """The ``gradients``, contiguous ``(N, M)``, times the slope of :func:`gate` for constant t and w."""
+    """The gradient of :func:`gate` for ``gradients``, contiguous ``(N, M)``: t moves, w is constant."""
     passed = torch.empty_like(gradients)
     N, M = gradients.shape
     with torch.cuda.device_of(gradients):
         block = _block(M)
-        _pass_gate[(N, -(-M // block))](
-            gradients, rows, thresholds, widths, passed, M, MAGNITUDE=by_magnitude, BLOCK=block
-        )
+        _pass_gate[(N,)](
+            gradients, rows, thresholds, widths, passed, M,
+            MAGNITUDE=by_magnitude, BLOCK=block, num_warps=max(1, block // 256),
+        )  # fmt: skip
     return passed
 
 
@@ -232,15 +233,29 @@ def _pass(gradients, bits, passed, M, BLOCK: tl.constexpr):  # type: ignore[no-u
 def _pass_gate(  # type: ignore[no-untyped-def]
     gradients, rows, thresholds, widths, passed, M, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """``g * sigmoid(z) * (1 + s * sigmoid(-z) / w)`` with ``z = (s - t) / w``."""
+    """``g * o + (g * x - m) * o' / w`` with ``o = sigmoid((s - t) / w)``, m the mean of ``g * x`` by ``o'``."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < M
-    x = tl.load(rows + row * M + column, mask=inside, other=0).to(tl.float32)
-    gradient = tl.load(gradients + row * M + column, mask=inside, other=0)
-    score = tl.abs(x) if MAGNITUDE else x
-    width = tl.load(widths + row)
-    z = (score - tl.load(thresholds + row)) / width
-    is_open = tl.sigmoid(z)
-    slope = is_open * (1 + score * ((1 - is_open) / width))
-    tl.store(passed + row * M + column, (gradient.to(tl.float32) * slope).to(gradient.dtype), mask=inside)
+    threshold, width = tl.load(thresholds + row), tl.load(widths + row)
+    shares = tl.zeros([BLOCK], tl.float32)
+    moves = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, M, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < M
+        x = tl.load(rows + row * M + column, mask=inside, other=0).to(tl.float32)
+        gradient = tl.load(gradients + row * M + column, mask=inside, other=0).to(tl.float32)
+        is_open = tl.sigmoid(((tl.abs(x) if MAGNITUDE else x) - threshold) / width)
+        share = tl.where(inside, is_open * (1 - is_open), 0.0)
+        shares += share
+        moves += gradient * x * share
+    mean = tl.sum(moves, 0) / tl.maximum(tl.sum(shares, 0), 1e-30)
+    for start in range(0, M, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < M
+        x = tl.load(rows + row * M + column, mask=inside, other=0).to(tl.float32)
+        gradient = tl.load(gradients + row * M + column, mask=inside, other=0).to(tl.float32)
+        is_open = tl.sigmoid(((tl.abs(x) if MAGNITUDE else x) - threshold) / width)
+        moved = (gradient * x - mean) * (is_open * (1 - is_open) / width)
+        if MAGNITUDE:
+            moved = tl.where(x < 0, -moved, tl.where(x > 0, moved, 0.0))
+        result = gradient * is_open + moved
+        tl.store(passed + row * M + column, result.to(passed.dtype.element_ty), mask=inside)

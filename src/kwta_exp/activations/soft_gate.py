@@ -1,8 +1,8 @@
 """A smooth stand-in for k-WTA: each value times a sigmoid around the threshold, instead of 0 or 1.
 
-On a CUDA device one Triton kernel computes the threshold, the standard deviation and the gated values, and
-another one the gradient. Elsewhere, in float64, under ``torch.func``, in forward mode and under
-``torch.compile``, PyTorch's own operators do the work.
+One operator computes the threshold, the standard deviation and the gated values, and another one the gradient;
+on a CUDA device each is a Triton kernel. In float64, under ``torch.func``, in forward mode and under
+``torch.compile``, the formula runs as PyTorch's own operators.
 """
 
 import math
@@ -15,6 +15,8 @@ from torch import Tensor
 from kwta_exp.activations.kwta import By, Over, _winners, kwta_threshold
 from kwta_exp.activations.layout import _laid_out, _on_its_own_layout, _rows, in_channels_last
 from kwta_exp.activations.selection import _implements, below_autograd, kth_largest, under_transform
+
+_TINY = 1e-30
 
 torch.library.define(
     "kwta_exp::soft_gate",
@@ -37,8 +39,9 @@ def soft_gate(
 ) -> Tensor:
     """``x * sigmoid((s - t) / (temperature * std(s)))``: s the score, t the k-th largest of it.
 
-    The threshold t and the standard deviation, one for each row of competitors, count as constants of the
-    gradient. The score is ``x`` or its magnitude.
+    The score is ``x`` or its magnitude. The threshold moves with the scores of its row
+    (:func:`moving_threshold`), so a value that rises pushes others out. The standard deviation, one for each
+    row of competitors, counts as a constant of the gradient.
 
     Args:
         x: floating point ``(N, ...)`` of 2 to 5 dimensions, in any memory format.
@@ -52,7 +55,7 @@ def soft_gate(
         A tensor like ``x``.
     """
     per_channel = over == "channel" and x.dim() > 2
-    if x.is_cuda and x.dtype != torch.float64 and x.numel() and not _traced():
+    if x.dtype != torch.float64 and x.numel() and not _traced():
         count, by_magnitude = _winners(x, ratio, k, per_channel), by == "magnitude"
         gated: Tensor
         if torch.is_grad_enabled() and x.requires_grad:
@@ -62,9 +65,29 @@ def soft_gate(
         return gated
     score = x.abs() if by == "magnitude" else x
     threshold = kwta_threshold(x.detach(), ratio, k=k, over=over, by=by)
-    return x * torch.sigmoid(
-        (score - threshold) / (temperature * standard_deviation(score, range(1 + per_channel, x.dim())))
-    )
+    dims = range(1 + per_channel, x.dim())
+    width = temperature * standard_deviation(score, dims)
+    return x * torch.sigmoid((score - moving_threshold(score, threshold, width, dims)) / width)
+
+
+def moving_threshold(score: Tensor, threshold: Tensor, width: Tensor, dims: Sequence[int]) -> Tensor:
+    """The ``threshold`` of a soft gate, with the gradient of one that keeps the number of winners.
+
+    While the scores s change, the threshold t keeps the sum of ``sigmoid((s - t) / w)`` as it is; by the
+    implicit function theorem, ``dt / ds_i = sigmoid'((s_i - t) / w) / sum_j sigmoid'((s_j - t) / w)``. The k-th
+    largest score itself has a gradient of 1 by one score and 0 by all others.
+
+    Args:
+        score: what competes.
+        threshold: one for each row of competitors; it broadcasts with ``score``.
+        width: of the gate, likewise.
+        dims: over which they compete.
+    """
+    values = score.detach()
+    is_open = torch.sigmoid((values - threshold.detach()) / width)
+    share = is_open * (1 - is_open)
+    share = share / share.sum(tuple(dims), keepdim=True).clamp_min(_TINY)
+    return threshold.detach() + (share * (score - values)).sum(tuple(dims), keepdim=True)
 
 
 def standard_deviation(x: Tensor, dims: Sequence[int]) -> Tensor:
@@ -104,20 +127,27 @@ class _SoftGate(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, thresholds, widths = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody will differentiate the gradient
-            passed = gradient * _slope(x, thresholds, widths, ctx.by_magnitude)
+            passed = _passed(gradient, x, thresholds, widths, ctx.by_magnitude)
         else:
             passed = below_autograd(_pass, gradient, x, thresholds, widths, ctx.by_magnitude)
         return passed, None, None, None, None
 
 
-def _slope(x: Tensor, thresholds: Tensor, widths: Tensor, by_magnitude: bool) -> Tensor:
-    """The derivative of the gated values: ``g * (1 + s * (1 - g) / w)`` with ``g = sigmoid((s - t) / w)``."""
+def _passed(gradient: Tensor, x: Tensor, thresholds: Tensor, widths: Tensor, by_magnitude: bool) -> Tensor:
+    """The gradient by ``x``: ``g * o + (g * x - m) * o' / w`` with ``o = sigmoid((s - t) / w)``.
+
+    Here m is the mean of ``g * x`` weighted by ``o'``: the threshold moves.
+    """
     lead = x.shape[: 1 if len(thresholds) == len(x) else 2]
     threshold, width = (each.view(*lead, *[1] * (x.dim() - len(lead))) for each in (thresholds, widths))
-    score = x.abs() if by_magnitude else x
-    is_open = torch.sigmoid((score - threshold) / width)
-    slope: Tensor = is_open * (1 + score * ((1 - is_open) / width))
-    return slope.to(x.dtype)
+    dims = tuple(range(len(lead), x.dim()))
+    is_open = torch.sigmoid(((x.abs() if by_magnitude else x) - threshold) / width)
+    share = is_open * (1 - is_open)
+    moves = gradient * x
+    mean = (moves * share).sum(dims, keepdim=True) / share.sum(dims, keepdim=True).clamp_min(_TINY)
+    moved = (moves - mean) * share / width
+    passed: Tensor = gradient * is_open + (moved * x.sign() if by_magnitude else moved)
+    return passed.to(x.dtype)
 
 
 @_implements("kwta_exp::soft_gate", "CPU")
@@ -150,7 +180,7 @@ def _gate_on_cuda(
 def _pass_gate_on_cpu(
     gradient: Tensor, x: Tensor, thresholds: Tensor, widths: Tensor, by_magnitude: bool
 ) -> Tensor:
-    passed = gradient * _slope(x.detach().float(), thresholds, widths, by_magnitude)
+    passed = _passed(gradient.float(), x.detach().float(), thresholds, widths, by_magnitude)
     return _laid_out(passed.to(x.dtype), in_channels_last(x))
 
 

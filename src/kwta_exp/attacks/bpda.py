@@ -35,20 +35,20 @@ from kwta_exp.randomness import fold
 
 
 def soft_kwta(module: KWTA, x: Tensor, temperature: float) -> Tensor:
-    """``x * sigmoid((s - t) / (temperature * std(s)))``: s the score, t the k-th largest of it.
-
-    The threshold and the standard deviation, one for each row of competitors, count as constants.
-    """
+    """:func:`~kwta_exp.activations.soft_gate.soft_gate`, behind ReLU where the module begins with one."""
     if module.relu:
         x = x.relu()
     return soft_gate(x, temperature, module.ratio, k=module.k, over=module.over, by=module.by)
 
 
 def soft_lwta(module: LWTA, x: Tensor, temperature: float) -> Tensor:
-    """``x * sigmoid((x - r) / (temperature * std(x)))``: r the best rival within the group."""
+    """``x * sigmoid((x - r) / (temperature * std(x)))``: r the best rival within the group.
+
+    The standard deviation, one for each image, counts as a constant.
+    """
     if module.group_size == 1:
         return x
-    groups = x.detach().unflatten(1, (-1, module.group_size))
+    groups = x.unflatten(1, (-1, module.group_size))
     first, second = groups.topk(2, dim=2).values.split(1, dim=2)
     rival = torch.where(groups >= first, second, first).flatten(1, 2)
     return x * torch.sigmoid((x - rival) / (temperature * standard_deviation(x, range(1, x.dim()))))

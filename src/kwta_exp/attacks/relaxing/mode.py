@@ -1,5 +1,6 @@
 """The mode, and what its rules share."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from kwta_exp.activations.soft_gate import standard_deviation
+from kwta_exp.activations.soft_gate import moving_threshold, standard_deviation
 
 Arguments = tuple[Any, ...]
 Rule = Callable[["Relaxing", Callable[..., Any], Arguments, dict[str, Any]], Any]
@@ -22,6 +23,10 @@ RULES: dict[str, Rule] = {}
 
 SOFT, SOURCE, CHOICE = "_kwta_exp_soft", "_kwta_exp_source", "_kwta_exp_choice"
 """Attributes of tensors: the soft value; what was detached; which values an index stands for."""
+
+
+FEW = 16
+"""Fewer competitors than this are too few for a standard deviation of their own."""
 
 
 class Relaxing(TorchFunctionMode):
@@ -86,8 +91,21 @@ class Relaxing(TorchFunctionMode):
         return exact
 
     def gate(self, difference: Tensor, like: Tensor, dims: Sequence[int]) -> Tensor:
-        """``sigmoid(difference / (temperature * spread))``: the spread is that of ``like`` over ``dims``."""
-        return torch.sigmoid(difference / (self.temperature * standard_deviation(like, dims)))
+        """The sigmoid of ``difference`` over the :meth:`width` for ``like``, which compete over ``dims``."""
+        return torch.sigmoid(difference / self.width(like, dims))
+
+    def width(self, values: Tensor, dims: Sequence[int]) -> Tensor:
+        """The temperature times the standard deviation of the ``values`` over ``dims``.
+
+        Where few compete, that of the whole image: two rivals are always as far apart as their own deviation
+        says, so their gate would never be half open.
+        """
+        few = math.prod(values.shape[dim] for dim in dims) < FEW
+        return self.temperature * standard_deviation(values, of_each_image(values) if few else dims)
+
+    def moving(self, values: Tensor, threshold: Tensor, dims: Sequence[int]) -> Tensor:
+        """The ``threshold``, a rank of the ``values`` over ``dims``, as it moves with them."""
+        return moving_threshold(values, threshold, self.width(values, dims), dims)
 
 
 _active: ContextVar["Relaxing | None"] = ContextVar("_active", default=None)
@@ -139,7 +157,7 @@ class Choice:
 
     def membership(self, mode: Relaxing) -> Tensor:
         """How far each value of the source is among the chosen ones, from 0 to 1, in the source's shape."""
-        threshold = self.ranked.narrow(self.dim, -1, 1).detach()
+        threshold = mode.moving(self.source, self.ranked.narrow(self.dim, -1, 1), [self.dim])
         return mode.gate(self.sign * (self.source - threshold), self.source, [self.dim])
 
 
@@ -172,6 +190,23 @@ def broadcast_dims(wide: Any, other: Any) -> list[int]:
         return []
     sizes = zip(wide.shape, other.shape, other.stride(), strict=True)
     return [dim for dim, (size, own, stride) in enumerate(sizes) if size > 1 and (own == 1 or stride == 0)]
+
+
+def rank_dims(wide: Tensor, other: Any) -> list[int]:
+    """The dimensions over which ``other`` is a rank of ``wide``: in every row, one of the values there.
+
+    None where it is one value for all images: that is a constant, not a rank.
+    """
+    if not isinstance(other, Tensor) or other.dim() != wide.dim() or len(other) != len(wide):
+        return []
+    dims = broadcast_dims(wide, other)
+    if not dims and other.shape == wide.shape and wide.dim() > 1:
+        dims = of_each_image(wide)
+        if not bool((other.amax(dims) == other.amin(dims)).all()):
+            return []
+    if not dims or 0 in dims:
+        return []
+    return dims if bool((wide == other).any(dims).all()) else []
 
 
 def of_each_image(x: Tensor) -> list[int]:

@@ -18,6 +18,7 @@ from kwta_exp.attacks.relaxing.mode import (
     exactly,
     graph_of,
     of_each_image,
+    rank_dims,
     rule,
     size_of,
 )  # fmt: skip
@@ -37,21 +38,21 @@ def _comparison(kind: str) -> Rule:
         if first is None and second is None:
             return exact
         a, b = (args[0] if first is None else first), (args[1] if second is None else second)
-        # An operand that is one value for many others is a threshold, and counts as a constant.
-        wide, other = (a, b) if size_of(a) >= size_of(b) and not broadcast_dims(b, a) else (b, a)
-        if not isinstance(wide, Tensor) or not wide.requires_grad:
+        # An operand that is one value for many others is a threshold.
+        is_wide = size_of(a) >= size_of(b) and not broadcast_dims(b, a)
+        wide, other = (a, b) if second is None or (first is not None and is_wide) else (b, a)
+        if not wide.requires_grad:
             return exact
-        dims = broadcast_dims(wide, other)
-        if dims and isinstance(other, Tensor):
-            a, b = (wide, other.detach()) if wide is a else (other.detach(), wide)
-        dims = dims or of_each_image(wide)
+        ranked = rank_dims(wide, other)
+        dims = ranked or broadcast_dims(wide, other) or of_each_image(wide)
+        side = sign if wide is a else -sign
+        if ranked and not sign:  # equal to the largest: not below it
+            side = int(bool((wide <= other).all())) - int(bool((wide >= other).all()))
         with torch.enable_grad():
-            difference = a - b
-            if sign:
-                soft = mode.gate(sign * difference, wide, dims)
-            else:
-                soft = torch.exp(-difference.abs() / (mode.temperature * standard_deviation(wide, dims)))
-                soft = 1 - soft if kind == "ne" else soft
+            apart = wide - (mode.moving(wide, other, ranked) if ranked else other)
+            apart = apart / mode.width(wide, dims)
+            soft = (side * apart).sigmoid() if side else (-apart.abs()).exp()
+            soft = 1 - soft if kind == "ne" else soft
         mode.relaxed["comparison"] += 1
         return mode.passed(exact, soft)
 
