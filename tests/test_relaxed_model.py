@@ -15,7 +15,7 @@ from kwta_exp.attacks import BPDA, PGD, NotApplicableError, RelaxedTransfer
 from kwta_exp.attacks.bpda import relaxable
 from kwta_exp.attacks.relaxing.model import Found, RelaxedModel, examined
 from kwta_exp.attacks.relaxing.opaque import gradient_agrees, secant
-from kwta_exp.models import CNN, MLP
+from kwta_exp.models import CNN, MLP, ResNet
 from kwta_exp.randomness import fold
 
 SIZE: dict[str, Any] = {"channels": [8, 8, 16, 16], "hidden": 32}
@@ -263,3 +263,28 @@ def test_the_gradient_of_smooth_parts_agrees(part: nn.Module) -> None:
 @pytest.mark.parametrize("part", [Steps(), PublishedKWTA(), FunctionRounding(), NumpyRounding(), Detached()])
 def test_the_gradient_of_parts_that_jump_or_hide_does_not_agree(part: nn.Module) -> None:
     assert not gradient_agrees(part, torch.randn(4, 50, generator=torch.Generator().manual_seed(0)))
+
+
+def bytes_kept(network: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """The memory that a forward pass keeps for the backward pass."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(x.clone().requires_grad_())
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(
+    ("activation", "most"), [(nn.ReLU, 1.0), (PublishedKWTA, 1.3), (partial(KWTA, ratio=0.1), 1.4)]
+)
+def test_relaxing_keeps_little_more_memory(activation: Callable[[], nn.Module], most: float) -> None:
+    torch.manual_seed(0)
+    network = ResNet(activation=activation, num_classes=10, in_channels=3, depth=18, width=8)
+    network = network.eval().requires_grad_(False)
+    relaxing = RelaxedModel(network, relaxable(network, None), True, True)
+    x = torch.rand(8, 3, 16, 16)
+    assert bytes_kept(relaxing, x) <= most * bytes_kept(network, x)

@@ -16,7 +16,7 @@ from kwta_exp.activations.kwta import By, Over, _winners, kwta_threshold
 from kwta_exp.activations.layout import _laid_out, _on_its_own_layout, _rows, in_channels_last
 from kwta_exp.activations.selection import _implements, below_autograd, kth_largest, under_transform
 
-_TINY = 1e-30
+TINY = 1e-30
 
 torch.library.define(
     "kwta_exp::soft_gate",
@@ -86,7 +86,7 @@ def moving_threshold(score: Tensor, threshold: Tensor, width: Tensor, dims: Sequ
     values = score.detach()
     is_open = torch.sigmoid((values - threshold.detach()) / width)
     share = is_open * (1 - is_open)
-    share = share / share.sum(tuple(dims), keepdim=True).clamp_min(_TINY)
+    share = share / share.sum(tuple(dims), keepdim=True).clamp_min(TINY)
     return threshold.detach() + (share * (score - values)).sum(tuple(dims), keepdim=True)
 
 
@@ -144,7 +144,7 @@ def _passed(gradient: Tensor, x: Tensor, thresholds: Tensor, widths: Tensor, by_
     is_open = torch.sigmoid(((x.abs() if by_magnitude else x) - threshold) / width)
     share = is_open * (1 - is_open)
     moves = gradient * x
-    mean = (moves * share).sum(dims, keepdim=True) / share.sum(dims, keepdim=True).clamp_min(_TINY)
+    mean = (moves * share).sum(dims, keepdim=True) / share.sum(dims, keepdim=True).clamp_min(TINY)
     moved = (moves - mean) * share / width
     passed: Tensor = gradient * is_open + (moved * x.sign() if by_magnitude else moved)
     return passed.to(x.dtype)

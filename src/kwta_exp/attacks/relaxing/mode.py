@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from kwta_exp.activations.soft_gate import moving_threshold, standard_deviation
+from kwta_exp.activations.soft_gate import TINY, standard_deviation
 
 Arguments = tuple[Any, ...]
 Rule = Callable[["Relaxing", Callable[..., Any], Arguments, dict[str, Any]], Any]
@@ -103,9 +103,10 @@ class Relaxing(TorchFunctionMode):
         few = math.prod(values.shape[dim] for dim in dims) < FEW
         return self.temperature * standard_deviation(values, of_each_image(values) if few else dims)
 
-    def moving(self, values: Tensor, threshold: Tensor, dims: Sequence[int]) -> Tensor:
-        """The ``threshold``, a rank of the ``values`` over ``dims``, as it moves with them."""
-        return moving_threshold(values, threshold, self.width(values, dims), dims)
+    def membership(self, values: Tensor, threshold: Tensor, sign: int, dims: Sequence[int]) -> Tensor:
+        """:class:`Membership` of ``values`` on the side ``sign`` of the ``threshold``, a rank of them."""
+        member: Tensor = Membership.apply(values, threshold.detach(), self.width(values, dims), sign, dims)
+        return member
 
 
 _active: ContextVar["Relaxing | None"] = ContextVar("_active", default=None)
@@ -137,6 +138,30 @@ class StraightThrough(torch.autograd.Function):
         return None, gradient
 
 
+class Membership(torch.autograd.Function):
+    """``sigmoid(sign * (values - threshold) / width)``; the threshold is a rank of the values over ``dims``.
+
+    It moves as that of :func:`~kwta_exp.activations.soft_gate.moving_threshold`. Only the gates are kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, threshold: Tensor, width: Tensor, sign: int, dims: Sequence[int]
+    ) -> Tensor:
+        gates = torch.sigmoid(sign * (values - threshold) / width)
+        ctx.save_for_backward(gates, width)
+        ctx.sign, ctx.dims = sign, tuple(dims)
+        return gates
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        gates, width = ctx.saved_tensors
+        share = gates * (1 - gates)
+        moves = (gradient * share).sum(ctx.dims, keepdim=True)
+        mean = moves / share.sum(ctx.dims, keepdim=True).clamp_min(TINY)
+        return (gradient - mean) * share * (ctx.sign / width), None, None, None, None
+
+
 @dataclass(frozen=True)
 class Choice:
     """What an index stands for: the largest (or smallest) values of ``source`` along ``dim``.
@@ -157,8 +182,7 @@ class Choice:
 
     def membership(self, mode: Relaxing) -> Tensor:
         """How far each value of the source is among the chosen ones, from 0 to 1, in the source's shape."""
-        threshold = mode.moving(self.source, self.ranked.narrow(self.dim, -1, 1), [self.dim])
-        return mode.gate(self.sign * (self.source - threshold), self.source, [self.dim])
+        return mode.membership(self.source, self.ranked.narrow(self.dim, -1, 1), self.sign, [self.dim])
 
 
 def soft_value(value: Any) -> Tensor | None:

@@ -49,9 +49,11 @@ def _comparison(kind: str) -> Rule:
         if ranked and not sign:  # equal to the largest: not below it
             side = int(bool((wide <= other).all())) - int(bool((wide >= other).all()))
         with torch.enable_grad():
-            apart = wide - (mode.moving(wide, other, ranked) if ranked else other)
-            apart = apart / mode.width(wide, dims)
-            soft = (side * apart).sigmoid() if side else (-apart.abs()).exp()
+            if ranked and side:
+                soft = mode.membership(wide, other, side, dims)
+            else:
+                apart = (wide - other) / mode.width(wide, dims)
+                soft = (side * apart).sigmoid() if side else (-apart.abs()).exp()
             soft = 1 - soft if kind == "ne" else soft
         mode.relaxed["comparison"] += 1
         return mode.passed(exact, soft)
@@ -121,9 +123,15 @@ def _scatter(mode: Relaxing, func: Callable[..., Any], args: Arguments, kwargs: 
             written = (
                 value.to(member).mean(choice.dim, keepdim=True) if isinstance(value, Tensor) else float(value)
             )
-        known = base if base.requires_grad else base.to(member)
+        if not base.requires_grad and not bool(
+            base.any()
+        ):  # a mask, or what it selects: keep no more than that
+            soft = member if isinstance(written, float) and written == 1 else member * written
+        else:
+            known = base if base.requires_grad else base.to(member)
+            soft = known + member * (written - known)
         mode.relaxed["selection"] += 1
-        return mode.passed(exact, member * written + (1 - member) * known)
+        return mode.passed(exact, soft)
 
 
 @rule("one_hot")
