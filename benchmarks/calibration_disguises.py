@@ -176,6 +176,23 @@ class RandomLWTA(nn.Module):
         return drawn
 
 
+class EqualLWTA(nn.Module):
+    """LWTA of pairs of channels: the values that equal the larger of their pair."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = x.unflatten(1, (-1, 2))
+        return (pairs * (pairs == pairs.amax(2, keepdim=True))).flatten(1, 2)
+
+
+class ArgmaxLWTA(nn.Module):
+    """LWTA of pairs of channels: a one-hot mask at the index of the larger value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = x.unflatten(1, (-1, 2))
+        winner = pairs.argmax(2, keepdim=True)
+        return (pairs * torch.zeros_like(pairs).scatter(2, winner, 1.0)).flatten(1, 2)
+
+
 class ThresholdKWTA(nn.Module):
     """k-WTA as published: all values that are not below the k-th largest of the sample."""
 

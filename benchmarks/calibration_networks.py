@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.calibration_disguises import (
+    ArgmaxLWTA,
     DroppedReLU,
+    EqualLWTA,
     InNumPy,
     Loud,
     Masked,
@@ -245,6 +247,7 @@ SETTING: list[Specimen] = [
     Specimen("mlp k-WTA 0.2 by threshold", SPARSE, mlp(partial(ThresholdKWTA, ratio=0.2))),
     Specimen("cnn k-WTA 0.1 by scatter", SPARSE, convnet(partial(ScatterKWTA, ratio=0.1))),
     Specimen("cnn LWTA", SPARSE, convnet(partial(LWTA, group_size=2))),
+    Specimen("mlp LWTA by equality", SPARSE, mlp(EqualLWTA)),
     disguised(_normed_at, "mean-sparse", SPARSE, network=normed(nn.ReLU, SparsedNorm), alters=True),
     disguised(_cnn, "quantised input", MASKED, before=Quantised, alters=True),
     disguised(_cnn, "shattered gradients", HIDDEN, before=Shattered),
@@ -283,6 +286,7 @@ TRYING: list[Specimen] = [
     Specimen("pooled k-WTA 0.2 by threshold", SPARSE, pooled(partial(ThresholdKWTA, ratio=0.2))),
     Specimen("mlp k-WTA 0.1 by scatter", SPARSE, mlp(partial(ScatterKWTA, ratio=0.1))),
     Specimen("pooled LWTA", SPARSE, pooled(partial(LWTA, group_size=2))),
+    Specimen("pooled LWTA by argmax AT", SPARSE, pooled(ArgmaxLWTA), adversarial=True),
     disguised(_pooled_at, "mean-sparse", SPARSE, network=pooled(nn.ReLU, SparsedNorm), alters=True),
     disguised(_pooled_at, "quantised input", MASKED, before=Quantised, alters=True),
     disguised(_mlp_gelu, "shattered gradients", HIDDEN, before=Shattered),

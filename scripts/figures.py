@@ -2,12 +2,14 @@
 
 make figures                                               from committed records
 python -m scripts.figures FOLDER/landscape.csv             record what kwta-exp draw landscape wrote, first
+python -m scripts.figures NAME=FOLDER/passes.csv ...       record what kwta-exp draw passes wrote, first
 """
 
 import argparse
 import csv
 import json
 import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -17,13 +19,14 @@ from torch import nn
 from kwta_exp.activations import KWTA
 from kwta_exp.analysis.fit import fit as fitted
 from kwta_exp.analysis.landscape import Landscape
-from kwta_exp.draw import activations, fit, landscape, ratio
-from kwta_exp.draw.style import Drawing, save
+from kwta_exp.draw import activations, fit, landscape, passes, ratio
+from kwta_exp.draw.style import Drawing, Rows, save
 from kwta_exp.models.factory import ActivationFactory
 from kwta_exp.storage import write_text
 
 RECORDS = Path("docs/results/digits48.json")
 LANDSCAPES = Path("docs/figures/landscapes.json")
+PASSES = Path("docs/figures/passes.json")
 FOLDER = Path("docs/figures")
 TABLES = "gap", "activations"
 """Figures whose numbers are few enough to keep beside them."""
@@ -74,17 +77,46 @@ def record(written: Path) -> None:
     write_text(LANDSCAPES, json.dumps(content) + "\n")
 
 
+def record_passes(written: Mapping[str, Path]) -> None:
+    """Keep the numbers of CSV files of passes in :data:`PASSES`, by the names of the networks."""
+    content = {}
+    for name, path in written.items():
+        with path.open(newline="") as file:
+            content[name] = [
+                [row["attack"], int(row["passes"]), int(row["n"]), *(_number(row[key]) for key in _SHARES)]
+                for row in csv.DictReader(file)
+            ]
+    write_text(PASSES, json.dumps(content) + "\n")
+
+
+_SHARES = "accuracy", "low", "high"
+
+
+def _number(text: str) -> float | None:
+    return round(float(text), 4) if text else None
+
+
+def passes_of(path: Path) -> dict[str, Rows]:
+    """The recorded curves, by the name of the network."""
+    keys = "attack", "passes", "n", *_SHARES
+    content = json.loads(path.read_text())
+    return {name: [dict(zip(keys, row, strict=True)) for row in table] for name, table in content.items()}
+
+
 def main() -> None:
-    """Draw all of them, or record landscapes."""
+    """Draw all of them; before that, record landscapes or passes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("written", nargs="?", type=Path, metavar="FOLDER/landscape.csv")
-    asked = parser.parse_args()
-    if asked.written:
-        record(asked.written)
+    parser.add_argument("written", nargs="*", metavar="[NAME=]FOLDER/FIGURE.csv")
+    written = parser.parse_args().written
+    if written and "=" in written[0]:
+        record_passes({name: Path(path) for name, _, path in (each.partition("=") for each in written)})
+    elif written:
+        record(Path(written[0]))
     kinds: dict[str, ActivationFactory] = {"kwta": partial(KWTA, ratio=0.1), "relu": nn.ReLU}
     drawings: dict[str, Drawing] = {
         "gap": ratio.draw(points(RECORDS)),
         "landscapes": landscape.draw(landscapes(LANDSCAPES)),
+        "passes": passes.side_by_side(passes_of(PASSES)),
         "activations": activations.draw(),
         "fit": fit.draw({name: fitted(kind, 12, [1000], 2000, 0) for name, kind in kinds.items()}, 12),
     }

@@ -132,7 +132,9 @@ def page(records: Path = RECORDS) -> str:
         " Accuracies are percentages; with several seeds, their mean and, in brackets, the smallest and the"
         " largest. The worst case is per image over all attacks of the suite. The verdict `masked` means that"
         " the number under PGD does not measure robustness; `untested` that the checks behind a stronger"
-        " verdict were not made. Images per second were measured on shared machines and are no benchmark. The"
+        " verdict were not made. A robust accuracy is an upper bound, found by the commit below its table; the"
+        " bpda of a later one may find more ([changes](../CHANGELOG.md)). Images per second were measured on"
+        " shared machines and are no benchmark. The"
         " line under each table names the processor, or `cpu` where the record does not.",
     ]
     for path in sorted(records.glob("*.json")):

@@ -16,7 +16,7 @@ from benchmarks.calibration_networks import HIDDEN, SETS, SPARSE, Specimen, line
 from benchmarks.calibration_page import page, wrong
 from torch import Tensor, nn
 
-from kwta_exp.activations import kwta
+from kwta_exp.activations import LWTA, kwta
 from kwta_exp.attacks.base import input_gradient
 from kwta_exp.evaluation.checks import CHECKS
 
@@ -190,6 +190,13 @@ def test_k_wta_in_plain_pytorch_is_k_wta() -> None:
     for x in (torch.randn(5, 40), torch.randn(5, 4, 6, 6)):
         assert torch.equal(disguises.ThresholdKWTA(0.2)(x), kwta(x, 0.2))
         assert torch.equal(disguises.ScatterKWTA(0.2)(x), kwta(x, 0.2))
+
+
+def test_lwta_in_plain_pytorch_is_lwta() -> None:
+    torch.manual_seed(0)
+    for x in (torch.randn(5, 40), torch.randn(5, 4, 6, 6)):
+        assert torch.equal(disguises.EqualLWTA()(x), LWTA(group_size=2)(x))
+        assert torch.equal(disguises.ArgmaxLWTA()(x), LWTA(group_size=2)(x))
 
 
 def test_random_lwta_keeps_one_of_each_pair() -> None:

@@ -9,7 +9,7 @@ from scripts import figures
 
 from kwta_exp.analysis.landscape import roughness
 from kwta_exp.cli import main
-from kwta_exp.draw import landscape, ratio
+from kwta_exp.draw import landscape, passes, ratio
 from kwta_exp.draw.style import COLOURS, save
 from kwta_exp.errors import UserError
 from kwta_exp.report.runs import Run, find
@@ -118,3 +118,25 @@ def test_the_landscapes_of_the_readme_are_those_of_the_committed_numbers() -> No
     rough = {name: roughness(each) for name, each in found.items()}
     assert rough["k-WTA 0.1, natural"] > 10 * rough["ReLU, natural"]
     assert rough["k-WTA 0.1, pgd"] > 3 * rough["ReLU, pgd"]
+
+
+def test_passes_of_several_networks_are_drawn_from_what_was_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "PASSES", tmp_path / "passes.json")
+    table = "attack,passes,accuracy,low,high,n\npgd,0,0.9,,,50\npgd,40,0.5,0.4,0.6,50\nbpda,0,0.9,,,50\n"
+    (tmp_path / "passes.csv").write_text(table + "bpda,80,0.1,0.04,0.2,50\n")
+    figures.record_passes(dict.fromkeys(("one", "other"), tmp_path / "passes.csv"))
+    recorded = figures.passes_of(figures.PASSES)
+    last = {"attack": "bpda", "passes": 80, "n": 50, "accuracy": 0.1, "low": 0.04, "high": 0.2}
+    assert recorded["other"][-1] == last
+    figure, rows = passes.side_by_side(recorded)
+    assert rows == [{"network": name, **row} for name, table in recorded.items() for row in table]
+    assert [axis.get_title() for axis in figure.axes] == ["one\nn = 50", "other\nn = 50"]
+    for axis in figure.axes:
+        steps = {
+            line.get_label(): line.get_xydata()[-1].tolist()
+            for line in axis.lines
+            if len(line.get_xdata()) == 2
+        }
+        assert steps == {"pgd": [40.0, 50.0], "bpda": [80.0, 10.0]}

@@ -1,5 +1,6 @@
 """Accuracy against the passes spent on an image, for each attack: who finds what at what price."""
 
+from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
@@ -86,10 +87,34 @@ def draw(stored: Stored) -> Drawing:
     return figure, table
 
 
-def _curve(axis: Any, curve: Rows, style: dict[str, Any]) -> None:
+def side_by_side(tables: Mapping[str, Rows]) -> Drawing:
+    """The curves of several networks on the same axes, and their numbers.
+
+    Args:
+        tables: :func:`rows` by the name to show, each with the same attacks.
+    """
+    with styled():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(1.75 * len(tables) + 0.4, 2.6))
+        axes = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
+        for axis, (name, table) in zip(axes, tables.items(), strict=True):
+            for number, (attack, steps) in enumerate(groupby(table, key=lambda row: row["attack"])):
+                _curve(axis, list(steps), look(number), attack)
+            logarithmic(axis.xaxis)
+            axis.set_xlim(_LEFT, 1.4 * max(row["passes"] for row in table))
+            axis.set_ylim(0, 100)
+            axis.set_title(f"{name}\nn = {span(row['n'] for row in table)}")
+        axes[0].set_ylabel("accuracy (%)")
+        figure.supxlabel("passes an image (forward and backward)", fontsize=8)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure, [{"network": name, **row} for name, table in tables.items() for row in table]
+
+
+def _curve(axis: Any, curve: Rows, style: dict[str, Any], label: str | None = None) -> None:
     passes, shares = [max(row["passes"], _LEFT) for row in curve], [100 * row["accuracy"] for row in curve]
     last = curve[-1]
-    label = f"{last['attack']}: {shares[-1]:.1f}%"
+    label = label or f"{last['attack']}: {shares[-1]:.1f}%"
     axis.step(passes, shares, where="post", markevery=[len(curve) - 1], label=label, **style)
     ends = [[shares[-1] - 100 * last["low"]], [100 * last["high"] - shares[-1]]]
     axis.errorbar(passes[-1:], shares[-1:], ends, color=style["color"], capsize=2, elinewidth=0.8)
