@@ -105,8 +105,8 @@ def side_by_side(tables: Mapping[str, Rows]) -> Drawing:
             axis.set_xlim(_LEFT, 1.4 * max(row["passes"] for row in table))
             axis.set_ylim(0, 100)
             axis.set_title(f"{name}\nn = {span(row['n'] for row in table)}")
+            axis.set_xlabel("passes an image")
         axes[0].set_ylabel("accuracy (%)")
-        figure.supxlabel("passes an image (forward and backward)", fontsize=8)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure, [{"network": name, **row} for name, table in tables.items() for row in table]
 
