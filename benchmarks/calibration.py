@@ -1,6 +1,7 @@
 """Sets the thresholds of the verdict on one set of networks and tells its errors on another.
 
     python -m benchmarks.calibration [--data DIR] [--work DIR] [--processes N] [--set SET] [--only NAME ...]
+    python -m benchmarks.calibration --collect [--work DIR]
 
 Every network is trained here, disguised where it is to mask its gradients, attacked with suite=strong (at the
 effort given below) and diagnosed. The first set is of small networks on digits, the second of other
@@ -9,7 +10,8 @@ honest network of the first set has, but at least a value that is given; the sec
 honest network is not called sound (a false alarm) and a masked one is (a false trust). Networks in a disguise
 have the weights of an honest one, whose worst case is the floor that the attacks should reach. Each network's
 results are kept in --work, so that a stopped calibration continues, and both sets can be measured one by one;
-the record goes to docs/calibration.json and the page to docs/calibration.md.
+the record goes to docs/calibration.json and the page to docs/calibration.md; --collect makes both of what is in
+--work so far, and the page then names the networks that are missing.
 """
 
 import argparse
@@ -252,8 +254,11 @@ def main() -> None:
     parser.add_argument("--set", choices=tuple(SETS), help="one set; the page is then not written")
     parser.add_argument("--only", nargs="*", help="names of networks; the page is then not written")
     parser.add_argument("--page", action="store_true", help="write the page from the record, and stop")
+    parser.add_argument("--collect", action="store_true", help="write both of what is in --work, and stop")
     arguments = parser.parse_args()
-    if not arguments.page:
+    if arguments.collect:
+        write_record(collected(arguments.data, arguments.work))
+    elif not arguments.page:
         measure(arguments)
         if arguments.only or arguments.set:
             return
@@ -263,6 +268,20 @@ def main() -> None:
     for check, value in rule.items():
         if abs(value - CHECKS[check].threshold) > 1e-6:
             print(f"{check}: the rule gives {value:g}, the check has {CHECKS[check].threshold:g}")
+
+
+def write_record(record: Mapping[str, Any]) -> None:
+    write_text(RECORD, json.dumps(record, indent=2, allow_nan=False) + "\n")
+
+
+def collected(data: Path, work: Path) -> dict[str, Any]:
+    """The record of the networks whose results are in ``work``, and the names of the others."""
+    jobs = {key: [Job(key, specimen.name, data, work) for specimen in of] for key, of in SETS.items()}
+    known = {
+        key: {job.name: read_json(job.done) for job in of if job.done.exists()} for key, of in jobs.items()
+    }
+    missing = {key: [job.name for job in of if job.name not in known[key]] for key, of in jobs.items()}
+    return {**{key: entries(key, results) for key, results in known.items()}, "missing": missing}
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -282,7 +301,7 @@ def measure(arguments: argparse.Namespace) -> None:
         known[job.key][job.name] = results
     record = {key: entries(key, results) for key, results in known.items()}
     if not arguments.only and not arguments.set:
-        write_text(RECORD, json.dumps(record, indent=2, allow_nan=False) + "\n")
+        write_record(record)
         return
     for found in (found for of_set in record.values() for found in of_set):
         floor = "" if found["floor"] is None else f", floor {found['floor']:.0%}"

@@ -169,4 +169,6 @@ def _set(record: Mapping[str, Any], key: str, title: str) -> list[str]:
             f"| {found['name']} | {found['eps']:g} | {figures} | {test} | {found['must'] or ''} |"
             f" {found['verdict']}{error} | {', '.join(found['flags'])} |"
         )
+    if missing := record.get("missing", {}).get(key):
+        lines += ["", f"Not measured yet: {'; '.join(missing)}."]
     return lines

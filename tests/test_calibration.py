@@ -11,7 +11,16 @@ import torch
 from benchmarks import calibration
 from benchmarks import calibration_disguises as disguises
 from benchmarks import calibration_networks as networks
-from benchmarks.calibration import Job, dressed, entries, entry, in_processes, must_be, untrained
+from benchmarks.calibration import (
+    Job,
+    collected,
+    dressed,
+    entries,
+    entry,
+    in_processes,
+    must_be,
+    untrained,
+)
 from benchmarks.calibration_networks import HIDDEN, SETS, SPARSE, Specimen, linear, normed
 from benchmarks.calibration_page import page, wrong
 from torch import Tensor, nn
@@ -19,6 +28,7 @@ from torch import Tensor, nn
 from kwta_exp.activations import LWTA, kwta
 from kwta_exp.attacks.base import input_gradient
 from kwta_exp.evaluation.checks import CHECKS
+from kwta_exp.storage import write_json
 
 JOBS = [Job(key, one.name, Path("none"), Path("none")) for key, of_set in SETS.items() for one in of_set]
 
@@ -325,6 +335,20 @@ def test_the_page_counts_right_verdicts_and_floors(of_second: str, right: str, t
     assert "On 3 of 4 networks with a known floor, the worst case is within 2 points of it." in text
     assert "| invented loud | second | 90 | 70 | 30 | NO |" in text
     assert "| invented unknown | second | 30 | 10 | 30 | yes |" in text
+
+
+def test_what_is_measured_so_far_is_collected_and_what_is_missing_named(tmp_path: Path) -> None:
+    job = Job("trying", "pooled relu, staircase", tmp_path, tmp_path)
+    for each, worst in ((job.honest(), 0.2), (job, 0.21)):
+        each.folder.mkdir(parents=True)
+        write_json(each.done, results(0.9, worst, "masked"))
+    found = collected(tmp_path, tmp_path)
+    assert [one["name"] for one in found["trying"]] == ["pooled relu", "pooled relu, staircase"]
+    assert found["trying"][1]["floor"] == 0.2
+    assert len(found["missing"]["trying"]) == len(SETS["trying"]) - 2
+    assert found["missing"]["setting"] == [specimen.name for specimen in SETS["setting"]]
+    text = page({**record("masked"), "missing": {"setting": [], "trying": ["one, disguised", "another"]}})
+    assert text.endswith("\n\nNot measured yet: one, disguised; another.\n")
 
 
 def test_no_false_trust_hides_in_a_high_share() -> None:
