@@ -92,10 +92,11 @@ def _right(record: Mapping[str, Any]) -> str:
     )
     trusted = sum(wrong(found) == "false trust" for found in both)
     met = not trusted and all(of.count(None) >= AIM * len(of) for of in kinds.values())
+    left = sum(map(len, record.get("missing", {}).values()))
+    aim = f"open: {left} networks are not measured yet" if met and left else "reached" if met else "not reached"
     return (
         f"Right verdicts, where it is known what is right: {text}. Masked or random networks called sound:"
-        f" {trusted}. The aim, {AIM:.0%} of both and no such network called sound, is"
-        f" {'reached' if met else 'not reached'}."
+        f" {trusted}. The aim, {AIM:.0%} of both and no such network called sound, is {aim}."
     )
 
 

@@ -349,6 +349,7 @@ def test_what_is_measured_so_far_is_collected_and_what_is_missing_named(tmp_path
     assert found["missing"]["setting"] == [specimen.name for specimen in SETS["setting"]]
     text = page({**record("masked"), "missing": {"setting": [], "trying": ["one, disguised", "another"]}})
     assert text.endswith("\n\nNot measured yet: one, disguised; another.\n")
+    assert "called sound, is open: 2 networks are not measured yet." in text
 
 
 def test_no_false_trust_hides_in_a_high_share() -> None:

@@ -28,7 +28,7 @@ MAX_QUERIES = 50_000
 @measurement(
     Check(
         name="binarization_missed_by_pgd",
-        threshold=0.0625,
+        threshold=0.05,
         bears_on="plain gradients",
         source=BINARIZATION,
         meaning="plain PGD misses adversarial examples that are known to exist",
