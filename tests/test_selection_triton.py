@@ -103,7 +103,9 @@ def check_gate(module: ModuleType, rows: Tensor, k: int, by_magnitude: bool, dev
     same = partial(torch.testing.assert_close, check_dtype=False, **tolerance)
     same(widths.cpu()[ordinary], width[ordinary])
     same(gated.cpu()[ordinary], expected.detach()[ordinary])
-    same(passed.cpu()[ordinary], slope[ordinary])
+    # The difference of a value and its row's weighted mean rounds more.
+    coarse = {"rtol": 1e-3, "atol": 1e-4} if rows.dtype == torch.float32 else tolerance
+    same(passed.cpu()[ordinary], slope[ordinary], **coarse)
 
 
 def check_sizes(sizes: Iterable[int], device: str, few: bool = False) -> None:
