@@ -30,28 +30,30 @@ class Seen(TorchDispatchMode):
 @pytest.mark.parametrize("by", ["value", "magnitude"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_the_operator_is_the_formula(over: Any, by: Any, layout: torch.memory_format) -> None:
-    """With its gradient, and the gradient of that; on the CPU the formula itself runs otherwise."""
-    x = torch.randn(3, 4, 5, 2).contiguous(memory_format=layout).requires_grad_()
-    weight = torch.randn(3, 4, 5, 2)
+    """With its gradient, and the gradient of that; in float64 the formula itself runs."""
+    generator = torch.Generator().manual_seed(0)
+    data, weights = torch.randn(2, 3, 4, 5, 2, generator=generator)
     results = []
-    for gated in (
-        soft_gate(x, 0.3, k=3, over=over, by=by),
-        _SoftGate.apply(x, 3, over == "channel", by == "magnitude", 0.3),
-    ):
+    for dtype, names in ((torch.float64, []), (torch.float32, ["soft_gate"])):
+        x = data.to(dtype).contiguous(memory_format=layout).requires_grad_()
+        weight = weights.to(dtype)
+        with Seen() as seen:
+            gated = soft_gate(x, 0.3, k=3, over=over, by=by)
+        assert [name for name in seen.names if name == "soft_gate"] == names
         (once,) = torch.autograd.grad(gated, x, weight, retain_graph=True)
         (differentiable,) = torch.autograd.grad(gated, x, weight, create_graph=True)
         (twice,) = torch.autograd.grad(differentiable, x, weight)
         assert gated.stride() == x.stride()
         results.append((gated, once, differentiable, twice))
     for formula, operator in zip(*results, strict=True):
-        torch.testing.assert_close(operator, formula, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(operator.double(), formula, rtol=1e-4, atol=1e-5)
 
 
 def test_a_nan_closes_the_gate_of_finite_values() -> None:
     x = torch.randn(2, 12)
     x[0, :4] = float("nan")
     gated = _SoftGate.apply(x, 3, False, False, 0.3)
-    assert torch.equal(gated.isnan(), soft_gate(x, 0.3, k=3).isnan())
+    assert torch.equal(gated.isnan(), soft_gate(x.double(), 0.3, k=3).isnan())
 
 
 def test_dispatch_modes_see_the_operators() -> None:

@@ -239,23 +239,31 @@ def _pass_gate(  # type: ignore[no-untyped-def]
     shares = tl.zeros([BLOCK], tl.float32)
     moves = tl.zeros([BLOCK], tl.float32)
     for start in range(0, M, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = column < M
-        x = tl.load(rows + row * M + column, mask=inside, other=0).to(tl.float32)
-        gradient = tl.load(gradients + row * M + column, mask=inside, other=0).to(tl.float32)
-        is_open = tl.sigmoid(((tl.abs(x) if MAGNITUDE else x) - threshold) / width)
+        inside, gradient, x, is_open = _gate_part(
+            gradients, rows, row, start, M, threshold, width, MAGNITUDE, BLOCK
+        )
         share = tl.where(inside, is_open * (1 - is_open), 0.0)
         shares += share
         moves += gradient * x * share
     mean = tl.sum(moves, 0) / tl.maximum(tl.sum(shares, 0), 1e-30)
     for start in range(0, M, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = column < M
-        x = tl.load(rows + row * M + column, mask=inside, other=0).to(tl.float32)
-        gradient = tl.load(gradients + row * M + column, mask=inside, other=0).to(tl.float32)
-        is_open = tl.sigmoid(((tl.abs(x) if MAGNITUDE else x) - threshold) / width)
+        inside, gradient, x, is_open = _gate_part(
+            gradients, rows, row, start, M, threshold, width, MAGNITUDE, BLOCK
+        )
         moved = (gradient * x - mean) * (is_open * (1 - is_open) / width)
         if MAGNITUDE:
             moved = tl.where(x < 0, -moved, tl.where(x > 0, moved, 0.0))
-        result = gradient * is_open + moved
-        tl.store(passed + row * M + column, result.to(passed.dtype.element_ty), mask=inside)
+        result = (gradient * is_open + moved).to(passed.dtype.element_ty)
+        tl.store(passed + row * M + start + tl.arange(0, BLOCK), result, mask=inside)
+
+
+@_jit
+def _gate_part(  # type: ignore[no-untyped-def]
+    gradients, rows, row, start, M, threshold, width, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Of ``BLOCK`` values of a row from ``start`` on: which exist, gradients, values, how open gates are."""
+    column = start + tl.arange(0, BLOCK)
+    inside = column < M
+    x = tl.load(rows + row * M + column, mask=inside, other=0).to(tl.float32)
+    gradient = tl.load(gradients + row * M + column, mask=inside, other=0).to(tl.float32)
+    return inside, gradient, x, _open(tl.abs(x) if MAGNITUDE else x, threshold, width)

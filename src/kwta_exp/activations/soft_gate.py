@@ -63,10 +63,16 @@ def soft_gate(
         else:
             gated = below_autograd(_gate, x, count, per_channel, by_magnitude, temperature)[0]
         return gated
-    score = x.abs() if by == "magnitude" else x
     threshold = kwta_threshold(x.detach(), ratio, k=k, over=over, by=by)
     dims = range(1 + per_channel, x.dim())
-    width = temperature * standard_deviation(score, dims)
+    width = temperature * standard_deviation(x.abs() if by == "magnitude" else x, dims)
+    return _formula(x, threshold, width, by == "magnitude")
+
+
+def _formula(x: Tensor, threshold: Tensor, width: Tensor, by_magnitude: bool) -> Tensor:
+    """The gated values by PyTorch's own operators, for thresholds and widths that broadcast with ``x``."""
+    score = x.abs() if by_magnitude else x
+    dims = range(1 if threshold.shape[1] == 1 else 2, x.dim())
     return x * torch.sigmoid((score - moving_threshold(score, threshold, width, dims)) / width)
 
 
@@ -127,27 +133,13 @@ class _SoftGate(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, thresholds, widths = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody will differentiate the gradient
-            passed = _passed(gradient, x, thresholds, widths, ctx.by_magnitude)
+            lead = x.shape[: 1 if len(thresholds) == len(x) else 2]
+            shape = *lead, *[1] * (x.dim() - len(lead))
+            gated = _formula(x, thresholds.view(shape), widths.view(shape), ctx.by_magnitude).to(x.dtype)
+            (passed,) = torch.autograd.grad(gated, x, gradient, create_graph=True)
         else:
             passed = below_autograd(_pass, gradient, x, thresholds, widths, ctx.by_magnitude)
         return passed, None, None, None, None
-
-
-def _passed(gradient: Tensor, x: Tensor, thresholds: Tensor, widths: Tensor, by_magnitude: bool) -> Tensor:
-    """The gradient by ``x``: ``g * o + (g * x - m) * o' / w`` with ``o = sigmoid((s - t) / w)``.
-
-    Here m is the mean of ``g * x`` weighted by ``o'``: the threshold moves.
-    """
-    lead = x.shape[: 1 if len(thresholds) == len(x) else 2]
-    threshold, width = (each.view(*lead, *[1] * (x.dim() - len(lead))) for each in (thresholds, widths))
-    dims = tuple(range(len(lead), x.dim()))
-    is_open = torch.sigmoid(((x.abs() if by_magnitude else x) - threshold) / width)
-    share = is_open * (1 - is_open)
-    moves = gradient * x
-    mean = (moves * share).sum(dims, keepdim=True) / share.sum(dims, keepdim=True).clamp_min(TINY)
-    moved = (moves - mean) * share / width
-    passed: Tensor = gradient * is_open + (moved * x.sign() if by_magnitude else moved)
-    return passed.to(x.dtype)
 
 
 @_implements("kwta_exp::soft_gate", "CPU")
@@ -179,7 +171,10 @@ def _gate_on_cuda(
 def _pass_rows(
     gradients: Tensor, rows: Tensor, thresholds: Tensor, widths: Tensor, by_magnitude: bool
 ) -> Tensor:
-    """:func:`_passed` of rows ``(N, M)`` in float32, with a third of the memory traffic."""
+    """The gradient by ``rows`` ``(N, M)``: ``g * o + (g * x - m) * o' / w`` with ``o = sigmoid((s - t) / w)``.
+
+    Here m is the mean of ``g * x`` weighted by ``o'``: the threshold moves. In place, to save memory traffic.
+    """
     is_open = ((rows.abs() if by_magnitude else rows) - thresholds).div_(widths).sigmoid_()
     share = torch.addcmul(is_open, is_open, is_open, value=-1)
     moves = gradients * rows

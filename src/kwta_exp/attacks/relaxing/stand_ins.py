@@ -123,9 +123,8 @@ def _scatter(mode: Relaxing, func: Callable[..., Any], args: Arguments, kwargs: 
             written = (
                 value.to(member).mean(choice.dim, keepdim=True) if isinstance(value, Tensor) else float(value)
             )
-        if not base.requires_grad and not bool(
-            base.any()
-        ):  # a mask, or what it selects: keep no more than that
+        if not base.requires_grad and not bool(base.any()):
+            # Written into zeros: nothing but the membership is kept for the backward pass.
             soft = member if isinstance(written, float) and written == 1 else member * written
         else:
             known = base if base.requires_grad else base.to(member)
