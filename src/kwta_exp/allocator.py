@@ -4,6 +4,9 @@ import ctypes
 import os
 import sys
 
+keeps = False
+"""Whether this process keeps freed memory."""
+
 
 def keep_freed_memory() -> bool:
     """Let the process keep freed memory and use it again, instead of mapping pages anew.
@@ -24,7 +27,9 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
         return False
-    return bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+    global keeps
+    keeps = bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+    return keeps
 
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of malloc.h

@@ -80,7 +80,7 @@ def _uniform_on_cpu(keys: Tensor, size: int) -> Tensor:
 
     drawn = torch.empty(len(keys), size)
     arrays = keys.contiguous().numpy(), drawn.numpy()
-    on_threads(randomness_numba.uniform, drawn.shape, torch.get_num_threads(), *arrays)
+    on_threads(randomness_numba.uniform_parts, drawn.shape, torch.get_num_threads(), *arrays)
     return drawn
 
 

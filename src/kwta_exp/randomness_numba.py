@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kwta_exp.compiled import jit
+from kwta_exp.compiled import each_part, jit
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -22,3 +22,9 @@ def uniform(first, last, keys, out):  # type: ignore[no-untyped-def]
             z = (z ^ (z >> _SHIFTS[1])) * _MIX_2
             z ^= z >> _SHIFTS[2]
             out[row, i] = np.float32(np.int32(z >> _SHIFTS[3])) * to_24_bits
+
+
+@jit
+def uniform_parts(rows, parts, *arguments):  # type: ignore[no-untyped-def]
+    """:func:`uniform` on ``parts`` threads, for :func:`kwta_exp.compiled.on_threads`."""
+    return each_part(uniform, rows, parts, arguments)

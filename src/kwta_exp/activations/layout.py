@@ -13,15 +13,17 @@ _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def _laid_out(x: Tensor, channels_last: bool) -> Tensor:
-    return x.contiguous(memory_format=_LAST[x.dim()] if channels_last else torch.contiguous_format)
+    form = _LAST[x.dim()] if channels_last else torch.contiguous_format
+    return x if x.is_contiguous(memory_format=form) else x.contiguous(memory_format=form)
 
 
 def _rows(x: Tensor, bits: Tensor | None = None, per_channel: bool = False) -> Tensor:
     """View a dense ``x`` as rows in memory order; the order within a row does not matter."""
     count = len(bits) if bits is not None else x.shape[0] * (x.shape[1] if per_channel else 1)
-    if not x.numel():
+    values = x.numel()
+    if not values:
         raise ValueError(f"no value to select from: {tuple(x.shape)}")
-    return x.as_strided((count, x.numel() // count), (x.numel() // count, 1))
+    return x.as_strided((count, values // count), (values // count, 1))
 
 
 def _on_its_own_layout(x: Tensor, per_channel: bool) -> tuple[Tensor, bool]:

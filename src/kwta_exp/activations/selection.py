@@ -9,12 +9,14 @@ Under ``torch.func`` and in forward mode, PyTorch's own operators do the work.
 import ctypes
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from kwta_exp import allocator
 from kwta_exp.activations.layout import _laid_out, _on_its_own_layout, _rows, in_channels_last
 
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
@@ -127,6 +129,7 @@ def _integers(x: Tensor) -> Any:
     return x.view(_BITS[x.dtype]).numpy()
 
 
+@cache
 def _infinity(dtype: torch.dtype) -> int:
     return int(torch.tensor(torch.inf, dtype=dtype).view(_BITS[dtype]))
 
@@ -136,13 +139,13 @@ def _keep_on_cpu(x: Tensor, k: int, per_channel: bool, by_magnitude: bool) -> tu
     from kwta_exp.activations import selection_numba
     from kwta_exp.compiled import on_threads
 
-    dense, _ = _on_its_own_layout(x.detach(), per_channel)
+    dense, _ = _on_its_own_layout(x, per_channel)
     rows = _rows(dense, per_channel=per_channel)
     _require(k, rows)
     kept = _fresh_like(dense)
     bits = torch.empty(len(rows), -(-rows.shape[1] // 8), dtype=torch.uint8)
     on_threads(
-        selection_numba.keep,
+        selection_numba.keep_parts,
         rows.shape,
         torch.get_num_threads(),
         _integers(rows), k, _infinity(x.dtype), by_magnitude,
@@ -160,7 +163,7 @@ def _pass_on_cpu(gradient: Tensor, bits: Tensor, channels_last: bool) -> Tensor:
     passed = _fresh_like(gradient)
     rows = _rows(gradient, bits)
     on_threads(
-        selection_numba.pass_winners,
+        selection_numba.pass_parts,
         rows.shape,
         torch.get_num_threads(),
         _integers(rows), bits.numpy(), _integers(_rows(passed, bits)),
@@ -177,7 +180,7 @@ def _select_on_cpu(rows: Tensor, k: int) -> Tensor:
     _require(k, rows)
     selected = rows.new_empty(len(rows), 1)
     on_threads(
-        selection_numba.select,
+        selection_numba.select_parts,
         rows.shape,
         torch.get_num_threads(),
         _integers(rows), k, _infinity(rows.dtype), False, _integers(selected)[:, 0],
@@ -202,16 +205,22 @@ def _fresh_like(x: Tensor) -> Tensor:
     """An uninitialised tensor like ``x``, in huge pages if it is so large that its memory may be newly mapped.
 
     Mapping 4 KiB at a time takes longer than the selection. Systems without huge pages ignore the request, and
-    for memory that is mapped already it changes nothing. :mod:`kwta_exp.allocator` maps no memory anew at all.
+    for memory that is mapped already it changes nothing. Where :mod:`kwta_exp.allocator` keeps memory, none is
+    mapped anew, and each is asked for once.
     """
     fresh = torch.empty_like(x)
-    if fresh.nbytes >= HUGE and _madvise is not None:
-        start = -(-fresh.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-        end = (fresh.data_ptr() + fresh.nbytes) // _HUGE_PAGE * _HUGE_PAGE
-        _madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_HUGEPAGE)
+    size = fresh.nbytes
+    if size >= HUGE and _madvise is not None:
+        at = fresh.data_ptr()
+        if (at, size) not in _asked:
+            start, end = -(-at // _HUGE_PAGE) * _HUGE_PAGE, (at + size) // _HUGE_PAGE * _HUGE_PAGE
+            _madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_HUGEPAGE)
+            if allocator.keeps:
+                _asked.add((at, size))
     return fresh
 
 
+_asked: set[tuple[int, int]] = set()
 _HUGE_PAGE = 2 << 20
 _MADV_HUGEPAGE = 14  # Linux's number
 _madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None

@@ -3,9 +3,8 @@
 A value has an integer key of the same order, computed in registers. One pass over a row counts the keys above
 an interval that should hold the threshold, and gathers those inside. The interval comes from the previous row,
 else from a sample (Floyd and Rivest, "Expected time bounds for selection", CACM 1975); it is narrowed among the
-gathered keys, and quickselect finds the threshold in the few that remain. A second pass over the row, which
-lies in the core's own cache now, writes the winners. The result is exact for any interval; a bad one costs
-another pass.
+gathered keys, and bisected when few remain. A second pass over the row, which lies in the core's own cache now,
+writes the winners. The result is exact for any interval; a bad one costs another pass.
 """
 
 import math
@@ -25,12 +24,12 @@ from kwta_exp.activations.vectors import (
     pass_marked,
     store_word,
 )
-from kwta_exp.compiled import jit
+from kwta_exp.compiled import each_part, jit
 
 _Array = npt.NDArray[Any]
 
-FEW = 256
-"""The number of values from which quickselect alone is slower than to narrow an interval first."""
+FEW = 512
+"""The number of values up to which an interval is bisected."""
 
 _PASSES = 6
 _SAMPLE = 512
@@ -92,7 +91,26 @@ def pass_winners(first, last, gradients, bits, passed):  # type: ignore[no-untyp
             out[whole + i] = given[whole + i] & -integer(word >> np.uint64(i) & np.uint64(1))
 
 
+@jit
+def select_parts(rows, parts, *arguments):  # type: ignore[no-untyped-def]
+    """:func:`select` on ``parts`` threads; as the next two for :func:`kwta_exp.compiled.on_threads`."""
+    return each_part(select, rows, parts, arguments)
+
+
+@jit
+def keep_parts(rows, parts, *arguments):  # type: ignore[no-untyped-def]
+    """:func:`keep` on ``parts`` threads."""
+    return each_part(keep, rows, parts, arguments)
+
+
+@jit
+def pass_parts(rows, parts, *arguments):  # type: ignore[no-untyped-def]
+    """:func:`pass_winners` on ``parts`` threads."""
+    return each_part(pass_winners, rows, parts, arguments)
+
+
 _NO_GUESS = (0.0, 0.0, 0.0)
+_LAST = np.uint64(1 << 63)
 
 
 @jit
@@ -147,7 +165,7 @@ def _kth(row, k, order, highest, space, guess):  # type: ignore[no-untyped-def]
     if size <= FEW:
         for i in range(size):  # an assignment of slices takes 2.6 s to compile
             some[i] = row[i]
-        return min(_ranked(some, size, k, order), highest), guess
+        return _bisected(some, size, k, low, high, order), guess
 
     # Narrow the interval in passes over the row, until it holds few enough to gather.
     room, width, found = some.shape[0] - LANES, 2.0, size
@@ -182,7 +200,7 @@ def _kth(row, k, order, highest, space, guess):  # type: ignore[no-untyped-def]
     # Narrow it further among those gathered.
     base, between = at_high, found
     for _ in range(_PASSES):
-        if between <= FEW // 2 or high == low + 1:
+        if between <= FEW or high == low + 1:
             break
         slope = np.float64(np.uint64(high) - np.uint64(low)) / between
         start, stop = _around(low + slope * (at_low - k), slope * (2 * math.sqrt(between) + 8), low, high)
@@ -196,11 +214,9 @@ def _kth(row, k, order, highest, space, guess):  # type: ignore[no-untyped-def]
             low, at_low, high, at_high = start, above + inside, stop, above
             some, others, base, found = others, some, above, inside
         between = at_low - at_high
-    if high == low + 1:
-        key = low
-    else:
+    if high > low + 1:
         slope = np.float64(np.uint64(high) - np.uint64(low)) / between
-        key = min(_ranked(some, found, k - base, order), highest)
+    key = _bisected(some, found, k - base, low, high, order)
     moved = abs(np.float64(key) - last)
     change = slope * math.sqrt(size) if guess[2] == 0 else change + (moved - change) / 4
     return key, (np.float64(key), change, slope)
@@ -221,21 +237,20 @@ def _sampled(row, interval, k, width, order, highest, some):  # type: ignore[no-
     low, at_low, high, at_high = interval
     size = row.shape[0]
     # Steps of the golden section: a regular step could hit the same channel or column every time.
-    step, place, count = int(0.6180339887 * size) | 1, 0, 0
-    for _ in range(min(size // 8, _SAMPLE)):
-        key = min(np.int64(_key(row[place], order)), highest)
-        if low <= key < high:
-            some[count] = key
-            count += 1
+    step, place, drawn = int(0.6180339887 * size) | 1, 0, min(size // 8, _SAMPLE)
+    for i in range(drawn):
+        some[i] = row[place]
         place = (place + step) % size
+    above = _at_least(some, drawn, high, order) if high <= highest else 0
+    count = _at_least(some, drawn, low, order) - above
     if count == 0:
         return low, high
     share = (at_low - k) / (at_low - at_high)
     deviation = width * math.sqrt(count * share * (1 - share)) + 1
     first = min(max(int(count * share - deviation), 0), count - 1)
     last = min(max(int(count * share + deviation), 0), count - 1)
-    start = np.int64(_quickselect(some, count, first))
-    return start, np.int64(_quickselect(some, count, last)) + 1
+    start = _bisected(some, drawn, above + count - first, low, high, order)
+    return start, _bisected(some, drawn, above + count - last, low, high, order) + 1
 
 
 @jit
@@ -271,47 +286,40 @@ def _take(values, at, counted, order, interval, filled, some):  # type: ignore[n
     found, limit = filled
     over = at_least(values, at, order, upper) & closed & counted
     inside = at_least(values, at, order, lower) & counted & ~over
-    number = bits_set(inside)
-    if inside != 0 and found + number <= limit:
+    number, place = bits_set(inside), min(found, limit)
+    for have in range(2):  # mostly there are 0, 1 or 2: no branch, since the CPU could not predict it
+        some[np.uint64(place)] = values[np.uint64(at + lowest(inside | _LAST))]
+        inside &= inside - np.uint64(1)
+        place += number > have
+    if number > 2 and found + number <= limit:
         while inside != 0:
-            some[found] = values[at + lowest(inside)]
-            found += 1
+            some[place] = values[at + lowest(inside)]
+            place += 1
             inside &= inside - np.uint64(1)
     return bits_set(over), number
 
 
 @jit
-def _ranked(values, count, k, order):  # type: ignore[no-untyped-def]
-    """The key of the k-th largest of the first ``count`` values, which become keys."""
-    for i in range(count):
-        values[i] = _key(values[i], order)
-    return np.int64(_quickselect(values, count, count - k))
+def _bisected(values, count, k, low, high, order):  # type: ignore[no-untyped-def]
+    """The key of the k-th largest of the first ``count`` values, ``low`` or more and below ``high``."""
+    while np.uint64(high) - np.uint64(low) > 1:
+        middle = np.int64(np.uint64(low) + (np.uint64(high) - np.uint64(low)) // np.uint64(2))
+        if _at_least(values, count, middle, order) >= k:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 @jit
-def _quickselect(values, count, position):  # type: ignore[no-untyped-def]
-    """The value at ``position`` of the first ``count`` values in sorted order; reorders them (Hoare, 1961)."""
-    left, right = 0, count - 1
-    while left < right:
-        first, middle, last = values[left], values[(left + right) // 2], values[right]
-        pivot = max(min(first, middle), min(max(first, middle), last))
-        i, j = left, right
-        while i <= j:
-            while values[i] < pivot:
-                i += 1
-            while values[j] > pivot:
-                j -= 1
-            if i <= j:
-                values[i], values[j] = values[j], values[i]
-                i += 1
-                j -= 1
-        if position <= j:
-            right = j
-        elif position >= i:
-            left = i
-        else:
-            break
-    return values[position]
+def _at_least(values, count, key, order):  # type: ignore[no-untyped-def]
+    """How many of the first ``count`` values have this key or a larger one; LANES more are read."""
+    pivot, whole = values.dtype.type(key), count - count % LANES
+    number = 0
+    for at in range(0, whole, LANES):
+        number += bits_set(at_least(values, at, order, pivot))
+    rest = (np.uint64(1) << np.uint64(count - whole)) - np.uint64(1)
+    return number + bits_set(at_least(values, whole, order, pivot) & rest)
 
 
 @jit

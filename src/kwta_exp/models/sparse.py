@@ -151,11 +151,11 @@ def _scattered(
     x: Tensor, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32], tables: Any, shape: Any
 ) -> Tensor:
     from kwta_exp.compiled import on_threads
-    from kwta_exp.models.sparse_numba import convolve
+    from kwta_exp.models.sparse_numba import convolve_parts
 
     out = torch.empty((len(x), *shape), dtype=x.dtype, memory_format=torch.channels_last)
     values = _bits(x.detach().contiguous(memory_format=torch.channels_last))
-    work: Callable[..., None] = convolve
+    work: Callable[..., int] = convolve_parts
     on_threads(
         work, (len(x), values[0].size), torch.get_num_threads(),
         values, weight, bias, *tables, shape[2], _bits(out),

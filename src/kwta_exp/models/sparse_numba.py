@@ -12,7 +12,7 @@ from numba import types
 from numba.core import cgutils
 
 from kwta_exp.activations.vectors import LANES, element, lowest, typed_intrinsic
-from kwta_exp.compiled import jit
+from kwta_exp.compiled import each_part, jit
 
 ACCUMULATORS = 1 << 16
 """Sums that fit into a core's own cache."""
@@ -57,6 +57,12 @@ def convolve(first, last, values, weight, bias, rows_to, columns_to, width, out)
                         rows_to[r], columns_to[s], width, pixels, images, sums,
                     )  # fmt: skip
             _store(sums, out[image : image + images], chunk * LANES)
+
+
+@jit
+def convolve_parts(images, parts, *arguments):  # type: ignore[no-untyped-def]
+    """:func:`convolve` on ``parts`` threads, for :func:`kwta_exp.compiled.on_threads`."""
+    return each_part(convolve, images, parts, arguments)
 
 
 @jit
