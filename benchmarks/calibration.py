@@ -10,8 +10,8 @@ honest network of the first set has, but at least a value that is given; the sec
 honest network is not called sound (a false alarm) and a masked one is (a false trust). Networks in a disguise
 have the weights of an honest one, whose worst case is the floor that the attacks should reach. Each network's
 results are kept in --work, so that a stopped calibration continues, and both sets can be measured one by one;
-the record goes to docs/calibration.json and the page to docs/calibration.md; --collect makes both of what is in
---work so far, and the page then names the networks that are missing.
+the record goes to docs/calibration.json and the page to docs/calibration.md; --collect puts what is in --work
+so far into the record, where networks measured before stay, and the page names those that are missing.
 """
 
 import argparse
@@ -254,10 +254,10 @@ def main() -> None:
     parser.add_argument("--set", choices=tuple(SETS), help="one set; the page is then not written")
     parser.add_argument("--only", nargs="*", help="names of networks; the page is then not written")
     parser.add_argument("--page", action="store_true", help="write the page from the record, and stop")
-    parser.add_argument("--collect", action="store_true", help="write both of what is in --work, and stop")
+    parser.add_argument("--collect", action="store_true", help="add what is in --work to both, and stop")
     arguments = parser.parse_args()
     if arguments.collect:
-        write_record(collected(arguments.data, arguments.work))
+        write_record(collected(arguments.data, arguments.work, json.loads(RECORD.read_text())))
     elif not arguments.page:
         measure(arguments)
         if arguments.only or arguments.set:
@@ -274,14 +274,19 @@ def write_record(record: Mapping[str, Any]) -> None:
     write_text(RECORD, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
-def collected(data: Path, work: Path) -> dict[str, Any]:
-    """The record of the networks whose results are in ``work``, and the names of the others."""
-    jobs = {key: [Job(key, specimen.name, data, work) for specimen in of] for key, of in SETS.items()}
-    known = {
-        key: {job.name: read_json(job.done) for job in of if job.done.exists()} for key, of in jobs.items()
-    }
-    missing = {key: [job.name for job in of if job.name not in known[key]] for key, of in jobs.items()}
-    return {**{key: entries(key, results) for key, results in known.items()}, "missing": missing}
+def collected(data: Path, work: Path, before: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of the networks whose results are in ``work`` or, else, in the record of ``before``.
+
+    A floor is of the weights that the disguised network has: where both were measured anew, of the new ones.
+    """
+    record: dict[str, Any] = {"missing": {}}
+    for key, specimens in SETS.items():
+        jobs = [Job(key, specimen.name, data, work) for specimen in specimens]
+        found = entries(key, {job.name: read_json(job.done) for job in jobs if job.done.exists()})
+        known = {entry["name"]: entry for entry in [*before[key], *found]}
+        record[key] = [known[job.name] for job in jobs if job.name in known]
+        record["missing"][key] = [job.name for job in jobs if job.name not in known]
+    return record
 
 
 def measure(arguments: argparse.Namespace) -> None:

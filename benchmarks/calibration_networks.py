@@ -264,7 +264,7 @@ SETTING: list[Specimen] = [
     disguised(_cnn, "noisy input", RANDOM, before=Noisy, alters=True),
     disguised(_normed, "random shift", RANDOM, before=RandomShift, alters=True),
     Specimen("mlp dropout", RANDOM, mlp(DroppedReLU)),
-    Specimen("cnn random LWTA", RANDOM, convnet(RandomLWTA)),
+    Specimen("normed random LWTA", RANDOM, normed(RandomLWTA)),
 ]  # fmt: skip
 """Of digits: they set the thresholds."""
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from kwta_exp.activations import KWTA, LWTA, kwta, lwta
+from kwta_exp.activations import KWTA, LWTA, kwta, lwta, selection
 from kwta_exp.activations.kwta import kwta_threshold
 from kwta_exp.activations.selection import keep, kth_largest
 
@@ -74,8 +74,8 @@ def test_kth_largest_is_exact_on_long_rows(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("rounds", [600, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_winners_are_those_of_a_float64_sort(rounds: int) -> None:
-    """Random shapes, dtypes and layouts; ties, clusters, outliers; one thread and several."""
+def test_winners_are_those_of_a_float64_sort(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random shapes, dtypes and layouts; ties, clusters, outliers; one thread and several; past the caches."""
     generator = torch.Generator().manual_seed(rounds)
 
     def pick(*options: Any) -> Any:
@@ -86,8 +86,10 @@ def test_winners_are_those_of_a_float64_sort(rounds: int) -> None:
 
     for _ in range(rounds):
         torch.set_num_threads(pick(1, 2))
+        monkeypatch.setattr(selection, "STREAMED", pick(0, 1 << 40))
         shape = pick(
             (size(9), size(3000)),
+            (size(9), 32 * size(100)),
             (size(4), size(40), size(15), size(15)),
             (size(3), 2, size(200), size(200)),
             (size(3), size(5), size(4), size(4), size(4)),
@@ -112,6 +114,16 @@ def test_winners_are_those_of_a_float64_sort(rounds: int) -> None:
 
         assert torch.equal(kept, expected)
         assert torch.equal(gradient, (score >= threshold).view(x.shape).to(x.dtype))
+
+
+def test_only_outputs_whose_rows_are_whole_lines_of_the_cache_are_written_past_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert not selection._streamed(torch.empty(4, 64), 4)
+    monkeypatch.setattr(selection, "STREAMED", 0)
+    assert selection._streamed(torch.empty(4, 64), 4)
+    assert not selection._streamed(torch.empty(4, 65), 4)
+    assert not selection._streamed(torch.empty(4, 65).flatten()[1:257].view(4, 64), 4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

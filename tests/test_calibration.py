@@ -342,10 +342,13 @@ def test_what_is_measured_so_far_is_collected_and_what_is_missing_named(tmp_path
     for each, worst in ((job.honest(), 0.2), (job, 0.21)):
         each.folder.mkdir(parents=True)
         write_json(each.done, results(0.9, worst, "masked"))
-    found = collected(tmp_path, tmp_path)
-    assert [one["name"] for one in found["trying"]] == ["pooled relu", "pooled relu, staircase"]
-    assert found["trying"][1]["floor"] == 0.2
-    assert len(found["missing"]["trying"]) == len(SETS["trying"]) - 2
+    linear = {"name": "linear", "verdict": "sound"}
+    before = {"setting": [], "trying": [linear, {"name": "pooled relu", "verdict": "measured anew"}]}
+    found = collected(tmp_path, tmp_path, before)
+    assert [one["name"] for one in found["trying"]] == ["linear", "pooled relu", "pooled relu, staircase"]
+    assert [one["verdict"] for one in found["trying"]] == ["sound", "masked", "masked"]
+    assert found["trying"][2]["floor"] == 0.2
+    assert len(found["missing"]["trying"]) == len(SETS["trying"]) - 3
     assert found["missing"]["setting"] == [specimen.name for specimen in SETS["setting"]]
     text = page({**record("masked"), "missing": {"setting": [], "trying": ["one, disguised", "another"]}})
     assert text.endswith("\n\nNot measured yet: one, disguised; another.\n")

@@ -98,6 +98,7 @@ def _take_parts(builder: ir.IRBuilder, data: Any, kind: Any, call: Callable[...,
         builder.sdiv(builder.mul(count, edge), parts) for edge in (part, builder.add(part, _INT64(1)))
     )
     ended = builder.zext(call(builder, first, last, passed), _INT64)
+    builder.fence("seq_cst")  # what was written past the caches, too, before it counts as done
     builder.atomic_rmw("add", places[_DONE], ended, "monotonic")
     builder.branch(head)
     builder.position_at_end(end)

@@ -23,6 +23,7 @@ from kwta_exp.activations.vectors import (
     lowest,
     pass_marked,
     store_word,
+    stream_marked,
 )
 from kwta_exp.compiled import each_part, jit
 
@@ -59,31 +60,38 @@ def select(first, last, rows, k, infinity, by_magnitude, thresholds):  # type: i
 
 
 @jit
-def keep(first, last, rows, k, infinity, by_magnitude, winners, bits):  # type: ignore[no-untyped-def]
+def keep(first, last, rows, k, infinity, by_magnitude, winners, bits, streamed):  # type: ignore[no-untyped-def]
     """Write to ``winners`` the values that are not smaller than the k-th largest of their row, and 0 elsewhere.
 
     Arguments as for :func:`select`, and:
         winners: like ``rows``; written to.
         bits: uint8 ``(N, ceil(M / 8))``; written to. Bit ``j % 8`` of ``[i, j // 8]`` is set if value j wins.
+        streamed: write ``winners`` past the caches; each of its rows must start with a line of them.
     """
     order, highest = _order(rows, infinity, by_magnitude)
     space, guess = _space(rows), _NO_GUESS
     for row in range(first, last):
         key, guess = _kth(rows[row], k, order, highest, space, guess)
-        _pass_from(rows[row], rows.dtype.type(key), order, winners[row], bits[row])
+        _pass_from(rows[row], rows.dtype.type(key), order, winners[row], bits[row], streamed)
 
 
 @jit
-def pass_winners(first, last, gradients, bits, passed):  # type: ignore[no-untyped-def]
-    """Write to ``passed`` the ``gradients`` of winners, and 0 elsewhere; integers ``(N, M)``."""
+def pass_winners(first, last, gradients, bits, passed, streamed):  # type: ignore[no-untyped-def]
+    """Write to ``passed`` the ``gradients`` of winners, and 0 elsewhere; integers ``(N, M)``.
+
+    ``streamed`` as for :func:`keep`.
+    """
     size, integer = gradients.shape[1], gradients.dtype.type
     whole = size - size % LANES
     for row in range(first, last):
         given, marks, out = gradients[row], bits[row], passed[row]
         for at in range(0, whole, LANES):
             fetch(given, at + _AHEAD)
-            fetch_to_write(out, at + _AHEAD)
-            pass_marked(given, at, load_word(marks, at // 8), out)
+            if streamed:
+                stream_marked(given, at, load_word(marks, at // 8), out)
+            else:
+                fetch_to_write(out, at + _AHEAD)
+                pass_marked(given, at, load_word(marks, at // 8), out)
         word = np.uint64(0)
         for byte in range(whole // 8, marks.shape[0]):
             word |= np.uint64(marks[byte]) << np.uint64(8 * (byte - whole // 8))
@@ -323,14 +331,17 @@ def _at_least(values, count, key, order):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _pass_from(row, threshold, order, out, bits):  # type: ignore[no-untyped-def]
+def _pass_from(row, threshold, order, out, bits, streamed):  # type: ignore[no-untyped-def]
     """Write the values whose key is at least ``threshold``, and their bits."""
     size = row.shape[0]
     whole, even = size - size % LANES, size - size % 8
     for at in range(0, whole, LANES):
-        fetch_to_write(out, at + _AHEAD)
         marked = at_least(row, at, order, threshold)
-        pass_marked(row, at, marked, out)
+        if streamed:
+            stream_marked(row, at, marked, out)
+        else:
+            fetch_to_write(out, at + _AHEAD)
+            pass_marked(row, at, marked, out)
         store_word(bits, at // 8, marked)
     if whole < even and size >= LANES:  # once more, but ending with the last whole byte of bits
         at = even - LANES

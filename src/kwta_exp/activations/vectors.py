@@ -64,17 +64,30 @@ def at_least(_: Any, values: Any, at: Any, order: Any, pivot: Any) -> Any:
 @typed_intrinsic
 def pass_marked(_: Any, values: Any, at: Any, marked: Any, out: Any) -> Any:
     """Write to ``out``, from ``at``, the 64 values from ``at`` whose bit is set, and 0 for the others."""
+    return types.void(values, types.int64, types.uint64, out), _pass_marked(past_caches=False)
 
+
+@typed_intrinsic
+def stream_marked(_: Any, values: Any, at: Any, marked: Any, out: Any) -> Any:
+    """As :func:`pass_marked`, but past the caches; what is written must start with a line of them."""
+    return types.void(values, types.int64, types.uint64, out), _pass_marked(past_caches=True)
+
+
+def _pass_marked(past_caches: bool) -> Callable[..., Any]:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer, vector = _pointer(context, builder, signature, arguments, 0, 1)
         target, _ = _pointer(context, builder, signature, arguments, 3, 1)
-        align = values.dtype.bitwidth // 8
+        align = vector.element.width // 8
         flags = builder.bitcast(arguments[2], ir.VectorType(ir.IntType(1), LANES))
         passed = builder.select(flags, builder.load(pointer, align=align), ir.Constant(vector, None))
-        builder.store(passed, target, align=align)
+        if past_caches:
+            hint = builder.module.add_metadata([ir.IntType(32)(1)])
+            builder.store(passed, target, align=CACHE_LINE).set_metadata("nontemporal", hint)
+        else:
+            builder.store(passed, target, align=align)
         return context.get_dummy_value()
 
-    return types.void(values, types.int64, types.uint64, out), generate
+    return generate
 
 
 @typed_intrinsic
