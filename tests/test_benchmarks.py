@@ -4,6 +4,8 @@ import pytest
 from benchmarks.__main__ import page
 from benchmarks.timing import Row, interleaved
 
+from tests.conftest import ROOT
+
 
 def test_a_row_shows_whether_its_goal_is_met() -> None:
     faster = Row("a", 2.0, "b", 30.0, "ms", "speed-up", 10)
@@ -33,10 +35,12 @@ def test_the_page_contains_every_figure() -> None:
         "kind": "speed-up",
     }
     report = {"title": "op", "name": "op", "machine": "a CPU", "rounds": 7, "rows": [row], "notes": ["a note"]}
-    text = page([report])
+    written = (ROOT / "docs" / "performance.md").read_text()
+    text = page([report], written)
     assert "| forward | 2 ms | snippet | 30 ms | 15.00x |  |  |" in text
     assert "Machine: a CPU. Rounds: 7 (op)." in text
     assert "- a note" in text
+    assert text[text.index("## ") :] == written[written.index("## ") :]
 
 
 @pytest.mark.slow
@@ -45,8 +49,6 @@ def test_the_fastest_benchmark_runs(tmp_path: object) -> None:
     import subprocess
     import sys
     from pathlib import Path
-
-    from tests.conftest import ROOT
 
     path = Path(str(tmp_path)) / "figures.json"
     subprocess.run(
