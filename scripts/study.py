@@ -153,7 +153,8 @@ def _study(records: Sequence[Record]) -> list[str]:
         by_name[record["name"]].append(record)
     attacked = any(record["worst_case"] for record in records)
     threats = {(record["threat"]["norm"], record["threat"]["eps"]) for record in records}
-    if attacked and (len(records) == 1 or len(threats) > 1):
+    networks = {record["weights_sha256"] for record in records}
+    if attacked and (len(networks) == 1 or len(threats) > 1):
         parts, differences = [_table_by_attack(records)], []
     else:
         parts = [_table_by_run(by_name, attacked)]
@@ -208,7 +209,7 @@ def _table_by_attack(records: Sequence[Record]) -> str:
         for r in records
     ]
     heads = ["robust accuracy, and passes", *(cell for title in titles for cell in (title, "passes"))]
-    alone = len(records) == 1  # there is room for intervals
+    alone = len(records) <= 2  # there is room for intervals
     rows = [
         ["none (clean)", *(cell for r in records for cell in (_share(r["clean"], r["clean"]["n"], alone), ""))]
     ]

@@ -1,6 +1,7 @@
 """docs/results.md: which records are collected, which are refused, and that the committed page matches them."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ def run_folder(
     stored.evaluation(
         folder, "quick-x", [i < right for i in range(100)], fooled, verdict="masked" if fooled else None,
         name=name, seed=seed, command=COMMAND, scale=scale,
+        weights_sha256=sha256(f"{name} {seed}".encode()).hexdigest(),
     )  # fmt: skip
     speeds = [10.0, 30.0][:epochs]
     if epochs:
@@ -69,6 +71,17 @@ def test_a_single_run_is_shown_attack_by_attack(tmp_path: Path) -> None:
     assert "| pgd | 50.0 (40.4 to 59.6) | 3 |" in text  # Wilson's intervals of 50 and 20 of 100
     assert "| **worst case** | **20.0 (13.3 to 28.9)** |  |" in text
     assert "*1 run, on EPYC" in text
+
+
+def test_runs_of_one_network_are_shown_attack_by_attack(tmp_path: Path) -> None:
+    folders = [run_folder(tmp_path, f"d-m-relu-{arm}", 0, 0.9, 0.5, 0.2) for arm in ("natural", "pgd")]
+    collect("one", zip(("first", "again"), folders, strict=True), tmp_path)
+    (tmp_path / "one.md").write_text("")
+    found = json.loads((tmp_path / "one.json").read_text())
+    for record in found["records"]:
+        record["weights_sha256"] = "the same"
+    (tmp_path / "one.json").write_text(json.dumps(found))
+    assert "| again, seed 0, linf eps 0.1, n = 100: masked | passes | first, seed 0," in page(tmp_path)
 
 
 def test_two_arms_are_compared_seed_by_seed(tmp_path: Path) -> None:
