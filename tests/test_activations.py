@@ -351,3 +351,22 @@ def test_a_rank_out_of_range_is_refused() -> None:
         keep(torch.randn(0, 6), 1, False, False)
     assert kwta_threshold(torch.randn(0, 3, 4, 4), 0.1).shape == (0, 1, 1, 1)
     assert kwta_threshold(torch.randn(2, 3, 0, 4), 0.1, over="channel").shape == (2, 3, 1, 1)
+
+
+@pytest.mark.parametrize("size", [50, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_threshold_of_zero_is_zero_where_cpus_take_small_numbers_for_it(
+    size: int, dtype: torch.dtype
+) -> None:
+    x = torch.randn(3, size, dtype=dtype, generator=torch.Generator().manual_seed(3)).relu().requires_grad_()
+    k = size * 9 // 10
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot")
+    try:
+        thresholds, kept = kth_largest(x.detach(), k), kwta(x, k=k)
+        (gradient,) = torch.autograd.grad(kept.sum(), x)
+    finally:
+        torch.set_flush_denormal(False)
+    assert thresholds.tolist() == [[0], [0], [0]]
+    assert torch.equal(kept, x)
+    assert gradient.all()  # zeros tie at the threshold

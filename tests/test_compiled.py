@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from kwta_exp import compiled
 from kwta_exp.compiled import SMALL, each_part, jit, on_threads
 
 
@@ -16,8 +17,8 @@ def count(first, last, visits):  # type: ignore[no-untyped-def]
 
 
 @jit
-def count_parts(rows, parts, *arguments):  # type: ignore[no-untyped-def]
-    return each_part(count, rows, parts, arguments)
+def count_parts(rows, parts, threads, *arguments):  # type: ignore[no-untyped-def]
+    return each_part(count, rows, parts, threads, arguments)
 
 
 @jit
@@ -27,8 +28,8 @@ def fail_at(first, last, row):  # type: ignore[no-untyped-def]
 
 
 @jit
-def fail_at_parts(rows, parts, *arguments):  # type: ignore[no-untyped-def]
-    return each_part(fail_at, rows, parts, arguments)
+def fail_at_parts(rows, parts, threads, *arguments):  # type: ignore[no-untyped-def]
+    return each_part(fail_at, rows, parts, threads, arguments)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 64])
@@ -74,3 +75,53 @@ assert torch.equal(kept, x.where(x >= x.topk(8192).values[:, -1:], 0))
 def test_without_gnus_openmp_threads_of_python_do_the_work() -> None:
     run = subprocess.run([sys.executable, "-c", WITHOUT_OPENMP], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+INTERRUPTED = (
+    WITHOUT_OPENMP.split("from kwta_exp.activations", 1)[0]
+    + """
+import signal
+import numpy as np
+from kwta_exp.compiled import SMALL, each_part, jit, on_threads
+
+@jit
+def fill(first, last, out):
+    for round in range(3000):
+        for row in range(first, last):
+            for i in range(out.shape[1]):
+                out[row, i] += i * round
+
+@jit
+def fill_parts(rows, parts, threads, *arguments):
+    return each_part(fill, rows, parts, threads, arguments)
+
+out = np.zeros((2, SMALL))
+on_threads(fill_parts, out.shape, 2, out)
+threading.Timer(0.02, signal.raise_signal, [signal.SIGINT]).start()
+try:
+    on_threads(fill_parts, out.shape, 2, out)
+except KeyboardInterrupt:
+    assert threading.active_count() <= 2, threading.enumerate()  # the timer's may be one
+else:
+    raise AssertionError("the signal was lost")
+"""
+)
+
+
+def test_an_interrupted_kernel_on_threads_of_python_ends_before_it_raises() -> None:
+    run = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_machine_code_is_compiled_anew_when_its_generators_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    @jit
+    def one(x):  # type: ignore[no-untyped-def]
+        return x + 1
+
+    def another(x):  # type: ignore[no-untyped-def]
+        return x + 1
+
+    monkeypatch.setattr(compiled, "_GENERATORS", "changed")
+    stamps = [kernel._cache._cache_file._source_stamp for kernel in (one, jit(another))]
+    assert stamps[0][0] == stamps[1][0]
+    assert stamps[0] != stamps[1]

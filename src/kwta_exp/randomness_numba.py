@@ -25,6 +25,6 @@ def uniform(first, last, keys, out):  # type: ignore[no-untyped-def]
 
 
 @jit
-def uniform_parts(rows, parts, *arguments):  # type: ignore[no-untyped-def]
-    """:func:`uniform` on ``parts`` threads, for :func:`kwta_exp.compiled.on_threads`."""
-    return each_part(uniform, rows, parts, arguments)
+def uniform_parts(rows, parts, threads, *arguments):  # type: ignore[no-untyped-def]
+    """:func:`uniform` in ``parts`` parts, for :func:`kwta_exp.compiled.on_threads`."""
+    return each_part(uniform, rows, parts, threads, arguments)

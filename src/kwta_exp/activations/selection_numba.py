@@ -54,6 +54,7 @@ def select(first, last, rows, k, infinity, by_magnitude, thresholds):  # type: i
     space, guess = _space(rows), _NO_GUESS
     for row in range(first, last):
         key, guess = _kth(rows[row], k, order, highest, space, guess)
+        key = _not_flushed(rows[row], k, key, order, infinity)
         if key == highest and _nans(rows[row], order, highest) >= k:
             key += 1
         thresholds[row] = _value(rows.dtype.type(key), order)
@@ -72,6 +73,7 @@ def keep(first, last, rows, k, infinity, by_magnitude, winners, bits, streamed):
     space, guess = _space(rows), _NO_GUESS
     for row in range(first, last):
         key, guess = _kth(rows[row], k, order, highest, space, guess)
+        key = _not_flushed(rows[row], k, key, order, infinity)
         _pass_from(rows[row], rows.dtype.type(key), order, winners[row], bits[row], streamed)
 
 
@@ -100,21 +102,21 @@ def pass_winners(first, last, gradients, bits, passed, streamed):  # type: ignor
 
 
 @jit
-def select_parts(rows, parts, *arguments):  # type: ignore[no-untyped-def]
-    """:func:`select` on ``parts`` threads; as the next two for :func:`kwta_exp.compiled.on_threads`."""
-    return each_part(select, rows, parts, arguments)
+def select_parts(rows, parts, threads, *arguments):  # type: ignore[no-untyped-def]
+    """:func:`select` in ``parts`` parts; as the next two for :func:`kwta_exp.compiled.on_threads`."""
+    return each_part(select, rows, parts, threads, arguments)
 
 
 @jit
-def keep_parts(rows, parts, *arguments):  # type: ignore[no-untyped-def]
-    """:func:`keep` on ``parts`` threads."""
-    return each_part(keep, rows, parts, arguments)
+def keep_parts(rows, parts, threads, *arguments):  # type: ignore[no-untyped-def]
+    """:func:`keep` in ``parts`` parts."""
+    return each_part(keep, rows, parts, threads, arguments)
 
 
 @jit
-def pass_parts(rows, parts, *arguments):  # type: ignore[no-untyped-def]
-    """:func:`pass_winners` on ``parts`` threads."""
-    return each_part(pass_winners, rows, parts, arguments)
+def pass_parts(rows, parts, threads, *arguments):  # type: ignore[no-untyped-def]
+    """:func:`pass_winners` in ``parts`` parts."""
+    return each_part(pass_winners, rows, parts, threads, arguments)
 
 
 _NO_GUESS = (0.0, 0.0, 0.0)
@@ -228,6 +230,28 @@ def _kth(row, k, order, highest, space, guess):  # type: ignore[no-untyped-def]
     moved = abs(np.float64(key) - last)
     change = slope * math.sqrt(size) if guess[2] == 0 else change + (moved - change) / 4
     return key, (np.float64(key), change, slope)
+
+
+@jit
+def _not_flushed(row, k, key, order, infinity):  # type: ignore[no-untyped-def]
+    """``key``, but counted by integers if it is that of a number so small that CPUs may take it for 0.
+
+    They do so after ``torch.set_flush_denormal(True)``, and the row may hold 0 instead.
+    """
+    zero = np.int64(order[2])
+    if row.itemsize < 4 or key == zero or abs(key - zero) >= infinity & -infinity:
+        return key
+    low, high = np.int64(np.iinfo(row.dtype).min), zero + infinity + 1
+    while np.uint64(high) - np.uint64(low) > 1:
+        middle = np.int64(np.uint64(low) + (np.uint64(high) - np.uint64(low)) // np.uint64(2))
+        above = 0
+        for i in range(row.shape[0]):
+            above += _key(row[i], order) >= middle
+        if above >= k:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 @jit

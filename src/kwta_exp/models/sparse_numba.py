@@ -60,9 +60,9 @@ def convolve(first, last, values, weight, bias, rows_to, columns_to, width, out)
 
 
 @jit
-def convolve_parts(images, parts, *arguments):  # type: ignore[no-untyped-def]
-    """:func:`convolve` on ``parts`` threads, for :func:`kwta_exp.compiled.on_threads`."""
-    return each_part(convolve, images, parts, arguments)
+def convolve_parts(images, parts, threads, *arguments):  # type: ignore[no-untyped-def]
+    """:func:`convolve` in ``parts`` parts, for :func:`kwta_exp.compiled.on_threads`."""
+    return each_part(convolve, images, parts, threads, arguments)
 
 
 @jit
