@@ -78,8 +78,8 @@ def record(written: Path) -> None:
 
 
 def record_passes(written: Mapping[str, Path]) -> None:
-    """Keep the numbers of CSV files of passes in :data:`PASSES`, by the names of the networks."""
-    content = {}
+    """Keep the numbers of CSV files of passes in :data:`PASSES`, by the names of the networks; others stay."""
+    content = json.loads(PASSES.read_text()) if PASSES.exists() else {}
     for name, path in written.items():
         with path.open(newline="") as file:
             content[name] = [

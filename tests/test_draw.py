@@ -126,13 +126,15 @@ def test_passes_of_several_networks_are_drawn_from_what_was_recorded(
     monkeypatch.setattr(figures, "PASSES", tmp_path / "passes.json")
     table = "attack,passes,accuracy,low,high,n\npgd,0,0.9,,,50\npgd,40,0.5,0.4,0.6,50\nbpda,0,0.9,,,50\n"
     (tmp_path / "passes.csv").write_text(table + "bpda,80,0.1,0.04,0.2,50\n")
-    figures.record_passes(dict.fromkeys(("one", "other"), tmp_path / "passes.csv"))
+    for name in ("one", "other", "third", "fourth"):
+        figures.record_passes({name: tmp_path / "passes.csv"})
     recorded = figures.passes_of(figures.PASSES)
     last = {"attack": "bpda", "passes": 80, "n": 50, "accuracy": 0.1, "low": 0.04, "high": 0.2}
     assert recorded["other"][-1] == last
     figure, rows = passes.side_by_side(recorded)
     assert rows == [{"network": name, **row} for name, table in recorded.items() for row in table]
-    assert [axis.get_title() for axis in figure.axes] == ["one\nn = 50", "other\nn = 50"]
+    names = ("one", "other", "third", "fourth")
+    assert [axis.get_title() for axis in figure.axes] == [f"{name}\nn = 50" for name in names]
     for axis in figure.axes:
         steps = {
             line.get_label(): line.get_xydata()[-1].tolist()

@@ -1,5 +1,6 @@
 """Accuracy against the passes spent on an image, for each attack: who finds what at what price."""
 
+import math
 from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
@@ -96,9 +97,13 @@ def side_by_side(tables: Mapping[str, Rows]) -> Drawing:
     with styled():
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(1.75 * len(tables) + 0.4, 2.6))
-        axes = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
-        for axis, (name, table) in zip(axes, tables.items(), strict=True):
+        lines = math.ceil(len(tables) / 3)
+        columns = math.ceil(len(tables) / lines)
+        figure = Figure(figsize=(1.75 * columns + 0.4, 2.0 * lines + 0.6))
+        axes = figure.subplots(lines, columns, sharey=True, squeeze=False)
+        for spare in axes.flat[len(tables) :]:
+            spare.set_axis_off()
+        for axis, (name, table) in zip(axes.flat, tables.items(), strict=False):
             for number, (attack, steps) in enumerate(groupby(table, key=lambda row: row["attack"])):
                 _curve(axis, list(steps), look(number), attack)
             logarithmic(axis.xaxis)
@@ -106,8 +111,9 @@ def side_by_side(tables: Mapping[str, Rows]) -> Drawing:
             axis.set_ylim(0, 100)
             axis.set_title(f"{name}\nn = {span(row['n'] for row in table)}")
             axis.set_xlabel("passes an image")
-        axes[0].set_ylabel("accuracy (%)")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        for line in axes:
+            line[0].set_ylabel("accuracy (%)")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure, [{"network": name, **row} for name, table in tables.items() for row in table]
 
 
