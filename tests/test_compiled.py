@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -77,40 +79,23 @@ def test_without_gnus_openmp_threads_of_python_do_the_work() -> None:
     assert run.returncode == 0, run.stderr
 
 
-INTERRUPTED = (
-    WITHOUT_OPENMP.split("from kwta_exp.activations", 1)[0]
-    + """
-import signal
-import numpy as np
-from kwta_exp.compiled import SMALL, each_part, jit, on_threads
+def test_an_interruption_on_threads_of_python_is_raised_when_all_have_ended() -> None:
+    caller, ended = threading.get_ident(), []
 
-@jit
-def fill(first, last, out):
-    for round in range(3000):
-        for row in range(first, last):
-            for i in range(out.shape[1]):
-                out[row, i] += i * round
+    def task(_: int) -> None:
+        if threading.get_ident() == caller:
+            raise KeyboardInterrupt
+        time.sleep(0.2)
+        ended.append(True)
 
-@jit
-def fill_parts(rows, parts, threads, *arguments):
-    return each_part(fill, rows, parts, threads, arguments)
+    def work(rows: int, parts: int, threads: int) -> int:
+        compiled._new_threads(task, 0, threads, 0)
+        assert ended == [True] * (threads - 1)
+        return parts
 
-out = np.zeros((2, SMALL))
-on_threads(fill_parts, out.shape, 2, out)
-threading.Timer(0.02, signal.raise_signal, [signal.SIGINT]).start()
-try:
-    on_threads(fill_parts, out.shape, 2, out)
-except KeyboardInterrupt:
-    assert threading.active_count() <= 2, threading.enumerate()  # the timer's may be one
-else:
-    raise AssertionError("the signal was lost")
-"""
-)
-
-
-def test_an_interrupted_kernel_on_threads_of_python_ends_before_it_raises() -> None:
-    run = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    with pytest.raises(KeyboardInterrupt):
+        on_threads(work, (3, SMALL), 3)
+    assert not compiled._interruptions
 
 
 def test_machine_code_is_compiled_anew_when_its_generators_change(monkeypatch: pytest.MonkeyPatch) -> None:
